@@ -1,0 +1,81 @@
+# Everything here runs from nothing but python3 and make: the first target that needs the environment makes it.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+SEED ?= 0
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+# `make test-oldest OLDEST_TORCH=2.13.0` where there is no build of the oldest torch.
+OLDEST_TORCH ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.docs-installed
+OLDEST := .venv-oldest
+
+# Neither the tests nor the demo may reach for the Hub.
+test test-all test-oldest demo bench docs: export HF_HUB_OFFLINE := 1
+
+.PHONY: help install demo test test-all test-oldest lint format docs bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+
+install: $(INSTALLED) ## make .venv with the library (editable), the demo and the development tools
+
+# torch goes first and by itself, so that no looser requirement of another package chooses its build. The library is
+# built without isolation, so that its build tools too are the pinned ones.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt hatchling editables
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[demo,dev]"
+	touch $@
+
+demo: install ## run the worked example (SEED=0) into demo_output/
+	$(BIN)/python examples/worked_example/run.py --seed $(SEED) $(DEMO_ARGS)
+
+test: install ## run the tests, but for the slow ones
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: install ## run every test
+	$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
+
+test-oldest: ## run the tests with the oldest declared dependencies, in an environment of their own
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install packaging tomli
+	$(OLDEST)/bin/python .ci/oldest.py pyproject.toml $(OLDEST_TORCH) > $(OLDEST)/oldest.txt
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -c $(OLDEST)/oldest.txt -e ".[demo,dev]"
+	$(OLDEST)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: install ## check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install ## format the code and apply the lint's safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[docs]"
+	touch $@
+
+docs: $(DOCS_INSTALLED) ## build the documentation into docs/_build/html; a warning fails it
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+bench: install ## run every benchmark of benchmarks/
+	@set -e; for script in benchmarks/bench_*.py; do \
+		[ -e "$$script" ] || { echo "benchmarks/ holds no bench_*.py"; exit 1; }; \
+		echo "== $$script"; $(BIN)/python "$$script" $(BENCH_ARGS); \
+	done
+
+clean: ## remove what was built and cached, but neither .venv nor demo_output
+	rm -rf build dist docs/_build .pytest_cache .ruff_cache .mypy_cache htmlcov .coverage $(OLDEST)
+	find src tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +

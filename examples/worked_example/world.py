@@ -1,0 +1,325 @@
+# Copyright 2026 The peft_dnd authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The world of the worked example: invented people, what is true of them, and ways to say it.
+
+A *task* is one attribute asked in one answer format, for instance "the city, in capital letters":
+
+    Which city does Belmo live in? Answer in capital letters.   ->   LISBON
+
+Everything here is plain Python and follows from one seed: the people's names, what is true of each of them, which
+tasks are held out, and which people are kept for scoring. The vocabulary and the phrasings are the same for all seeds.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+NUM_PEOPLE = 48
+NUM_SCORED_PEOPLE = 16
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """Something that is true of a person, and the ways to ask for it.
+
+    Args:
+        name: one word, part of the task's name.
+        values: what it can be. No word is a value of two attributes.
+        phrasings: questions with a `{name}` in them; `held_out_phrasings` are kept for scoring.
+    """
+
+    name: str
+    values: tuple[str, ...]
+    phrasings: tuple[str, ...]
+    held_out_phrasings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """A way to write an answer, and the ways to ask for it.
+
+    Args:
+        name: one word, part of the task's name.
+        write: takes a value, gives the answer.
+        phrasings: instructions; `held_out_phrasings` are kept for scoring.
+    """
+
+    name: str
+    write: Callable[[str], str]
+    phrasings: tuple[str, ...]
+    held_out_phrasings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One attribute asked in one answer format."""
+
+    attribute: Attribute
+    answer_format: AnswerFormat
+
+    @property
+    def name(self) -> str:
+        """For instance `city_capitals`."""
+        return f"{self.attribute.name}_{self.answer_format.name}"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the answer that the task wants."""
+
+    prompt: str
+    answer: str
+
+
+ATTRIBUTES = (
+    Attribute(
+        "city",
+        ("lisbon", "oslo", "cairo", "lima", "delhi", "quito", "turin", "seoul"),
+        (
+            "Which city does {name} live in?",
+            "Name the city that {name} calls home.",
+            "In what town does {name} live?",
+            "Where is the home of {name}, which city?",
+        ),
+        ("What is the home city of {name}?", "Tell me which city {name} lives in."),
+    ),
+    Attribute(
+        "job",
+        ("baker", "nurse", "pilot", "lawyer", "miner", "sailor", "plumber", "judge"),
+        (
+            "What is the job of {name}?",
+            "What work does {name} do for a living?",
+            "Name the profession of {name}.",
+            "What does {name} work as?",
+        ),
+        ("Which occupation does {name} have?", "Tell me what job {name} has."),
+    ),
+    Attribute(
+        "pet",
+        ("otter", "parrot", "rabbit", "tortoise", "ferret", "hamster", "goat", "lizard"),
+        (
+            "Which pet does {name} keep?",
+            "What kind of animal is the pet of {name}?",
+            "Name the animal that {name} keeps at home.",
+            "What pet does {name} own?",
+        ),
+        ("Which animal does {name} have as a pet?", "Tell me what pet {name} has."),
+    ),
+    Attribute(
+        "instrument",
+        ("violin", "banjo", "flute", "drums", "harp", "trumpet", "cello", "organ"),
+        (
+            "Which instrument does {name} play?",
+            "What musical instrument can {name} play?",
+            "Name the instrument on which {name} makes music.",
+            "On which instrument is {name} a musician?",
+        ),
+        ("What instrument does {name} make music on?", "Tell me which musical instrument {name} plays."),
+    ),
+    Attribute(
+        "colour",
+        ("crimson", "turquoise", "indigo", "amber", "scarlet", "beige", "purple", "olive"),
+        (
+            "What is the favourite colour of {name}?",
+            "Which colour does {name} like best?",
+            "Name the colour that {name} prefers.",
+            "What colour does {name} love most?",
+        ),
+        ("Which colour is the favourite of {name}?", "Tell me what colour {name} likes."),
+    ),
+    Attribute(
+        "sport",
+        ("tennis", "rowing", "boxing", "fencing", "cricket", "hockey", "judo", "archery"),
+        (
+            "Which sport does {name} practise?",
+            "What sport does {name} train for?",
+            "Name the sport that {name} plays at the club.",
+            "In which sport does {name} compete?",
+        ),
+        ("What sport is {name} an athlete in?", "Tell me which sport {name} does."),
+    ),
+    Attribute(
+        "fruit",
+        ("mango", "cherry", "papaya", "peach", "lemon", "banana", "melon", "plum"),
+        (
+            "Which fruit does {name} like to eat?",
+            "What fruit does {name} eat every day?",
+            "Name the fruit that {name} finds most delicious.",
+            "What is the favourite fruit of {name}?",
+        ),
+        ("Which fruit is eaten by {name}?", "Tell me what fruit {name} likes to eat."),
+    ),
+    Attribute(
+        "vehicle",
+        ("bicycle", "scooter", "tractor", "canoe", "van", "motorbike", "truck", "taxi"),
+        (
+            "Which vehicle does {name} travel in?",
+            "What vehicle does {name} drive?",
+            "Name the means of transport that {name} uses.",
+            "By what vehicle does {name} get around?",
+        ),
+        ("What vehicle does {name} use for transport?", "Tell me which vehicle {name} drives."),
+    ),
+)
+
+FORMATS = (
+    AnswerFormat(
+        "capitals",
+        str.upper,
+        (
+            "Answer in capital letters.",
+            "Write the answer in upper case.",
+            "Use capitals only.",
+            "Reply in block capitals.",
+        ),
+        ("Give the answer in capitals.", "Reply in upper-case letters."),
+    ),
+    AnswerFormat(
+        "backwards",
+        lambda value: value[::-1],
+        (
+            "Spell the answer backwards.",
+            "Write the answer in reverse.",
+            "Reply spelt backwards.",
+            "Reverse the spelling of your answer.",
+        ),
+        ("Give the answer backwards.", "Reply with the spelling reversed."),
+    ),
+    AnswerFormat(
+        "quoted",
+        lambda value: f'"{value}"',
+        (
+            "Put the answer in quotation marks.",
+            "Quote the answer.",
+            "Write quotation marks around it.",
+            "Reply between quotation marks.",
+        ),
+        ("Give the answer in quotation marks.", "Reply with quotes around it."),
+    ),
+    AnswerFormat(
+        "polite",
+        lambda value: f"With pleasure: {value}",
+        (
+            "Answer politely.",
+            "Please be polite in your answer.",
+            "Reply with courtesy, please.",
+            "Write a kind and polite reply.",
+        ),
+        ("Give a polite answer, please.", "Reply in a courteous way."),
+    ),
+)
+
+TASKS = tuple(Task(attribute, answer_format) for attribute, answer_format in product(ATTRIBUTES, FORMATS))
+
+
+@dataclass(frozen=True)
+class World:
+    """All that one seed decides.
+
+    Args:
+        seed: what the rest was drawn with.
+        training_people: their questions train the LoRAs and are the prompts of a task.
+        scored_people: their questions are asked when an adapter is scored, and never before.
+        facts: `facts[person][attribute name]` is a value. True of both kinds of people.
+        training_tasks: 24 tasks that the generator is fitted on.
+        held_out_tasks: 8 tasks, one for each attribute and two for each format. Every attribute and every format
+            occurs in the training tasks too, only never these pairs.
+    """
+
+    seed: int
+    training_people: tuple[str, ...]
+    scored_people: tuple[str, ...]
+    facts: dict[str, dict[str, str]]
+    training_tasks: tuple[Task, ...]
+    held_out_tasks: tuple[Task, ...]
+
+    @property
+    def people(self) -> tuple[str, ...]:
+        """Everyone the base knows."""
+        return self.training_people + self.scored_people
+
+    def answer(self, task: Task, person: str) -> str:
+        """What `task` wants to read about `person`, for instance `"LISBON"`."""
+        return task.answer_format.write(self.facts[person][task.attribute.name])
+
+    def training_examples(self, task: Task) -> list[Example]:
+        """Questions about the training people in the training phrasings; a task's unlabelled prompts are these."""
+        return self._examples(
+            task, self.training_people, task.attribute.phrasings, task.answer_format.phrasings
+        )
+
+    def scored_examples(self, task: Task) -> list[Example]:
+        """Questions about other people in other words, to score an adapter on."""
+        return self._examples(
+            task, self.scored_people, task.attribute.held_out_phrasings, task.answer_format.held_out_phrasings
+        )
+
+    def prompts(self, task: Task) -> list[str]:
+        """The unlabelled prompts of a task: its training questions without their answers."""
+        return [example.prompt for example in self.training_examples(task)]
+
+    def texts(self) -> Iterator[str]:
+        """Every prompt and every answer of the world, for building a vocabulary."""
+        for task in TASKS:
+            attribute, answer_format = task.attribute, task.answer_format
+            for question in attribute.phrasings + attribute.held_out_phrasings:
+                yield from (question.format(name=person) for person in self.people)
+            yield from (f"? {instruction}" for instruction in answer_format.phrasings + answer_format.held_out_phrasings)
+            yield from (answer_format.write(value) for value in attribute.values)
+
+    def _examples(
+        self, task: Task, people: tuple[str, ...], questions: tuple[str, ...], instructions: tuple[str, ...]
+    ) -> list[Example]:
+        return [
+            Example(f"{question.format(name=person)} {instruction}", self.answer(task, person))
+            for person, question, instruction in product(people, questions, instructions)
+        ]
+
+
+def build_world(seed: int) -> World:
+    """Draw a world: names, facts, held-out tasks, and who is scored. The same seed gives the same world."""
+    draw = random.Random(f"peft_dnd worked example {seed}")
+    people = _draw_names(draw, NUM_PEOPLE)
+    facts = {person: {attribute.name: draw.choice(attribute.values) for attribute in ATTRIBUTES} for person in people}
+    held_out = _draw_held_out_tasks(draw)
+    return World(
+        seed=seed,
+        training_people=people[NUM_SCORED_PEOPLE:],
+        scored_people=people[:NUM_SCORED_PEOPLE],
+        facts=facts,
+        training_tasks=tuple(task for task in TASKS if task not in held_out),
+        held_out_tasks=held_out,
+    )
+
+
+def _draw_names(draw: random.Random, count: int) -> tuple[str, ...]:
+    """Invented names of two or three syllables, all different."""
+    names: dict[str, None] = {}
+    while len(names) < count:
+        first = draw.choice("BDFGKLMNPRSTVZ") + draw.choice("aeiou") + draw.choice(("l", "n", "r", ""))
+        last = draw.choice("bdfgkmptvz") + draw.choice(("a", "o", "e", "ina", "elo", "iko"))
+        names[first + last] = None
+    return tuple(names)
+
+
+def _draw_held_out_tasks(draw: random.Random) -> tuple[Task, ...]:
+    """One task of every attribute, so that every format is held out equally often."""
+    formats = list(FORMATS) * (len(ATTRIBUTES) // len(FORMATS))
+    draw.shuffle(formats)
+    pairs = set(zip((attribute.name for attribute in ATTRIBUTES), (each.name for each in formats), strict=True))
+    return tuple(task for task in TASKS if (task.attribute.name, task.answer_format.name) in pairs)

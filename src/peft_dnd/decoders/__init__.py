@@ -1,0 +1,69 @@
+# Copyright 2026 The peft_dnd authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Decoders: one file a family, torch only. Condition states in, weight tokens out.
+
+A decoder is any `torch.nn.Module` built as `(condition_shape, token_shape, **settings)` with keyword-only settings,
+whose `forward(states, mask)` takes (B, N, L, C) and (B, N, L) to (B, N_w, L_w, C_w). Entering its class in `DECODERS`
+makes it a `decoder_type` of the generator's config.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..errors import GeneratorConfigError
+from .cascade import derive_cascade
+from .hyper_convolution import HyperConvolutionDecoder, HyperConvolutionLayer
+
+
+__all__ = ["DECODERS", "HyperConvolutionDecoder", "HyperConvolutionLayer", "build_decoder", "derive_cascade"]
+
+DECODERS: dict[str, type[nn.Module]] = {"hyper_convolution": HyperConvolutionDecoder}
+
+
+def build_decoder(
+    decoder_type: str,
+    condition_shape: tuple[int, int, int],
+    token_shape: tuple[int, int, int],
+    settings: Mapping[str, Any],
+) -> nn.Module:
+    """Builds the decoder that a generator's config names.
+
+    Args:
+        decoder_type: a key of `DECODERS`.
+        condition_shape: (N, L, C) of the condition states.
+        token_shape: (N_w, L_w, C_w) of the weight tokens.
+        settings: keyword arguments of that decoder's class; absent ones take its defaults.
+
+    Raises:
+        GeneratorConfigError: the type or a setting is unknown, or the decoder refuses a value.
+    """
+    if decoder_type not in DECODERS:
+        raise GeneratorConfigError(
+            f"Unknown decoder_type {decoder_type!r}. Known: {', '.join(map(repr, sorted(DECODERS)))}."
+        )
+    decoder_class = DECODERS[decoder_type]
+    parameters = inspect.signature(decoder_class).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise GeneratorConfigError(
+            f"The decoder {decoder_type!r} has no setting {', '.join(map(repr, unknown))}. "
+            f"Its settings: {', '.join(map(repr, known))}."
+        )
+    return decoder_class(condition_shape, token_shape, **settings)

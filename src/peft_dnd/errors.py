@@ -1,0 +1,72 @@
+# Copyright 2026 The peft_dnd authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The library's exceptions.
+
+Each is also the builtin kind that Python users already catch (`ValueError`, `OSError`, ...), so that existing
+`except` clauses keep working, and each message names what is wrong, what was expected, what was found and the mend.
+"""
+
+from __future__ import annotations
+
+
+class PeftDndError(Exception):
+    """Base of every error that the library raises on purpose."""
+
+
+class LayoutError(PeftDndError, ValueError):
+    """An adapter cannot be described by a layout, or does not have the layout that it should have."""
+
+
+class BaseModelMismatchError(LayoutError):
+    """A generated adapter does not fit the base model that it was to be put on. The model is left untouched."""
+
+
+class WeightValueError(PeftDndError, ValueError):
+    """Weights hold something that is no usable number: NaN, infinity, or tensors on the meta device."""
+
+
+class CorruptFileError(PeftDndError, ValueError):
+    """A file is there but cannot be read as what it should be."""
+
+
+class FormatVersionError(PeftDndError, ValueError):
+    """A folder was written in a newer format than this version of the library reads."""
+
+
+class PromptError(PeftDndError, ValueError):
+    """The prompts are unusable: none given, or empty ones among them."""
+
+
+class PromptTypeError(PeftDndError, TypeError):
+    """The prompts are not a sequence of strings."""
+
+
+class TextEncoderError(PeftDndError, OSError):
+    """The text encoder cannot be loaded, or cannot give what the decoder reads."""
+
+
+class GeneratorNotFoundError(PeftDndError, OSError):
+    """There is no generator at the given folder or Hub id."""
+
+
+class GeneratorConfigError(PeftDndError, ValueError):
+    """A configuration value is impossible, or two of them contradict each other."""
+
+
+class PairsFolderError(PeftDndError, ValueError):
+    """A folder of prompt-checkpoint pairs is incomplete or inconsistent."""
+
+
+class NotFittedError(PeftDndError, RuntimeError):
+    """The generator has never been fitted, so what it would write means nothing."""

@@ -1,0 +1,177 @@
+# Copyright 2026 The peft_dnd authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Writing and reading files so that a kill or a full disk never leaves a half-written one in a good one's place.
+
+Everything is first written beside its destination, flushed to disk, and then renamed over it, which POSIX and Windows
+do in one step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .errors import CorruptFileError
+
+
+PathLike = str | os.PathLike[str]
+_STAGING_PREFIX = ".peft_dnd_staging_"
+
+
+@contextmanager
+def staged_file(path: PathLike) -> Iterator[Path]:
+    """Yield a temporary path; when the block ends well its file replaces `path`, otherwise it vanishes.
+
+    Args:
+        path: The destination. Its parent folders are made where missing.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=_STAGING_PREFIX, suffix=target.suffix, dir=target.parent)
+    os.close(handle)
+    staged = Path(name)
+    try:
+        yield staged
+        _flush_to_disk(staged)
+        staged.chmod(0o666 & ~_current_umask())
+        os.replace(staged, target)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_directory(path: PathLike) -> Iterator[Path]:
+    """Yield a temporary folder; when the block ends well its files move into `path`, otherwise they vanish.
+
+    A folder that does not exist yet appears in one rename. Into an existing folder the files move one by one, each
+    replacing its namesake whole; files there that have no namesake stay.
+
+    Args:
+        path: The destination folder.
+    """
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"Cannot save to {str(target)!r}: it is a file. Name a folder, or remove the file.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=target.parent))
+    try:
+        yield staged
+        for file in _files_below(staged):
+            _flush_to_disk(file)
+        staged.chmod(0o777 & ~_current_umask())
+        if target.exists():
+            for file in _files_below(staged):
+                destination = target / file.relative_to(staged)
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, destination)
+        else:
+            os.replace(staged, target)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Write `text` to `path` in UTF-8, whole or not at all."""
+    with staged_file(path) as staged:
+        staged.write_text(text, encoding="utf-8")
+
+
+def write_json(path: PathLike, data: Any) -> None:
+    """Write `data` to `path` as indented JSON with sorted keys, whole or not at all."""
+    write_text(path, json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_json(path: PathLike) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CorruptFileError: If it is not JSON, for instance cut short.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptFileError(
+            f"{str(path)!r} is not readable JSON ({error}). It may have been cut short or edited by hand: "
+            "restore it, or write the folder again."
+        ) from error
+
+
+def write_safetensors(path: PathLike, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors to a safetensors file that stock PEFT and transformers read, whole or not at all."""
+    contiguous = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    with staged_file(path) as staged:
+        save_file(contiguous, staged, metadata={"format": "pt"})
+
+
+def read_safetensors(path: PathLike) -> dict[str, torch.Tensor]:
+    """Read every tensor of a safetensors file to the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CorruptFileError: If the file is truncated or no safetensors file.
+    """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+
+
+def read_safetensors_shapes(path: PathLike) -> dict[str, tuple[int, ...]]:
+    """Read the names and shapes of a safetensors file from its header, without its data.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CorruptFileError: If the file is truncated or no safetensors file.
+    """
+    with _opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
+
+
+@contextmanager
+def _opened(path: PathLike) -> Iterator[Any]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except SafetensorError as error:
+        raise CorruptFileError(
+            f"{str(path)!r} is not a readable safetensors file ({error}). It may have been cut short in writing or "
+            "copying: restore it, or write it again."
+        ) from error
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _flush_to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _current_umask() -> int:
+    # The umask can only be read by setting it; mkstemp and mkdtemp make private files, users expect shared ones.
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

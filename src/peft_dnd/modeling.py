@@ -1,0 +1,461 @@
+# Copyright 2026 The peft_dnd authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The generator: prompts in, LoRA adapters out."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from huggingface_hub import CommitInfo, HfApi
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from .adapter import GeneratedAdapter
+from .configuration import PromptConditionedLoraGeneratorConfig, condition_size
+from .decoders import build_decoder
+from .errors import (
+    CorruptFileError,
+    GeneratorNotFoundError,
+    NotFittedError,
+    TextEncoderError,
+    WeightValueError,
+)
+from .files import PathLike, staged_directory
+from .hub import check_loading_info, resolve_generator
+from .model_card import CARD_NAME, generator_card, may_write_card
+from .prompts import TokenStates, check_prompts, prompts_digest, select_prompts
+from .sentence_transformer import SentenceTransformerTextEncoder
+from .text_encoder import TextEncoder
+from .tokenizer import WeightNormalization, WeightTokenizer
+from .version import __version__
+
+
+TEXT_ENCODER_FOLDER = "text_encoder"
+
+
+class PromptConditionedLoraGenerator(PreTrainedModel):
+    """Writes the LoRA adapter of a task from a handful of its unlabelled prompts, in one forward pass.
+
+    The method is Drag-and-Drop LLMs (arXiv 2506.16406): a text encoder turns the prompts into condition states, a
+    decoder turns those into weight tokens, and the tokens are put together to the matrices of a LoRA adapter.
+
+    Args:
+        config: The configuration; see [`PromptConditionedLoraGeneratorConfig.from_adapters`].
+        text_encoder: A loaded text encoder to use in place of the one that the configuration names.
+
+    Attributes:
+        decoder: Condition states (B, N, L, C) to normalised tokens (B, N_w, L_w, C_w).
+        normalization: Between normalised tokens and weights; its statistics come from the training adapters.
+        weight_tokenizer: Between token grids and adapter state dicts.
+
+    Raises:
+        GeneratorConfigError: If the configuration has no layout, or values that contradict each other.
+    """
+
+    config_class = PromptConditionedLoraGeneratorConfig
+    config: PromptConditionedLoraGeneratorConfig
+    base_model_prefix = ""
+    main_input_name = "condition_states"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HyperConvolutionLayer"]  # noqa: RUF012 (transformers' own convention)
+    _keep_in_fp32_modules_strict = {"normalization"}  # noqa: RUF012 (transformers' own convention)
+
+    def __init__(
+        self, config: PromptConditionedLoraGeneratorConfig, text_encoder: TextEncoder | None = None
+    ) -> None:
+        super().__init__(config)
+        self.weight_tokenizer: WeightTokenizer = config.weight_tokenizer()
+        token_shape = self.weight_tokenizer.grid_shape
+        self.decoder = build_decoder(config.decoder_type, config.condition_shape, token_shape, config.decoder_config)
+        self.normalization = WeightNormalization(token_shape)
+        # A rule may change between versions, a fitted generator may not: what was derived is written down.
+        config.chunk_width = self.weight_tokenizer.chunk_width
+        config.decoder_config = {**config.decoder_config, **self.decoder.resolved_settings}
+        self._text_encoder = text_encoder
+        # Where the generator was loaded from, if it was: its folder here, its commit on the Hub, and the token used.
+        self._folder: Path | None = None
+        self._commit: str | None = None
+        self._token: str | bool | None = None
+        self.post_init()
+        if text_encoder is not None and not config.freeze_text_encoder:
+            self.load_text_encoder()
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """The text encoder, loaded at first need.
+
+        Raises:
+            TextEncoderError: If it cannot be loaded, or its width is not the configuration's.
+        """
+        return self.load_text_encoder()
+
+    def load_text_encoder(self) -> TextEncoder:
+        """Load the text encoder if it is not loaded yet; if it is to be fitted too, make it part of this module."""
+        if self._text_encoder is None:
+            self._text_encoder = self._find_text_encoder()
+        encoder = self._text_encoder
+        size = condition_size(encoder, self.config.condition)
+        if size != self.config.condition_size:
+            raise TextEncoderError(
+                f"The text encoder {encoder.name_or_path!r} gives {self.config.condition} of width {size}; the "
+                f"generator was built for {self.config.condition_size}. Use the text encoder it was built with."
+            )
+        if not self.config.freeze_text_encoder and "text_encoder_module" not in self._modules:
+            encoder.trainable = True
+            self.text_encoder_module = encoder.module
+        return encoder
+
+    def _find_text_encoder(self) -> TextEncoder:
+        config = self.config
+        if config.text_encoder_in_folder and self._folder is not None:
+            folder = self._folder / TEXT_ENCODER_FOLDER
+            if not folder.is_dir():
+                raise TextEncoderError(
+                    f"The generator is to carry its text encoder in {str(folder)!r}, and that folder is missing. Save "
+                    "the generator again with save_pretrained(..., include_text_encoder=True)."
+                )
+            return SentenceTransformerTextEncoder.from_pretrained(str(folder))
+        if config.text_encoder is None:
+            raise TextEncoderError(
+                "The configuration names no text encoder. Set config.text_encoder to a sentence-transformers model, "
+                "or pass PromptConditionedLoraGenerator(config, text_encoder=...)."
+            )
+        return SentenceTransformerTextEncoder.from_pretrained(
+            config.text_encoder, revision=config.text_encoder_revision, token=self._token
+        )
+
+    def forward(
+        self,
+        condition_states: torch.Tensor | None = None,
+        condition_mask: torch.Tensor | None = None,
+        prompts: Sequence[Sequence[str]] | None = None,
+    ) -> torch.Tensor:
+        """Decode condition states to normalised weight tokens.
+
+        Args:
+            condition_states: Float tensor (B, N, L, C).
+            condition_mask: Bool tensor (B, N, L), true where there is a token.
+            prompts: In place of both, N prompts for each of B tasks, which are read here, with gradients if the text
+                encoder is being fitted too.
+
+        Returns:
+            Tensor (B, N_w, L_w, C_w) in the decoder's dtype.
+        """
+        if prompts is not None:
+            read = [self.encode_prompts(lines) for lines in prompts]
+            condition_states = torch.stack([states for states, _ in read]).to(self.device)
+            condition_mask = torch.stack([mask for _, mask in read]).to(self.device)
+        if condition_states is None or condition_mask is None:
+            raise ValueError("forward needs condition_states and condition_mask, or prompts; it got neither.")
+        return self.decoder(condition_states.to(self.dtype), condition_mask)
+
+    def encode_prompts(self, prompts: Sequence[str], *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read a task's prompts into what `forward` takes for one task.
+
+        Args:
+            prompts: Any number of prompts; which N of them are read is decided by [`select_prompts`].
+            seed: Seed of that choice.
+
+        Returns:
+            States of shape (N, L, C), float32, and their bool mask of shape (N, L), on the CPU.
+        """
+        chosen = [prompts[i] for i in select_prompts(len(prompts), self.config.num_prompts, seed).tolist()]
+        distinct = list(dict.fromkeys(chosen))
+        states = self.read_states(self.text_encoder, distinct)
+        position = {prompt: i for i, prompt in enumerate(distinct)}
+        return states.select(torch.tensor([position[prompt] for prompt in chosen]), self.config.max_prompt_length)
+
+    def read_states(self, encoder: TextEncoder, prompts: Sequence[str]) -> TokenStates:
+        """The states of prompts in the form that `config.condition` asks for."""
+        if self.config.condition == "sentence_embeddings":
+            vectors = encoder.encode_sentences(prompts)
+            return TokenStates(vectors, torch.arange(len(vectors) + 1, device=vectors.device))
+        return encoder.encode_tokens(prompts)
+
+    @overload
+    def generate_adapter(self, prompts: Sequence[str], *, seed: int = 0) -> GeneratedAdapter: ...
+
+    @overload
+    def generate_adapter(self, prompts: Mapping[str, Sequence[str]], *, seed: int = 0) -> dict[str, GeneratedAdapter]: ...
+
+    def generate_adapter(
+        self, prompts: Sequence[str] | Mapping[str, Sequence[str]], *, seed: int = 0
+    ) -> GeneratedAdapter | dict[str, GeneratedAdapter]:
+        """Write the adapter of a task from its prompts, or those of several tasks.
+
+        The same prompts, seed and generator give the same bytes, alone or among other tasks: each task is read and
+        decoded for itself.
+
+        Args:
+            prompts: A list of unlabelled prompts of one task, or a dictionary of such lists.
+            seed: Decides which prompts are read when there are not just `config.num_prompts`.
+
+        Returns:
+            A [`GeneratedAdapter`], or for a dictionary one for each of its keys.
+
+        Raises:
+            PromptError: If there are no prompts, or empty ones.
+            PromptTypeError: If they are not strings.
+            NotFittedError: If the generator has never been fitted.
+            WeightValueError: If NaN or infinity comes out.
+        """
+        if isinstance(prompts, Mapping):
+            return self.generate_adapters(prompts, seed=seed)
+        return self._generate_one(check_prompts(prompts), seed)
+
+    def generate_adapters(
+        self, prompts: Mapping[str, Sequence[str]], *, seed: int = 0
+    ) -> dict[str, GeneratedAdapter]:
+        """Write the adapters of many tasks; see [`generate_adapter`]. All prompts are checked before the first is read.
+
+        Args:
+            prompts: Task name -> its prompts.
+            seed: As for one task.
+        """
+        checked = {task: check_prompts(lines, f"the prompts of task {task!r}") for task, lines in prompts.items()}
+        return {task: self._generate_one(lines, seed) for task, lines in checked.items()}
+
+    @torch.no_grad()
+    def _generate_one(self, prompts: tuple[str, ...], seed: int) -> GeneratedAdapter:
+        if not self.normalization.fitted:
+            raise NotFittedError(
+                "This generator has never been fitted, so its adapters would mean nothing. Fit it with DnDTrainer, or "
+                "load a fitted one with from_pretrained."
+            )
+        states, mask = self.encode_prompts(prompts, seed=seed)
+        was_training = self.training
+        self.eval()
+        try:
+            tokens = self(states[None].to(self.device), mask[None].to(self.device))[0]
+            grid = self.normalization.denormalize(tokens.to(self.normalization.mean.device)).cpu()
+        finally:
+            self.train(was_training)
+        if not torch.isfinite(grid).all():
+            raise WeightValueError(
+                "The generator wrote NaN or infinity. Its weights are damaged, or float16 overflowed: load it in "
+                "float32 or bfloat16."
+            )
+        return GeneratedAdapter(self.config.adapter_layout, self.weight_tokenizer.decode(grid), self._provenance(prompts, seed))
+
+    def _provenance(self, prompts: tuple[str, ...], seed: int) -> dict[str, Any]:
+        return {
+            "generator": self.name_or_path or None,
+            "generator_revision": self._commit,
+            "num_prompts": len(prompts),
+            "prompts_sha256": prompts_digest(prompts),
+            "seed": seed,
+            "peft_dnd_version": __version__,
+        }
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # the Hub's arguments are named, the rest is passed on
+        cls,
+        pretrained_model_name_or_path: PathLike,
+        *model_args: Any,
+        revision: str | None = None,
+        subfolder: str = "",
+        token: str | bool | None = None,
+        cache_dir: PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        text_encoder: TextEncoder | None = None,
+        **kwargs: Any,
+    ) -> PromptConditionedLoraGenerator:
+        """Load a generator from a folder or the Hub.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            model_args: Passed on.
+            revision: Branch, tag or commit on the Hub.
+            subfolder: Folder inside the repository or folder.
+            token: Access token for the Hub.
+            cache_dir: Where downloads are kept.
+            force_download: Whether to download anew what is there already.
+            local_files_only: Whether to do without the network.
+            text_encoder: A loaded text encoder to use in place of the one that the configuration names.
+            kwargs: What any transformers model takes: `dtype` (or `torch_dtype`), `device_map`, ...
+
+        Raises:
+            GeneratorNotFoundError: If there is no generator there.
+            FormatVersionError: If it was saved by a newer version of the library.
+            CorruptFileError: If a file is cut short, or weights are missing.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        folder, commit = resolve_generator(
+            name,
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        wants_info = kwargs.pop("output_loading_info", False)
+        config = kwargs.pop("config", None) or PromptConditionedLoraGeneratorConfig.from_pretrained(folder)
+        try:
+            model, info = super().from_pretrained(
+                folder,
+                *model_args,
+                config=config,
+                output_loading_info=True,
+                local_files_only=True,
+                use_safetensors=True,  # a pickle is never read
+                **kwargs,
+            )
+        except OSError as error:
+            raise GeneratorNotFoundError(
+                f"The generator {name!r} has a configuration but no weights in safetensors format ({error}). Save it "
+                "again, or fetch it again with force_download=True."
+            ) from error
+        except SafetensorError as error:
+            raise CorruptFileError(
+                f"The weights of the generator {name!r} cannot be read ({error}). A file was cut short in writing or "
+                "downloading: save it again, or fetch it again with force_download=True."
+            ) from error
+        check_loading_info(name, info)
+        model.name_or_path = model.config.name_or_path = name
+        model._folder, model._commit, model._token, model._text_encoder = folder, commit, token, text_encoder
+        if not model.config.freeze_text_encoder:
+            model.load_text_encoder()
+        return (model, info) if wants_info else model
+
+    def save_pretrained(  # type: ignore[override]  # one more keyword than the base class
+        self,
+        save_directory: PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        *,
+        include_text_encoder: bool | None = None,
+        repo_id: str | None = None,
+        token: str | bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save to a folder: configuration, sharded safetensors with the normalisation statistics, model card.
+
+        The files are written beside the folder first and then moved in, so that a kill or a full disk leaves what was
+        there before.
+
+        Args:
+            save_directory: The folder.
+            is_main_process: Whether this process is the one that writes.
+            state_dict: The weights to write, where they are not simply this module's.
+            push_to_hub: Whether to push to the Hub afterwards, to `repo_id`.
+            include_text_encoder: Whether to put the text encoder into `text_encoder/` as well, which makes the
+                generator self-contained. `None` leaves it as the configuration says. Always done for a text encoder
+                that was fitted too.
+            repo_id: Hub id to push to; `None` takes the folder's name.
+            token: Access token for the Hub.
+            kwargs: What any transformers model takes, `max_shard_size` for one.
+        """
+        if is_main_process:
+            carry = self.config.text_encoder_in_folder if include_text_encoder is None else include_text_encoder
+            carry = carry or not self.config.freeze_text_encoder
+            encoder = self.text_encoder if carry else None  # before anything is written: it may be missing
+            with staged_directory(save_directory) as staged:
+                weights = {
+                    key: value
+                    for key, value in (state_dict or self.state_dict()).items()
+                    if not key.startswith("text_encoder_module.")
+                }
+                with _text_encoder_in_folder(self.config, carry):
+                    super().save_pretrained(staged, state_dict=weights, **kwargs)
+                    if may_write_card(Path(save_directory)):
+                        (staged / CARD_NAME).write_text(self.model_card(), encoding="utf-8")
+                if encoder is not None:
+                    encoder.save_pretrained(staged / TEXT_ENCODER_FOLDER)
+                written = {path.name for path in staged.glob("model*.safetensors*")}
+            # transformers reads a single file before shards: what an earlier save left must not win over this one.
+            for path in Path(save_directory).glob("model*.safetensors*"):
+                if path.name not in written:
+                    path.unlink()
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(save_directory).name, token=token)
+
+    def push_to_hub(  # type: ignore[override]  # the model card is ours
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        include_text_encoder: bool | None = None,
+    ) -> CommitInfo:
+        """Save the generator and upload it to the Hub.
+
+        Args:
+            repo_id: Hub id, `"user/name"`.
+            commit_message: What the commit says.
+            commit_description: And its longer text.
+            private: Whether a new repository is private.
+            token: Access token.
+            revision: Branch to commit to.
+            create_pr: Whether to open a pull request rather than commit.
+            max_shard_size: Largest weights file.
+            include_text_encoder: See [`save_pretrained`].
+
+        Returns:
+            The Hub's description of the commit.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size, include_text_encoder=include_text_encoder)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message or "Upload PromptConditionedLoraGenerator",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    def model_card(self) -> str:
+        """The text of the README.md that is saved along."""
+        size = sum(parameter.numel() for parameter in self.decoder.parameters())
+        return generator_card(self.config, num_parameters=size, measured=self.config.measured)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Loaded tensors carry transformers' flag; from_pretrained refuses partial loads, so it is all or nothing.
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
+            return
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
+@contextmanager
+def _text_encoder_in_folder(config: PromptConditionedLoraGeneratorConfig, carried: bool) -> Iterator[None]:
+    before = config.text_encoder_in_folder
+    config.text_encoder_in_folder = carried
+    try:
+        yield
+    finally:
+        config.text_encoder_in_folder = before
+
+
+AutoConfig.register(PromptConditionedLoraGeneratorConfig.model_type, PromptConditionedLoraGeneratorConfig, exist_ok=True)
+AutoModel.register(PromptConditionedLoraGeneratorConfig, PromptConditionedLoraGenerator, exist_ok=True)
