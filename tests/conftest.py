@@ -41,7 +41,7 @@ from peft_dnd import (
 from peft_dnd.collection import PairWriter
 
 
-WORDS = "what is the capital river colour of a law medicine tax court doctor please answer in one word ? . ,".split()
+WORDS = ["what", "is", "the", "capital", "river", "colour", "of", "a", "law", "medicine", "tax", "court", "doctor", "please", "answer", "in", "one", "word", "?", ".", ","]
 LORA_CONFIG = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
 
 

@@ -20,11 +20,17 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import init_empty_weights
-from generators import TOKENS, assert_untouched, logits, snapshot
+from live_models import TOKENS, assert_untouched, logits, snapshot
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForQuestionAnswering, LlamaForSequenceClassification, LlamaModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForQuestionAnswering,
+    LlamaForSequenceClassification,
+    LlamaModel,
+)
 
 from peft_dnd.adapter import GeneratedAdapter
 from peft_dnd.errors import BaseModelMismatchError, LayoutError, WeightValueError
@@ -34,7 +40,7 @@ from peft_dnd.lora import live_state_dict
 from peft_dnd.matching import match_modules
 
 
-pytest_plugins = ("generators",)
+pytest_plugins = ("adapter_fixtures",)
 
 FreshBase = Callable[[], nn.Module]
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from generators import assert_untouched, snapshot
+from live_models import assert_untouched, snapshot
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -208,9 +208,7 @@ def test_modules_to_save_must_not_cover_an_adapted_module(base_model: nn.Module)
         lora_config_for(base_model, layout, names, settings={"modules_to_save": ["lm_head"]})
 
 
-def one_module(
-    name: str, shape_a: tuple[int, ...], shape_b: tuple[int, ...], kind: str = "linear"
-) -> AdapterLayout:
+def one_module(name: str, shape_a: tuple[int, ...], shape_b: tuple[int, ...], kind: str = "linear") -> AdapterLayout:
     return AdapterLayout((LoraModule(name, kind, shape_a, shape_b, alpha=4),))
 
 

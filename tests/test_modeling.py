@@ -431,7 +431,9 @@ def test_to_the_hub_and_back(generator: PromptConditionedLoraGenerator, hub: Hub
             PromptConditionedLoraGenerator.from_pretrained(name)
 
 
-def test_moves_between_dtypes_and_devices(generator: PromptConditionedLoraGenerator, fresh_base: Callable[[], nn.Module]) -> None:
+def test_moves_between_dtypes_and_devices(
+    generator: PromptConditionedLoraGenerator, fresh_base: Callable[[], nn.Module]
+) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     expected = generator.generate_adapter(PROMPTS).state_dict()

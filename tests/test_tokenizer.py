@@ -53,9 +53,7 @@ def slow_encode(layout: AdapterLayout, state: dict[str, torch.Tensor], width: in
     """The definition, chunk by chunk and number by number."""
     tokens = []
     for tensor in layout.tensors:
-        matrix = state[tensor.key].reshape(
-            (tensor.rank, -1) if tensor.side == "A" else (-1, tensor.rank)
-        )
+        matrix = state[tensor.key].reshape((tensor.rank, -1) if tensor.side == "A" else (-1, tensor.rank))
         rows = matrix if tensor.side == "A" else matrix.t()
         for start in range(0, tensor.long_size, width):
             token = torch.zeros(layout.max_rank, width)
@@ -112,7 +110,9 @@ def test_decoding_is_differentiable(layout: AdapterLayout) -> None:
     assert torch.allclose(grid.grad, 2 * grid * tokenizer.valid_mask())
 
 
-@pytest.mark.parametrize("sizes", [(896, 4864, 24, 14, 2, 128), (1536, 8960, 28, 12, 2, 256), (3584, 18944, 28, 28, 4, 512)])
+@pytest.mark.parametrize(
+    "sizes", [(896, 4864, 24, 14, 2, 128), (1536, 8960, 28, 12, 2, 256), (3584, 18944, 28, 28, 4, 512)]
+)
 def test_chunk_widths_of_the_paper(sizes: tuple[int, ...]) -> None:
     hidden, intermediate, _, heads, kv_heads, width = sizes
     kv_size = hidden // heads * kv_heads

@@ -85,7 +85,9 @@ class GeneratedAdapter:
         self._layout = layout
         self._state_dict = {tensor.key: state_dict[tensor.key].detach() for tensor in layout.tensors}
         try:
-            self._provenance: dict[str, Any] = json.loads(json.dumps(dict(provenance or {}), allow_nan=False))
+            self._provenance: dict[str, Any] = json.loads(
+                json.dumps(dict(provenance or {}), allow_nan=False, sort_keys=True)
+            )
         except (TypeError, ValueError) as error:
             raise GeneratorConfigError(
                 f"An adapter's provenance must be JSON: {error}. Got {provenance!r}."
@@ -114,10 +116,10 @@ class GeneratedAdapter:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The matrices under the keys of PEFT's `adapter_model.safetensors`, module by module, A before B.
 
-        This is what `peft.set_peft_model_state_dict` and inference servers take. The dictionary is new at every call;
-        the tensors are the adapter's own, so copy them before changing them.
+        This is what `peft.set_peft_model_state_dict` and inference servers take. The tensors are copies: PEFT's
+        hot-swap and its `low_cpu_mem_usage` put the very tensors that they are given into the model.
         """
-        return dict(self._state_dict)
+        return {key: tensor.clone() for key, tensor in self._state_dict.items()}
 
     def to(self, dtype: torch.dtype) -> GeneratedAdapter:
         """The same adapter in another floating-point dtype.

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +139,9 @@ class CheckpointCollector(TrainerCallback):
         if self.common_initialization and state.global_step == 0:
             initialization = self._initialize(model, optimizer, is_main=writer is not None)
         if writer is not None:
-            writer.begin(initialization)
-            self._writer = writer
             self._planned = planned_steps(state.max_steps, self.last, self.every)
+            writer.begin(initialization, self._planned)
+            self._writer = writer
             logger.info("Keeping the adapter at %d steps, %s.", len(self._planned), _range_in_words(self._planned))
         self._begun = True
 
@@ -267,19 +267,21 @@ class PairWriter:
                 "overwrite=True to collect it again, or name another folder."
             )
 
-    def begin(self, initialization: str | None = None) -> None:
+    def begin(self, initialization: str | None = None, planned: Collection[int] | None = None) -> None:
         """Lay out the folder, without what it held before that is not kept.
 
         Args:
             initialization: What [`use_common_initialization`] returned, if the adapter was started with it. A resumed
                 run has told already.
+            planned: The steps that are to be kept, if that is known: a resumed run then drops what it kept of others.
         """
         self._begun = True
         if initialization is not None:
             self._record = dataclasses.replace(self._record, initialization=initialization)
         # First of all, so that whatever stops the rest, the folder does not pass for a finished one.
         write_task(self.folder, self._record)
-        remove_checkpoints(self.folder, keep=[s for s in stored_steps(self.folder) if s <= self._last_kept_step])
+        before = [step for step in stored_steps(self.folder) if step <= self._last_kept_step]
+        remove_checkpoints(self.folder, keep=[step for step in before if planned is None or step in planned])
         write_prompts(self.folder, self.prompts)
         with staged_directory(self.folder) as staged:
             self.layout.lora_config().save_pretrained(str(staged))

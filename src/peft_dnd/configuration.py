@@ -175,8 +175,8 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
             GeneratorConfigError: If a value is impossible.
         """
         if isinstance(text_encoder, str):
-            name = text_encoder
-            encoder: TextEncoder = SentenceTransformerTextEncoder.from_pretrained(name, revision=text_encoder_revision)
+            name: str | None = text_encoder
+            encoder: TextEncoder = SentenceTransformerTextEncoder.from_pretrained(text_encoder, revision=text_encoder_revision)
         else:
             encoder, name = text_encoder, text_encoder.name_or_path
         layout = adapters if isinstance(adapters, AdapterLayout) else adapters.layout

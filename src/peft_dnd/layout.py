@@ -306,7 +306,7 @@ class AdapterLayout:
         targets = self.target_modules if self.target_modules is not None else tuple(names.values())
         return LoraConfig(
             r=rank,
-            lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
+            lora_alpha=alpha,
             target_modules=targets if isinstance(targets, str) else list(targets),
             rank_pattern={re.escape(names[m.name]): m.rank for m in self.modules if m.rank != rank},
             alpha_pattern={re.escape(names[m.name]): m.alpha for m in self.modules if m.alpha != alpha},

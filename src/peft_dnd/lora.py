@@ -177,7 +177,8 @@ def live_matrices(layer: LoraLayer, adapter_name: str) -> tuple[str, torch.Tenso
     """A live layer's kind, A and B; the tensors are the parameters themselves."""
     if adapter_name in layer.lora_embedding_A:
         return "embedding", layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
-    return "linear", layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    matrix_a, matrix_b = (matrices[adapter_name].get_parameter("weight") for matrices in (layer.lora_A, layer.lora_B))
+    return "linear", matrix_a, matrix_b
 
 
 def live_state_dict(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -206,6 +207,6 @@ def inject_on_meta(lora_config: LoraConfig, base_model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
     for buffer in base_model.buffers():
         memo[id(buffer)] = buffer.to("meta")
-    skeleton = inject_adapter_in_model(config, copy.deepcopy(base_model, memo), "default", low_cpu_mem_usage=True)
+    skeleton: Any = inject_adapter_in_model(config, copy.deepcopy(base_model, memo), "default", low_cpu_mem_usage=True)
     skeleton.peft_config = {"default": config}
     return skeleton

@@ -111,6 +111,8 @@ def _encoder_name(config: PromptConditionedLoraGeneratorConfig) -> str:
 def _measured_section(measured: Mapping[str, Any]) -> str:
     if not measured:
         return "Nothing has been measured of this generator yet."
-    rows = [f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
-            for name, value in measured.items()]
+    rows = [
+        f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
+        for name, value in measured.items()
+    ]
     return "\n".join(["| metric | value |", "| --- | --- |", *rows])

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from huggingface_hub import CommitInfo, HfApi
@@ -29,29 +29,25 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from .adapter import GeneratedAdapter
-from .configuration import PromptConditionedLoraGeneratorConfig, condition_size
-from .decoders import build_decoder
+from .conditioning import TEXT_ENCODER_FOLDER, PromptReadingMixin
+from .configuration import PromptConditionedLoraGeneratorConfig
+from .decoders import Decoder, build_decoder
 from .errors import (
     CorruptFileError,
     GeneratorNotFoundError,
     NotFittedError,
-    TextEncoderError,
     WeightValueError,
 )
 from .files import PathLike, staged_directory
 from .hub import check_loading_info, resolve_generator
 from .model_card import CARD_NAME, generator_card, may_write_card
-from .prompts import TokenStates, check_prompts, prompts_digest, select_prompts
-from .sentence_transformer import SentenceTransformerTextEncoder
+from .prompts import check_prompts, prompts_digest
 from .text_encoder import TextEncoder
 from .tokenizer import WeightNormalization, WeightTokenizer
 from .version import __version__
 
 
-TEXT_ENCODER_FOLDER = "text_encoder"
-
-
-class PromptConditionedLoraGenerator(PreTrainedModel):
+class PromptConditionedLoraGenerator(PromptReadingMixin, PreTrainedModel):
     """Writes the LoRA adapter of a task from a handful of its unlabelled prompts, in one forward pass.
 
     The method is Drag-and-Drop LLMs (arXiv 2506.16406): a text encoder turns the prompts into condition states, a
@@ -78,17 +74,16 @@ class PromptConditionedLoraGenerator(PreTrainedModel):
     _no_split_modules = ["HyperConvolutionLayer"]  # noqa: RUF012 (transformers' own convention)
     _keep_in_fp32_modules_strict = {"normalization"}  # noqa: RUF012 (transformers' own convention)
 
-    def __init__(
-        self, config: PromptConditionedLoraGeneratorConfig, text_encoder: TextEncoder | None = None
-    ) -> None:
+    def __init__(self, config: PromptConditionedLoraGeneratorConfig, text_encoder: TextEncoder | None = None) -> None:
         super().__init__(config)
         self.weight_tokenizer: WeightTokenizer = config.weight_tokenizer()
         token_shape = self.weight_tokenizer.grid_shape
-        self.decoder = build_decoder(config.decoder_type, config.condition_shape, token_shape, config.decoder_config)
+        decoder = build_decoder(config.decoder_type, config.condition_shape, token_shape, config.decoder_config)
+        self.decoder = decoder
         self.normalization = WeightNormalization(token_shape)
         # A rule may change between versions, a fitted generator may not: what was derived is written down.
         config.chunk_width = self.weight_tokenizer.chunk_width
-        config.decoder_config = {**config.decoder_config, **self.decoder.resolved_settings}
+        config.decoder_config = {**config.decoder_config, **cast("Decoder", decoder).resolved_settings}
         self._text_encoder = text_encoder
         # Where the generator was loaded from, if it was: its folder here, its commit on the Hub, and the token used.
         self._folder: Path | None = None
@@ -97,50 +92,6 @@ class PromptConditionedLoraGenerator(PreTrainedModel):
         self.post_init()
         if text_encoder is not None and not config.freeze_text_encoder:
             self.load_text_encoder()
-
-    @property
-    def text_encoder(self) -> TextEncoder:
-        """The text encoder, loaded at first need.
-
-        Raises:
-            TextEncoderError: If it cannot be loaded, or its width is not the configuration's.
-        """
-        return self.load_text_encoder()
-
-    def load_text_encoder(self) -> TextEncoder:
-        """Load the text encoder if it is not loaded yet; if it is to be fitted too, make it part of this module."""
-        if self._text_encoder is None:
-            self._text_encoder = self._find_text_encoder()
-        encoder = self._text_encoder
-        size = condition_size(encoder, self.config.condition)
-        if size != self.config.condition_size:
-            raise TextEncoderError(
-                f"The text encoder {encoder.name_or_path!r} gives {self.config.condition} of width {size}; the "
-                f"generator was built for {self.config.condition_size}. Use the text encoder it was built with."
-            )
-        if not self.config.freeze_text_encoder and "text_encoder_module" not in self._modules:
-            encoder.trainable = True
-            self.text_encoder_module = encoder.module
-        return encoder
-
-    def _find_text_encoder(self) -> TextEncoder:
-        config = self.config
-        if config.text_encoder_in_folder and self._folder is not None:
-            folder = self._folder / TEXT_ENCODER_FOLDER
-            if not folder.is_dir():
-                raise TextEncoderError(
-                    f"The generator is to carry its text encoder in {str(folder)!r}, and that folder is missing. Save "
-                    "the generator again with save_pretrained(..., include_text_encoder=True)."
-                )
-            return SentenceTransformerTextEncoder.from_pretrained(str(folder))
-        if config.text_encoder is None:
-            raise TextEncoderError(
-                "The configuration names no text encoder. Set config.text_encoder to a sentence-transformers model, "
-                "or pass PromptConditionedLoraGenerator(config, text_encoder=...)."
-            )
-        return SentenceTransformerTextEncoder.from_pretrained(
-            config.text_encoder, revision=config.text_encoder_revision, token=self._token
-        )
 
     def forward(
         self,
@@ -167,34 +118,13 @@ class PromptConditionedLoraGenerator(PreTrainedModel):
             raise ValueError("forward needs condition_states and condition_mask, or prompts; it got neither.")
         return self.decoder(condition_states.to(self.dtype), condition_mask)
 
-    def encode_prompts(self, prompts: Sequence[str], *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read a task's prompts into what `forward` takes for one task.
-
-        Args:
-            prompts: Any number of prompts; which N of them are read is decided by [`select_prompts`].
-            seed: Seed of that choice.
-
-        Returns:
-            States of shape (N, L, C), float32, and their bool mask of shape (N, L), on the CPU.
-        """
-        chosen = [prompts[i] for i in select_prompts(len(prompts), self.config.num_prompts, seed).tolist()]
-        distinct = list(dict.fromkeys(chosen))
-        states = self.read_states(self.text_encoder, distinct)
-        position = {prompt: i for i, prompt in enumerate(distinct)}
-        return states.select(torch.tensor([position[prompt] for prompt in chosen]), self.config.max_prompt_length)
-
-    def read_states(self, encoder: TextEncoder, prompts: Sequence[str]) -> TokenStates:
-        """The states of prompts in the form that `config.condition` asks for."""
-        if self.config.condition == "sentence_embeddings":
-            vectors = encoder.encode_sentences(prompts)
-            return TokenStates(vectors, torch.arange(len(vectors) + 1, device=vectors.device))
-        return encoder.encode_tokens(prompts)
-
     @overload
     def generate_adapter(self, prompts: Sequence[str], *, seed: int = 0) -> GeneratedAdapter: ...
 
     @overload
-    def generate_adapter(self, prompts: Mapping[str, Sequence[str]], *, seed: int = 0) -> dict[str, GeneratedAdapter]: ...
+    def generate_adapter(
+        self, prompts: Mapping[str, Sequence[str]], *, seed: int = 0
+    ) -> dict[str, GeneratedAdapter]: ...
 
     def generate_adapter(
         self, prompts: Sequence[str] | Mapping[str, Sequence[str]], *, seed: int = 0
@@ -221,9 +151,7 @@ class PromptConditionedLoraGenerator(PreTrainedModel):
             return self.generate_adapters(prompts, seed=seed)
         return self._generate_one(check_prompts(prompts), seed)
 
-    def generate_adapters(
-        self, prompts: Mapping[str, Sequence[str]], *, seed: int = 0
-    ) -> dict[str, GeneratedAdapter]:
+    def generate_adapters(self, prompts: Mapping[str, Sequence[str]], *, seed: int = 0) -> dict[str, GeneratedAdapter]:
         """Write the adapters of many tasks; see [`generate_adapter`]. All prompts are checked before the first is read.
 
         Args:
@@ -240,10 +168,10 @@ class PromptConditionedLoraGenerator(PreTrainedModel):
                 "This generator has never been fitted, so its adapters would mean nothing. Fit it with DnDTrainer, or "
                 "load a fitted one with from_pretrained."
             )
-        states, mask = self.encode_prompts(prompts, seed=seed)
         was_training = self.training
         self.eval()
         try:
+            states, mask = self.encode_prompts(prompts, seed=seed)
             tokens = self(states[None].to(self.device), mask[None].to(self.device))[0]
             grid = self.normalization.denormalize(tokens.to(self.normalization.mean.device)).cpu()
         finally:
@@ -253,7 +181,9 @@ class PromptConditionedLoraGenerator(PreTrainedModel):
                 "The generator wrote NaN or infinity. Its weights are damaged, or float16 overflowed: load it in "
                 "float32 or bfloat16."
             )
-        return GeneratedAdapter(self.config.adapter_layout, self.weight_tokenizer.decode(grid), self._provenance(prompts, seed))
+        return GeneratedAdapter(
+            self.config.adapter_layout, self.weight_tokenizer.decode(grid), self._provenance(prompts, seed)
+        )
 
     def _provenance(self, prompts: tuple[str, ...], seed: int) -> dict[str, Any]:
         return {
@@ -278,7 +208,7 @@ class PromptConditionedLoraGenerator(PreTrainedModel):
         local_files_only: bool = False,
         text_encoder: TextEncoder | None = None,
         **kwargs: Any,
-    ) -> PromptConditionedLoraGenerator:
+    ) -> Any:
         """Load a generator from a folder or the Hub.
 
         Args:
@@ -292,6 +222,9 @@ class PromptConditionedLoraGenerator(PreTrainedModel):
             local_files_only: Whether to do without the network.
             text_encoder: A loaded text encoder to use in place of the one that the configuration names.
             kwargs: What any transformers model takes: `dtype` (or `torch_dtype`), `device_map`, ...
+
+        Returns:
+            The generator, in evaluation mode; with `output_loading_info=True` a pair of it and what was loaded.
 
         Raises:
             GeneratorNotFoundError: If there is no generator there.
@@ -311,7 +244,7 @@ class PromptConditionedLoraGenerator(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         config = kwargs.pop("config", None) or PromptConditionedLoraGeneratorConfig.from_pretrained(folder)
         try:
-            model, info = super().from_pretrained(
+            loaded: Any = super().from_pretrained(
                 folder,
                 *model_args,
                 config=config,
@@ -330,6 +263,7 @@ class PromptConditionedLoraGenerator(PreTrainedModel):
                 f"The weights of the generator {name!r} cannot be read ({error}). A file was cut short in writing or "
                 "downloading: save it again, or fetch it again with force_download=True."
             ) from error
+        model, info = loaded
         check_loading_info(name, info)
         model.name_or_path = model.config.name_or_path = name
         model._folder, model._commit, model._token, model._text_encoder = folder, commit, token, text_encoder
@@ -443,8 +377,9 @@ class PromptConditionedLoraGenerator(PreTrainedModel):
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if any(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
             return
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
 
 
 @contextmanager
@@ -457,5 +392,7 @@ def _text_encoder_in_folder(config: PromptConditionedLoraGeneratorConfig, carrie
         config.text_encoder_in_folder = before
 
 
-AutoConfig.register(PromptConditionedLoraGeneratorConfig.model_type, PromptConditionedLoraGeneratorConfig, exist_ok=True)
+AutoConfig.register(
+    PromptConditionedLoraGeneratorConfig.model_type, PromptConditionedLoraGeneratorConfig, exist_ok=True
+)
 AutoModel.register(PromptConditionedLoraGeneratorConfig, PromptConditionedLoraGenerator, exist_ok=True)

@@ -53,7 +53,7 @@ class SentenceTransformerTextEncoder:
     the call, their number or order, nor on other calls or on autocast. Nothing is ever padded; prompts of equal token
     length go through the model together, in blocks of `max(1, block_tokens // length)` prompts, and a block with too
     few is filled up with copies, so that all prompts of one length meet the same kernels on the same shapes. That a
-    kernel treats each row of a block alike was measured (CPU, float32, 1 and 2 threads: no byte of
+    kernel treats each row of a block alike was measured (CPU, float32, 1, 2 and 4 threads: no byte of
     all-MiniLM-L6-v2 differed), but kernel libraries do not promise it, least of all on a GPU;
     `block_tokens=1` encodes each prompt alone and so does not rely on it. Across machines, devices, thread counts
     and library versions, the states agree to about 1e-5, not to the byte.
@@ -309,7 +309,7 @@ class SentenceTransformerTextEncoder:
         instruction = self.module.prompts.get(self.module.default_prompt_name or "", "") or None
         if hasattr(self.module, "preprocess"):
             return self.module.preprocess(texts, prompt=instruction)
-        # sentence-transformers before 5.4 has only this name for it, and no argument for the instruction.
+        # The oldest sentence-transformers that is supported, 5.2, has another name for it and takes no instruction.
         return self.module.tokenize([(instruction or "") + text for text in texts])
 
     def _token_lengths(self, prompts: tuple[str, ...]) -> list[int | None]:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Sampler
@@ -27,6 +28,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from .adapter import GeneratedAdapter
+from .conditioning import TEXT_ENCODER_FOLDER
 from .data import PromptCheckpointCollator, PromptCheckpointDataset, task_balanced_grids, token_spread
 from .errors import LayoutError
 from .evaluation import score_generated
@@ -34,6 +36,7 @@ from .files import write_text
 from .losses import add_noise, masked_mse
 from .model_card import CARD_NAME
 from .modeling import PromptConditionedLoraGenerator
+from .sentence_transformer import SentenceTransformerTextEncoder
 from .text_encoder import PromptEmbeddingCache
 from .tokenizer import weight_statistics
 from .training_args import DnDTrainingArguments
@@ -85,6 +88,7 @@ class DnDTrainer(Trainer):
         for what, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             _check_layout(model, dataset, what)
         self.generator = model
+        self.pairs = train_dataset
         self.adapter_scorer = adapter_scorer
         self.embeddings = PromptEmbeddingCache(model.text_encoder, read=model.read_states)
         self._collator = PromptCheckpointCollator(
@@ -111,11 +115,10 @@ class DnDTrainer(Trainer):
         """Fit the generator; arguments as for `Trainer.train`, `resume_from_checkpoint` for one."""
         self._prepare()
         output = super().train(*args, **kwargs)
-        pairs: PromptCheckpointDataset = self.train_dataset
         self.generator.config.measured.update(
             {
-                "training tasks": len(pairs.tasks),
-                "training checkpoints": len(pairs),
+                "training tasks": len(self.pairs.tasks) if self.pairs else 0,
+                "training checkpoints": len(self.pairs) if self.pairs else 0,
                 "steps": self.state.global_step,
                 "seconds of fitting": round(output.metrics["train_runtime"], 1),
                 "training loss": output.training_loss,
@@ -125,11 +128,16 @@ class DnDTrainer(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: PromptCheckpointDataset | None = None,
+        eval_dataset: Any = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Measure the generator on held-out tasks.
+
+        Args:
+            eval_dataset: Their pairs; those given to the trainer by default.
+            ignore_keys: As for `Trainer`.
+            metric_key_prefix: What the metrics' names begin with.
 
         Returns:
             `eval_loss`: the mean squared error of the normalised tokens, unweighted; `eval_mean_adapter_loss`: the
@@ -195,11 +203,10 @@ class DnDTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[tuple[int, int]] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return None if dataset is None else EpochSampler(len(dataset), seed)
+        return EpochSampler(len(dataset), seed) if isinstance(dataset, PromptCheckpointDataset) else None
 
     def _prepare(self) -> None:
-        pairs = self.train_dataset
-        generator = self.generator
+        pairs, generator = self.pairs, self.generator
         if pairs is not None and not generator.normalization.fitted and generator.config.normalization != "none":
             generator.normalization.set_statistics(
                 *weight_statistics(generator.weight_tokenizer, task_balanced_grids(pairs, generator.weight_tokenizer))
@@ -216,16 +223,30 @@ class DnDTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # As Trainer does, but the arguments go beside the weights as JSON rather than as a pickle.
-        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         if not self.args.should_save:
             return
         self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
         write_text(folder / "training_args.json", self.args.to_json_string())
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_text_encoder(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_text_encoder(str(self.state.best_model_checkpoint))
+
+    def _load_text_encoder(self, checkpoint: str) -> None:
+        # A text encoder that is fitted too is saved beside the weights, in a folder of its own.
+        if not self.generator.config.freeze_text_encoder:
+            saved = SentenceTransformerTextEncoder.from_pretrained(str(Path(checkpoint, TEXT_ENCODER_FOLDER)))
+            self.generator.text_encoder.module.load_state_dict(saved.module.state_dict())
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the generator's own card, with what was measured, in place of the Trainer's."""
         if self.is_world_process_zero():
-            write_text(Path(self.args.output_dir) / CARD_NAME, self.generator.model_card())
+            write_text(Path(str(self.args.output_dir)) / CARD_NAME, self.generator.model_card())
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -258,7 +279,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 def _compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    return {"mean_adapter_loss": float(prediction.predictions[:, 1].mean())}
+    return {"mean_adapter_loss": float(np.asarray(prediction.predictions)[:, 1].mean())}
 
 
 def _check_layout(model: PromptConditionedLoraGenerator, dataset: Any, what: str) -> None:

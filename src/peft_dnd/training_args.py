@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
@@ -53,7 +53,7 @@ class DnDTrainingArguments(TrainingArguments):
     label_names: list[str] | None = field(
         default_factory=lambda: ["target_tokens"], metadata={"help": "Must stay as it is."}
     )
-    loss_weighting: str = field(
+    loss_weighting: Literal["between_task", "within_task", "none"] = field(
         default="between_task", metadata={"help": f"What weighs the tokens in the loss, one of {LOSS_WEIGHTINGS}."}
     )
     condition_noise: float = field(default=1e-4, metadata={"help": "Noise on the condition states."})
@@ -67,6 +67,8 @@ class DnDTrainingArguments(TrainingArguments):
             )
         for name in ("condition_noise", "target_noise"):
             if getattr(self, name) < 0:
-                raise GeneratorConfigError(f"{name} is a standard deviation, so at least 0; got {getattr(self, name)}.")
+                raise GeneratorConfigError(
+                    f"{name} is a standard deviation, so at least 0; got {getattr(self, name)}."
+                )
         if self.remove_unused_columns:
             raise GeneratorConfigError("remove_unused_columns must be False: a pair has no columns to remove.")

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from ..errors import GeneratorConfigError
@@ -31,7 +32,18 @@ from .cascade import derive_cascade
 from .hyper_convolution import HyperConvolutionDecoder, HyperConvolutionLayer
 
 
-__all__ = ["DECODERS", "HyperConvolutionDecoder", "HyperConvolutionLayer", "build_decoder", "derive_cascade"]
+__all__ = ["DECODERS", "Decoder", "HyperConvolutionDecoder", "HyperConvolutionLayer", "build_decoder", "derive_cascade"]
+
+class Decoder(Protocol):
+    """What a generator asks of its decoder, which is a `torch.nn.Module` besides."""
+
+    @property
+    def resolved_settings(self) -> dict[str, Any]:
+        """The settings that build this very decoder, whatever rule a later version fills gaps by."""
+
+    def __call__(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Condition states (B, N, L, C) and their mask (B, N, L) to normalised tokens (B, N_w, L_w, C_w)."""
+
 
 DECODERS: dict[str, type[nn.Module]] = {"hyper_convolution": HyperConvolutionDecoder}
 

@@ -1,0 +1,111 @@
+# Copyright 2026 The peft_dnd authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""From prompts to what a decoder reads: the half of the generator that holds the text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .configuration import PromptConditionedLoraGeneratorConfig, condition_size
+from .errors import TextEncoderError
+from .prompts import TokenStates, select_prompts
+from .sentence_transformer import SentenceTransformerTextEncoder
+from .text_encoder import TextEncoder
+
+
+TEXT_ENCODER_FOLDER = "text_encoder"
+
+
+class PromptReadingMixin(nn.Module):
+    """Gives a generator its text encoder, which is loaded at first need.
+
+    A frozen text encoder is kept beside the module, not in it: it is neither saved with the weights nor counted among
+    the parameters. One that is to be fitted too becomes the submodule `text_encoder_module`.
+    """
+
+    config: PromptConditionedLoraGeneratorConfig
+    _text_encoder: TextEncoder | None
+    _folder: Path | None
+    _token: str | bool | None
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """The text encoder, loaded at first need.
+
+        Raises:
+            TextEncoderError: If it cannot be loaded, or its width is not the configuration's.
+        """
+        return self.load_text_encoder()
+
+    def load_text_encoder(self) -> TextEncoder:
+        """Load the text encoder if it is not loaded yet; if it is to be fitted too, make it part of this module."""
+        if self._text_encoder is None:
+            self._text_encoder = self._find_text_encoder()
+        encoder = self._text_encoder
+        size = condition_size(encoder, self.config.condition)
+        if size != self.config.condition_size:
+            raise TextEncoderError(
+                f"The text encoder {encoder.name_or_path!r} gives {self.config.condition} of width {size}; the "
+                f"generator was built for {self.config.condition_size}. Use the text encoder it was built with."
+            )
+        if not self.config.freeze_text_encoder and "text_encoder_module" not in self._modules:
+            encoder.trainable = True
+            self.text_encoder_module = encoder.module
+        return encoder
+
+    def _find_text_encoder(self) -> TextEncoder:
+        config = self.config
+        if config.text_encoder_in_folder and self._folder is not None:
+            folder = self._folder / TEXT_ENCODER_FOLDER
+            if not folder.is_dir():
+                raise TextEncoderError(
+                    f"The generator is to carry its text encoder in {str(folder)!r}, and that folder is missing. Save "
+                    "the generator again with save_pretrained(..., include_text_encoder=True)."
+                )
+            return SentenceTransformerTextEncoder.from_pretrained(str(folder))
+        if config.text_encoder is None:
+            raise TextEncoderError(
+                "The configuration names no text encoder. Set config.text_encoder to a sentence-transformers model, "
+                "or pass PromptConditionedLoraGenerator(config, text_encoder=...)."
+            )
+        return SentenceTransformerTextEncoder.from_pretrained(
+            config.text_encoder, revision=config.text_encoder_revision, token=self._token
+        )
+
+    def encode_prompts(self, prompts: Sequence[str], *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read a task's prompts into what `forward` takes for one task.
+
+        Args:
+            prompts: Any number of prompts; which N of them are read is decided by [`select_prompts`].
+            seed: Seed of that choice.
+
+        Returns:
+            States of shape (N, L, C), float32, and their bool mask of shape (N, L), on the CPU.
+        """
+        chosen = [prompts[i] for i in select_prompts(len(prompts), self.config.num_prompts, seed).tolist()]
+        distinct = list(dict.fromkeys(chosen))
+        states = self.read_states(self.text_encoder, distinct)
+        position = {prompt: i for i, prompt in enumerate(distinct)}
+        return states.select(torch.tensor([position[prompt] for prompt in chosen]), self.config.max_prompt_length)
+
+    def read_states(self, encoder: TextEncoder, prompts: Sequence[str]) -> TokenStates:
+        """The states of prompts in the form that `config.condition` asks for."""
+        if self.config.condition == "sentence_embeddings":
+            vectors = encoder.encode_sentences(prompts)
+            return TokenStates(vectors, torch.arange(len(vectors) + 1, device=vectors.device))
+        return encoder.encode_tokens(prompts)
