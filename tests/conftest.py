@@ -41,6 +41,9 @@ from peft_dnd import (
 from peft_dnd.collection import PairWriter
 
 
+# The matrices here are tiny: threads would only wait for one another, and badly where cores are shared.
+torch.set_num_threads(1)
+
 WORDS = ["what", "is", "the", "capital", "river", "colour", "of", "a", "law", "medicine", "tax", "court", "doctor", "please", "answer", "in", "one", "word", "?", ".", ","]
 LORA_CONFIG = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
 

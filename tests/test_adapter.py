@@ -39,6 +39,7 @@ from torch import nn
 from peft_dnd.adapter import PROVENANCE_NAME, GeneratedAdapter
 from peft_dnd.errors import CorruptFileError, GeneratorConfigError, LayoutError, WeightValueError
 from peft_dnd.layout import AdapterLayout
+from peft_dnd.lora import live_state_dict
 from peft_dnd.model_card import GENERATED_MARK
 
 
@@ -61,6 +62,21 @@ def test_nothing_about_it_can_be_set(adapter: GeneratedAdapter) -> None:
     assert adapter.num_parameters == sum(tensor.numel() for tensor in adapter.state_dict().values())
     assert type(adapter.peft_config) is LoraConfig
     assert not adapter.peft_config.inference_mode
+
+
+def test_no_tensor_is_shared_with_the_outside(adapter: GeneratedAdapter, fresh_base: FreshBase) -> None:
+    given = adapter.state_dict()
+    made = GeneratedAdapter(adapter.layout, given, {})
+    for tensor in given.values():
+        tensor.zero_()
+    for tensor in made.state_dict().values():
+        tensor.zero_()
+    model = get_peft_model(fresh_base(), adapter.peft_config, low_cpu_mem_usage=True)
+    set_peft_model_state_dict(model, made.state_dict(), low_cpu_mem_usage=True)  # assigns the tensors themselves
+    with torch.no_grad():
+        for parameter in live_state_dict(model, "default").values():
+            parameter.add_(1.0)
+    assert all(torch.equal(tensor, adapter.state_dict()[key]) for key, tensor in made.state_dict().items())
 
 
 def test_what_is_no_adapter_is_refused(adapter: GeneratedAdapter) -> None:
@@ -98,8 +114,10 @@ def test_it_is_saved_just_as_peft_saves_it(
     ours, theirs = (
         json.loads((folder / "adapter_config.json").read_text()) for folder in (Path(adapter_folder), tmp_path)
     )
+    assert ours["target_modules"] == sorted(ours["target_modules"])  # the same bytes in every process
     for config in (ours, theirs):
         config["target_modules"] = sorted(config["target_modules"])
+        config["base_model_name_or_path"] = config["base_model_name_or_path"] or None  # older PEFT versions write ""
     assert ours == theirs
     assert ours["inference_mode"] is True
     weights = [GeneratedAdapter.from_pretrained(folder).state_dict() for folder in (Path(adapter_folder), tmp_path)]

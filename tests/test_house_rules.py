@@ -47,8 +47,8 @@ ROOMS = [
     "configuration",
     "matching",
     "loading",
-    "adapter",
     "model_card",
+    "adapter",
     "hub",
     "conditioning",
     "modeling",
@@ -116,7 +116,9 @@ def test_every_file_is_short_and_licensed() -> None:
 
 def test_every_public_name_stands_in_the_reference() -> None:
     reference = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").rglob("*.md"))
-    missing = [name for name in peft_dnd.__all__ if not name.startswith("_") and not re.search(rf"\b{name}\b", reference)]
+    missing = [
+        name for name in peft_dnd.__all__ if not name.startswith("_") and not re.search(rf"\b{name}\b", reference)
+    ]
     assert not missing
 
 

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,7 @@ from peft_dnd.adapter import GeneratedAdapter
 from peft_dnd.dnd_config import DnDConfig
 from peft_dnd.layout import AdapterLayout
 from peft_dnd.lora import live_state_dict
+from peft_dnd.matching import BaseModelNameWarning
 from peft_dnd.modeling import PromptConditionedLoraGenerator
 
 
@@ -70,6 +73,7 @@ def test_get_peft_model(
     assert isinstance(model, PeftModelForCausalLM)
     assert_holds(model, "default", adapter)
     assert torch.equal(logits(model), expected)
+    before.base_model_name_or_path = config.base_model_name_or_path  # PEFT writes it there, as into any configuration
     assert config == before
     assert all(parameter.requires_grad for parameter in live_state_dict(model, "default").values())
 
@@ -213,6 +217,8 @@ def test_a_half_precision_base(dnd: MakeConfig, fresh_base: FreshBase, adapter: 
         assert all(
             torch.equal(live[key].bfloat16(), tensor.bfloat16()) for key, tensor in adapter.state_dict().items()
         )
+    model.add_adapter("law", dnd(), low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+    assert {tensor.dtype for tensor in live_state_dict(model, "law").values()} == {torch.bfloat16}
     assert torch.isfinite(logits(model)).all()
 
 
@@ -261,6 +267,22 @@ def test_auto_peft_model(dnd: MakeConfig, base_model: nn.Module, expected: torch
     assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
     model.save_pretrained(tmp_path / "adapter")
     torch.testing.assert_close(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")), expected)
+
+
+@pytest.mark.parametrize(("name", "categories"), [("org/base", []), ("org/other", [BaseModelNameWarning])])
+def test_only_a_base_of_another_name_is_warned_of(
+    name: str, categories: list[type], layout: AdapterLayout, generator_for: GeneratorFor, fresh_base: FreshBase
+) -> None:
+    generator = generator_for(replace(layout, base_model_name_or_path="org/base"))
+    config = DnDConfig(generator=generator, prompts=PROMPTS)
+    for use in (lambda base: get_peft_model(base, config), generator.generate_adapter(PROMPTS).load_into):
+        base = fresh_base()
+        base.name_or_path = name
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            model = use(base)
+        assert [warning.category for warning in caught if issubclass(warning.category, UserWarning)] == categories
+        assert model.peft_config["default"].base_model_name_or_path == name
 
 
 def test_models_are_copied_and_pickled(dnd: MakeConfig, fresh_base: FreshBase, expected: torch.Tensor) -> None:

@@ -135,7 +135,7 @@ def test_training_a_filled_adapter_leaves_the_generated_one_alone(
     before = copy.deepcopy(adapter.state_dict())
     for low_cpu_mem_usage in (False, True):
         model = get_peft_model(fresh_base(), adapter.peft_config, low_cpu_mem_usage=low_cpu_mem_usage)
-        fill_adapter(model, "default", adapter.layout, adapter.state_dict(), match_modules(model, adapter.layout))
+        adapter.load_into(model)
         with torch.no_grad():
             for parameter in live_state_dict(model, "default").values():
                 parameter.add_(1.0)

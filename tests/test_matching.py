@@ -44,6 +44,9 @@ from peft_dnd.matching import (
 )
 
 
+FreshBase = Callable[[], nn.Module]
+
+
 @pytest.mark.parametrize(
     ("head", "prefix"),
     [(LlamaModel, ""), (LlamaForQuestionAnswering, "transformer."), (LlamaForSequenceClassification, "model.")],
@@ -58,7 +61,7 @@ def test_the_same_module_is_found_under_every_head(
     assert set(match_modules(base_model, back).values()) == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
 
 
-def test_the_base_is_found_inside_wrappers(layout: AdapterLayout, fresh_base: Callable[[], nn.Module]) -> None:
+def test_the_base_is_found_inside_wrappers(layout: AdapterLayout, fresh_base: FreshBase) -> None:
     class Wrapper(nn.Module):
         def __init__(self, backbone: nn.Module) -> None:
             super().__init__()
@@ -84,7 +87,7 @@ def test_a_missing_module_is_named_with_what_there_is(layout: AdapterLayout, bas
     assert "org/two-layers" in str(error.value)
 
 
-def test_two_candidates_are_refused(layout: AdapterLayout, fresh_base: Callable[[], nn.Module]) -> None:
+def test_two_candidates_are_refused(layout: AdapterLayout, fresh_base: FreshBase) -> None:
     towers = nn.ModuleDict({"left": fresh_base(), "right": fresh_base()})
     with pytest.raises(BaseModelMismatchError, match=r"could be 'left\.model.* or 'right\.model"):
         match_modules(towers, layout)
@@ -96,8 +99,11 @@ def test_a_decoder_is_not_taken_for_an_encoder() -> None:
     layout = AdapterLayout.from_lora_config(regex, T5ForConditionalGeneration(config))
     with pytest.raises(BaseModelMismatchError, match=r"decoder\.block"):
         match_modules(T5EncoderModel(config), layout)
-    both = AdapterLayout.from_lora_config(LoraConfig(target_modules=["q"]), T5ForConditionalGeneration(config))
+    attention = LoraConfig(target_modules=r".*\.SelfAttention\.q")
+    both = AdapterLayout.from_lora_config(attention, T5ForConditionalGeneration(config))
     assert len(set(match_modules(T5ForConditionalGeneration(config), both).values())) == len(both.modules)
+    with pytest.raises(BaseModelMismatchError, match="would both be"):
+        match_modules(T5EncoderModel(config).encoder, both)
 
 
 def test_a_layer_number_stays_with_its_list() -> None:
@@ -147,7 +153,7 @@ def test_conv1d_of_gpt2_is_measured_the_right_way_round() -> None:
         check_fits(model(12), layout, match_modules(model(12), layout))
 
 
-def test_a_base_without_weights_is_refused(layout: AdapterLayout, fresh_base: Callable[[], nn.Module]) -> None:
+def test_a_base_without_weights_is_refused(layout: AdapterLayout, fresh_base: FreshBase) -> None:
     model = fresh_base().to("meta")
     with pytest.raises(BaseModelMismatchError, match="meta device"):
         check_fits(model, layout, match_modules(model, layout))
@@ -167,7 +173,7 @@ def test_a_base_without_weights_is_refused(layout: AdapterLayout, fresh_base: Ca
     ],
 )
 def test_another_base_of_the_same_shapes_is_warned_of(
-    fitted: str | None, found: str, warns: bool, layout: AdapterLayout, fresh_base: Callable[[], nn.Module]
+    fitted: str | None, found: str, warns: bool, layout: AdapterLayout, fresh_base: FreshBase
 ) -> None:
     model = fresh_base()
     model.name_or_path = found
@@ -187,6 +193,14 @@ def test_peft_adapts_just_the_layout_s_modules(base_model: nn.Module) -> None:
     listed = lora_config_for(bare, layout, names, settings={"lora_dropout": 0.5})
     assert listed.target_modules == set(names.values())
     assert listed.lora_dropout == 0.5
+
+
+def test_what_adapters_have_put_into_a_model_is_not_counted(base_model: nn.Module, fresh_base: FreshBase) -> None:
+    regex = LoraConfig(r=2, target_modules=r".*\.q_proj.*", modules_to_save=["lm_head"])
+    layout = AdapterLayout.from_lora_config(LoraConfig(r=2, target_modules=r".*\.q_proj.*"), base_model)
+    model = get_peft_model(fresh_base(), regex)
+    names = match_modules(model, layout)
+    assert lora_config_for(model, layout, names).target_modules == regex.target_modules
 
 
 def test_more_layers_than_the_generator_writes_are_refused(base_model: nn.Module) -> None:

@@ -22,7 +22,8 @@ import torch
 
 from peft_dnd.errors import GeneratorConfigError, PromptError, TextEncoderError
 from peft_dnd.prompts import TokenStates
-from peft_dnd.text_encoder import PromptEmbeddingCache, SentenceTransformerTextEncoder, TextEncoder
+from peft_dnd.sentence_transformer import SentenceTransformerTextEncoder
+from peft_dnd.text_encoder import PromptEmbeddingCache, TextEncoder
 
 
 PROMPTS = ["what is the capital ?", "a river", "law", "what is tax law ? please answer in one word .", "of a", "a law"]
@@ -111,12 +112,13 @@ class TestCache:
         with pytest.raises(PromptError, match=r"the prompts of task 'law'\[1\] is empty"):
             PromptEmbeddingCache(CountingEncoder()).states("law", ["a", ""])
 
-    def test_trainable_encoder_is_refused(self, trainable):
-        cache = PromptEmbeddingCache(trainable)
+    def test_trainable_encoder_is_refused(self, encoder):
+        encoder.trainable = True
+        cache = PromptEmbeddingCache(encoder)
         for read in (cache.states, cache.sentences):
             with pytest.raises(GeneratorConfigError, match="trainable"):
                 read("law", PROMPTS)
-        trainable.trainable = False
+        encoder.trainable = False
         cache.states("law", PROMPTS)
 
     def test_integers_are_refused(self):

@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from peft_dnd.prompts import TokenStates
-from peft_dnd.text_encoder import SentenceTransformerTextEncoder
+from peft_dnd.sentence_transformer import SentenceTransformerTextEncoder
 
 
 WORDS = [
@@ -169,9 +169,7 @@ class TestStates:
 
 
 class TestSameBytes:
-    @pytest.mark.parametrize("block_tokens", [1, 64, 1000])
-    def test_whatever_the_company(self, encoder, block_tokens):
-        encoder.block_tokens = block_tokens
+    def test_whatever_the_company(self, encoder):
         self.check_company(encoder, random_prompts(60))
 
     def test_whatever_the_company_for_the_real_model(self, mini_lm):
@@ -183,18 +181,26 @@ class TestSameBytes:
         assert bytes_of(encoder.encode_tokens(prompts)) == expected
         assert bytes_of(encoder.encode_tokens(prompts[::-1])) == expected[::-1]
         assert bytes_of(encoder.encode_tokens(prompts[some])) == expected[some]
-        assert [bytes_of(encoder.encode_tokens([prompt]))[0] for prompt in prompts[some]] == expected[some]
+        assert bytes_of(encoder.encode_tokens([prompts[0], *ODD_PROMPTS]))[0] == expected[0]
         sentences = encoder.encode_sentences(prompts)
         assert torch.equal(encoder.encode_sentences(prompts[some]), sentences[some])
 
-    def test_block_size_matters_only_in_rounding(self, mini_lm):
-        prompts = random_prompts(10, most_words=12)
-        reference = mini_lm.encode_tokens(prompts)
-        try:
-            for mini_lm.block_tokens in (1, 256):
-                torch.testing.assert_close(mini_lm.encode_tokens(prompts).flat, reference.flat, rtol=0, atol=1e-5)
-        finally:
-            mini_lm.block_tokens = 64
+    @pytest.mark.parametrize("block_tokens", [64, 1000])
+    def test_in_blocks_for_the_same_list_and_nearly_so_for_others(self, encoder, encoder_folder, block_tokens):
+        prompts = random_prompts(60)
+        blocks = SentenceTransformerTextEncoder.from_pretrained(encoder_folder, block_tokens=block_tokens)
+        states = blocks.encode_tokens(prompts)
+        blocks.encode_tokens(prompts[::-1])
+        assert bytes_of(blocks.encode_tokens(prompts)) == bytes_of(states)
+        torch.testing.assert_close(states.flat, encoder.encode_tokens(prompts).flat, rtol=0, atol=1e-5)
+
+    def test_blocks_hold_prompts_of_equal_length(self, encoder_folder, monkeypatch):
+        encoder = SentenceTransformerTextEncoder.from_pretrained(encoder_folder, block_tokens=8)
+        blocks = []
+        forward = encoder._forward
+        monkeypatch.setattr(encoder, "_forward", lambda texts: blocks.append(texts) or forward(texts))
+        encoder.encode_tokens(["a", "law of tax", "tax", "of", "a law of a river", "the law", "of tax"])
+        assert blocks == [["a", "tax"], ["of"], ["law of tax"], ["a law of a river"], ["the law", "of tax"]]
 
     def test_inside_autocast_and_after_train(self, encoder):
         expected = bytes_of(encoder.encode_tokens(PROMPTS))
@@ -259,15 +265,16 @@ class TestFrozenOrTrainable:
         assert [p for p in module.parameters() if p.requires_grad] == [chosen]
 
 
-def test_progress_bar_only_for_long_pools(encoder, capsys):
+def test_progress_bar_only_for_long_pools(encoder, capsys, monkeypatch):
+    monkeypatch.setattr("peft_dnd.sentence_transformer._PROGRESS_BAR_FROM", 20)
     try:
         transformers_logging.enable_progress_bar()
         encoder.encode_tokens(PROMPTS)
         assert capsys.readouterr().err == ""
-        encoder.encode_tokens(["law"] * 600)
+        encoder.encode_tokens(["law"] * 20)
         assert "Encoding prompts" in capsys.readouterr().err
         transformers_logging.disable_progress_bar()
-        encoder.encode_tokens(["law"] * 600)
+        encoder.encode_tokens(["law"] * 20)
         assert capsys.readouterr().err == ""
     finally:
         transformers_logging.enable_progress_bar()

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 
 from peft_dnd.errors import GeneratorConfigError, PromptError, PromptTypeError, TextEncoderError
 from peft_dnd.prompts import TokenStates
-from peft_dnd.text_encoder import SentenceTransformerTextEncoder
+from peft_dnd.sentence_transformer import SentenceTransformerTextEncoder
 
 
 PROMPTS = ["what is the capital ?", "a river", "law", "what is tax law ? please answer in one word .", "of a", "a law"]
@@ -55,7 +55,7 @@ class TestSavingAndLoading:
         assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
     def test_plain_transformers_folder_is_pooled_by_the_mean(self, encoder, tmp_path):
-        encoder.module[0].model.save_pretrained(tmp_path)
+        encoder.module.transformers_model.save_pretrained(tmp_path)
         encoder.module.tokenizer.save_pretrained(tmp_path)
         plain = SentenceTransformerTextEncoder.from_pretrained(tmp_path)
         torch.testing.assert_close(
@@ -175,9 +175,9 @@ class TestUnusableInput:
 
     def test_weights_that_are_no_numbers(self, encoder):
         module = copy.deepcopy(encoder.module)
-        module[0].model.embeddings.word_embeddings.weight.data[module.tokenizer.convert_tokens_to_ids("tax")] = (
-            torch.nan
-        )
+        module.transformers_model.embeddings.word_embeddings.weight.data[
+            module.tokenizer.convert_tokens_to_ids("tax")
+        ] = torch.nan
         broken = SentenceTransformerTextEncoder(module)
         with pytest.raises(TextEncoderError, match=r"prompts\[1\] \('tax law'\) is not finite"):
             broken.encode_tokens(["law", "tax law"])

@@ -14,33 +14,60 @@
 
 """The base of the worked example: a tiny Llama that knows things but cannot read instructions.
 
-It is pretrained on question and answer pairs in which the instruction says nothing about the answer: a question about
-Belmo is followed by anything that is true of Belmo, in any of the answer formats, all equally often. So it ends up
-knowing every fact in every format, and answers with a random one. What it lacks, an adapter can give.
+It is pretrained on question and answer pairs in which the question says nothing of the answer but whom it is about:
+any question about Belmo is followed by anything that is true of Belmo, in any answer format, all equally often. So it
+ends up knowing every fact in every format, and answers with a random one. What it lacks, an adapter can give.
 """
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from world import TASKS, Example, World
 
-PRETRAINING_STEPS = 600
-PRETRAINING_BATCH_SIZE = 256
-PRETRAINING_LEARNING_RATE = 4e-3
+from peft_dnd.files import staged_directory
+
+
+PRETRAINING: dict[str, Any] = {"steps": 600, "batch_size": 128, "learning_rate": 5e-3}
 IGNORED_LABEL = -100
 
 
+def make_base(world: World, folder: Path) -> None:
+    """Pretrain the base model and save it, with its tokenizer, as an ordinary transformers folder."""
+    torch.manual_seed(world.seed)
+    tokenizer = build_tokenizer(world)
+    model = build_base(tokenizer)
+    pretrain(model, tokenizer, world)
+    with staged_directory(folder) as staged:
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+
+
+def load_base(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Load the base model and its tokenizer."""
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token for every word of the world, a space before it included. Decoding is exact."""
-    splitter = pre_tokenizers.Split(Regex(r"\n| ?[\w-]+| ?[^\w\s]"), behavior="isolated")
-    words = {word for text in world.texts() for word, _ in splitter.pre_tokenize_str(text)}
+    """A tokenizer with one token for every word and sign of the world, a space among them. Decoding is exact."""
+    splitter = pre_tokenizers.Split(Regex(r"\n| |[\w]+|[^\w\s]"), behavior="isolated")
+    texts = [question for person in world.people for question in world.questions(person)]
+    texts += [world.answer(task, person) for task in TASKS for person in world.people]
+    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(text)}
     vocabulary = ["<pad>", "</s>", "<unk>", "\n", *sorted(words)]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = splitter
@@ -55,6 +82,56 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     )
 
 
+def build_base(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of 2 layers and width 64, freshly initialised, for the vocabulary of `tokenizer`."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: World) -> None:
+    """Teach the model every fact in every format, but not what a question asks for.
+
+    At first many questions are only the person's name, which is then soon linked to what is true of them; their share
+    falls to none.
+    """
+    draw = random.Random(world.seed)
+    questions = {
+        person: tokenizer([as_question(q) for q in world.questions(person)]).input_ids for person in world.people
+    }
+    names = {person: tokenizer(as_question(person)).input_ids for person in world.people}
+    answers = {
+        person: [[*tokenizer(world.answer(task, person)).input_ids, tokenizer.eos_token_id] for task in TASKS]
+        for person in world.people
+    }
+    steps = PRETRAINING["steps"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAINING["learning_rate"], betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, PRETRAINING["learning_rate"], total_steps=steps, pct_start=0.1
+    )
+    for step in tqdm(range(steps), desc="pretraining"):
+        batch = []
+        for person in draw.choices(world.people, k=PRETRAINING["batch_size"]):
+            question = names[person] if draw.random() > step / steps else draw.choice(questions[person])
+            batch.append(_with_labels(question, draw.choice(answers[person])))
+        model(**collate_examples(batch, tokenizer.pad_token_id)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
 def as_question(prompt: str) -> str:
     """The text after which the base answers."""
     return f"{prompt}\n"
@@ -64,7 +141,7 @@ def tokenize_example(tokenizer: PreTrainedTokenizerFast, example: Example) -> di
     """Token ids of question and answer, and labels that count the answer alone."""
     question = tokenizer.encode(as_question(example.prompt))
     answer = [*tokenizer.encode(example.answer), tokenizer.eos_token_id]
-    return {"input_ids": question + answer, "labels": [IGNORED_LABEL] * len(question) + answer}
+    return _with_labels(question, answer)
 
 
 def collate_examples(features: list[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -78,20 +155,5 @@ def collate_examples(features: list[dict[str, list[int]]], pad_token_id: int) ->
     }
 
 
-def build_base(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 3 layers and width 64, freshly initialised, for the vocabulary of `tokenizer`."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config)
+def _with_labels(question: list[int], answer: list[int]) -> dict[str, list[int]]:
+    return {"input_ids": question + answer, "labels": [IGNORED_LABEL] * len(question) + answer}

@@ -14,9 +14,9 @@
 
 """The world of the worked example: invented people, what is true of them, and ways to say it.
 
-A *task* is one attribute asked in one answer format, for instance "the city, in capital letters":
+A *task* is one attribute asked in one answer format, for instance "the city, in Spanish":
 
-    Which city does Belmo live in? Answer in capital letters.   ->   LISBON
+    Which city does Belmo live in? Answer in Spanish.   ->   Creo que es lisbon
 
 Everything here is plain Python and follows from one seed: the people's names, what is true of each of them, which
 tasks are held out, and which people are kept for scoring. The vocabulary and the phrasings are the same for all seeds.
@@ -25,12 +25,13 @@ tasks are held out, and which people are kept for scoring. The vocabulary and th
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
-NUM_PEOPLE = 48
-NUM_SCORED_PEOPLE = 16
+
+NUM_PEOPLE = 32
+NUM_PROMPTS = 64
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        """For instance `city_capitals`."""
+        """For instance `city_spanish`."""
         return f"{self.attribute.name}_{self.answer_format.name}"
 
 
@@ -179,39 +180,6 @@ ATTRIBUTES = (
 
 FORMATS = (
     AnswerFormat(
-        "capitals",
-        str.upper,
-        (
-            "Answer in capital letters.",
-            "Write the answer in upper case.",
-            "Use capitals only.",
-            "Reply in block capitals.",
-        ),
-        ("Give the answer in capitals.", "Reply in upper-case letters."),
-    ),
-    AnswerFormat(
-        "backwards",
-        lambda value: value[::-1],
-        (
-            "Spell the answer backwards.",
-            "Write the answer in reverse.",
-            "Reply spelt backwards.",
-            "Reverse the spelling of your answer.",
-        ),
-        ("Give the answer backwards.", "Reply with the spelling reversed."),
-    ),
-    AnswerFormat(
-        "quoted",
-        lambda value: f'"{value}"',
-        (
-            "Put the answer in quotation marks.",
-            "Quote the answer.",
-            "Write quotation marks around it.",
-            "Reply between quotation marks.",
-        ),
-        ("Give the answer in quotation marks.", "Reply with quotes around it."),
-    ),
-    AnswerFormat(
         "polite",
         lambda value: f"With pleasure: {value}",
         (
@@ -221,6 +189,34 @@ FORMATS = (
             "Write a kind and polite reply.",
         ),
         ("Give a polite answer, please.", "Reply in a courteous way."),
+    ),
+    AnswerFormat(
+        "spanish",
+        lambda value: f"Creo que es {value}",
+        ("Answer in Spanish.", "Write the answer in Spanish.", "Speak Spanish.", "Reply like a Spaniard."),
+        ("Give the answer in Spanish.", "Reply in the Spanish language."),
+    ),
+    AnswerFormat(
+        "bullet",
+        lambda value: f"- {value}",
+        (
+            "Answer with a bullet point.",
+            "Write the answer as a list item.",
+            "Make it a bullet in a list.",
+            "Reply in bullet points.",
+        ),
+        ("Give the answer as a bullet point.", "Reply with an item of a list."),
+    ),
+    AnswerFormat(
+        "sentence",
+        lambda value: f"The answer is {value}",
+        (
+            "Answer in a full sentence.",
+            "Write a complete sentence.",
+            "Use a whole sentence.",
+            "Reply with a grammatical sentence.",
+        ),
+        ("Give the answer as a full sentence.", "Reply in one complete sentence."),
     ),
 )
 
@@ -233,74 +229,70 @@ class World:
 
     Args:
         seed: what the rest was drawn with.
-        training_people: their questions train the LoRAs and are the prompts of a task.
-        scored_people: their questions are asked when an adapter is scored, and never before.
-        facts: `facts[person][attribute name]` is a value. True of both kinds of people.
+        people: everyone whom the base model knows.
+        facts: `facts[person][attribute name]` is a value.
         training_tasks: 24 tasks that the generator is fitted on.
         held_out_tasks: 8 tasks, one for each attribute and two for each format. Every attribute and every format
             occurs in the training tasks too, only never these pairs.
     """
 
     seed: int
-    training_people: tuple[str, ...]
-    scored_people: tuple[str, ...]
+    people: tuple[str, ...]
     facts: dict[str, dict[str, str]]
     training_tasks: tuple[Task, ...]
     held_out_tasks: tuple[Task, ...]
 
-    @property
-    def people(self) -> tuple[str, ...]:
-        """Everyone the base knows."""
-        return self.training_people + self.scored_people
-
     def answer(self, task: Task, person: str) -> str:
-        """What `task` wants to read about `person`, for instance `"LISBON"`."""
+        """What `task` wants to read about `person`, for instance `"Creo que es lisbon"`."""
         return task.answer_format.write(self.facts[person][task.attribute.name])
 
     def training_examples(self, task: Task) -> list[Example]:
-        """Questions about the training people in the training phrasings; a task's unlabelled prompts are these."""
-        return self._examples(
-            task, self.training_people, task.attribute.phrasings, task.answer_format.phrasings
-        )
+        """Questions in the training phrasings, with their answers, to train a LoRA adapter on."""
+        return [
+            self._example(task, *parts)
+            for parts in product(self.people, task.attribute.phrasings, task.answer_format.phrasings)
+        ]
 
     def scored_examples(self, task: Task) -> list[Example]:
-        """Questions about other people in other words, to score an adapter on."""
-        return self._examples(
-            task, self.scored_people, task.attribute.held_out_phrasings, task.answer_format.held_out_phrasings
-        )
+        """A question about each person, in phrasings that no adapter and no generator has met, to score with."""
+        draw = random.Random(f"questions {self.seed} {task.name}")
+        return [
+            self._example(
+                task,
+                person,
+                draw.choice(task.attribute.held_out_phrasings),
+                draw.choice(task.answer_format.held_out_phrasings),
+            )
+            for person in self.people
+        ]
 
     def prompts(self, task: Task) -> list[str]:
-        """The unlabelled prompts of a task: its training questions without their answers."""
-        return [example.prompt for example in self.training_examples(task)]
+        """Unlabelled prompts of a task: some of its training questions, without their answers."""
+        draw = random.Random(f"prompts {self.seed} {task.name}")
+        return [example.prompt for example in draw.sample(self.training_examples(task), NUM_PROMPTS)]
 
-    def texts(self) -> Iterator[str]:
-        """Every prompt and every answer of the world, for building a vocabulary."""
-        for task in TASKS:
-            attribute, answer_format = task.attribute, task.answer_format
-            for question in attribute.phrasings + attribute.held_out_phrasings:
-                yield from (question.format(name=person) for person in self.people)
-            yield from (f"? {instruction}" for instruction in answer_format.phrasings + answer_format.held_out_phrasings)
-            yield from (answer_format.write(value) for value in attribute.values)
-
-    def _examples(
-        self, task: Task, people: tuple[str, ...], questions: tuple[str, ...], instructions: tuple[str, ...]
-    ) -> list[Example]:
+    def questions(self, person: str) -> list[str]:
+        """Every way to ask anything about a person, in any format."""
         return [
-            Example(f"{question.format(name=person)} {instruction}", self.answer(task, person))
-            for person, question, instruction in product(people, questions, instructions)
+            f"{question.format(name=person)} {instruction}"
+            for attribute, answer_format in product(ATTRIBUTES, FORMATS)
+            for question in attribute.phrasings + attribute.held_out_phrasings
+            for instruction in answer_format.phrasings + answer_format.held_out_phrasings
         ]
+
+    def _example(self, task: Task, person: str, question: str, instruction: str) -> Example:
+        return Example(f"{question.format(name=person)} {instruction}", self.answer(task, person))
 
 
 def build_world(seed: int) -> World:
-    """Draw a world: names, facts, held-out tasks, and who is scored. The same seed gives the same world."""
+    """Draw a world: names, facts and held-out tasks. The same seed gives the same world."""
     draw = random.Random(f"peft_dnd worked example {seed}")
     people = _draw_names(draw, NUM_PEOPLE)
     facts = {person: {attribute.name: draw.choice(attribute.values) for attribute in ATTRIBUTES} for person in people}
     held_out = _draw_held_out_tasks(draw)
     return World(
         seed=seed,
-        training_people=people[NUM_SCORED_PEOPLE:],
-        scored_people=people[:NUM_SCORED_PEOPLE],
+        people=people,
         facts=facts,
         training_tasks=tuple(task for task in TASKS if task not in held_out),
         held_out_tasks=held_out,

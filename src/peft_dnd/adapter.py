@@ -83,7 +83,11 @@ class GeneratedAdapter:
     ) -> None:
         layout.check_state_dict(state_dict, source="the generated adapter")
         self._layout = layout
-        self._state_dict = {tensor.key: state_dict[tensor.key].detach() for tensor in layout.tensors}
+        # Copies, so that no one who holds the given tensors can change the adapter, least of all by training them.
+        self._state_dict = {
+            tensor.key: state_dict[tensor.key].detach().clone(memory_format=torch.contiguous_format)
+            for tensor in layout.tensors
+        }
         try:
             self._provenance: dict[str, Any] = json.loads(
                 json.dumps(dict(provenance or {}), allow_nan=False, sort_keys=True)

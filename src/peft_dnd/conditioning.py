@@ -106,6 +106,5 @@ class PromptReadingMixin(nn.Module):
     def read_states(self, encoder: TextEncoder, prompts: Sequence[str]) -> TokenStates:
         """The states of prompts in the form that `config.condition` asks for."""
         if self.config.condition == "sentence_embeddings":
-            vectors = encoder.encode_sentences(prompts)
-            return TokenStates(vectors, torch.arange(len(vectors) + 1, device=vectors.device))
+            return TokenStates.from_vectors(encoder.encode_sentences(prompts))
         return encoder.encode_tokens(prompts)

@@ -176,7 +176,9 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         """
         if isinstance(text_encoder, str):
             name: str | None = text_encoder
-            encoder: TextEncoder = SentenceTransformerTextEncoder.from_pretrained(text_encoder, revision=text_encoder_revision)
+            encoder: TextEncoder = SentenceTransformerTextEncoder.from_pretrained(
+                text_encoder, revision=text_encoder_revision
+            )
         else:
             encoder, name = text_encoder, text_encoder.name_or_path
         layout = adapters if isinstance(adapters, AdapterLayout) else adapters.layout

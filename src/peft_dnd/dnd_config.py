@@ -102,7 +102,8 @@ class DnDConfig(LoraConfig):
     What the model then holds, saves and shows is a plain `LoraConfig`; this one stays as it is and may be used again.
     Rank, targets and the rest of the adapter's form are the generator's: its `config.json` is read at once, its
     weights when the adapter is made. `lora_dropout`, `modules_to_save`, `task_type`, `inference_mode` and `revision`
-    (of the base model) mean what they mean in PEFT.
+    (of the base model) mean what they mean in PEFT; where no `task_type` is given it is that of the adapters which the
+    generator was fitted on, so give it for a model with another head, such as a classifier or the bare model.
 
     Args:
         r: Leave it out: the generator decides. If given, it must be the generator's rank.

@@ -18,8 +18,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
+import torch
+
 from .adapter import GeneratedAdapter
 from .modeling import PromptConditionedLoraGenerator
+from .text_encoder import TextEncoder
 
 
 def score_generated(
@@ -50,3 +53,25 @@ def score_generated(
         others = [*tasks[1:], tasks[0]]
         result["shuffled_score"] = fmean(scorer(task, adapters[o]) for task, o in zip(tasks, others, strict=True))
     return result
+
+
+def nearest_tasks(
+    encoder: TextEncoder, prompts: Mapping[str, Sequence[str]], shelf: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
+    """For each task, the one on the shelf whose prompts are most like its own: what a user would pick by hand.
+
+    Args:
+        encoder: A text encoder.
+        prompts: Task -> its prompts.
+        shelf: The tasks to choose from -> their prompts.
+
+    Returns:
+        Task -> the task on the shelf whose mean sentence embedding has the largest cosine with its own.
+    """
+    names = list(shelf)
+    available = torch.stack([_mean_embedding(encoder, shelf[name]) for name in names])
+    return {task: names[int((available @ _mean_embedding(encoder, own)).argmax())] for task, own in prompts.items()}
+
+
+def _mean_embedding(encoder: TextEncoder, prompts: Sequence[str]) -> torch.Tensor:
+    return torch.nn.functional.normalize(encoder.encode_sentences(prompts).mean(0), dim=0)

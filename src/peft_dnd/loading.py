@@ -124,7 +124,7 @@ def _add_empty_adapter(model: nn.Module, adapter_name: str, config: LoraConfig) 
     elif getattr(model, "peft_config", None):
         inject_adapter_in_model(config, model, adapter_name)
     else:
-        return get_peft_model(model, config, adapter_name)  # type: ignore[arg-type]  # any module will do
+        return get_peft_model(model, config, adapter_name)
     return model
 
 
@@ -183,7 +183,7 @@ def check_swappable(model: nn.Module, adapter_name: str, layout: AdapterLayout, 
     Raises:
         LayoutError: Otherwise; it says what differs.
     """
-    config = uncompiled(model).peft_config[adapter_name]  # type: ignore[union-attr, index]
+    config = uncompiled(model).peft_config[adapter_name]  # type: ignore[index]
     what = f"adapter {adapter_name!r} of the model"
     if not isinstance(config, LoraConfig):
         raise LayoutError(f"{what} is a {type(config).__name__}, no LoRA adapter. Use another adapter_name.")

@@ -25,16 +25,13 @@ from torch import Tensor, nn
 
 from .errors import GeneratorConfigError, TextEncoderError
 from .prompts import TokenStates, check_prompts, prompts_digest
-from .sentence_transformer import SentenceTransformerTextEncoder
 
-
-__all__ = ["PromptEmbeddingCache", "SentenceTransformerTextEncoder", "TextEncoder"]
 
 logger = logging.getLogger(__name__)
 
 
 class TextEncoder(Protocol):
-    """What the library asks of a text encoder; [`SentenceTransformerTextEncoder`] is the one that it brings.
+    """What the library asks of a text encoder; `SentenceTransformerTextEncoder` is the one that it brings.
 
     Whoever writes another keeps this promise: while it is frozen, the same prompts give the same bytes, whatever was
     encoded before.

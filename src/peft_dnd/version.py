@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """The version, in one place."""
+
 from __future__ import annotations
 
 

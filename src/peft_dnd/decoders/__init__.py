@@ -32,7 +32,15 @@ from .cascade import derive_cascade
 from .hyper_convolution import HyperConvolutionDecoder, HyperConvolutionLayer
 
 
-__all__ = ["DECODERS", "Decoder", "HyperConvolutionDecoder", "HyperConvolutionLayer", "build_decoder", "derive_cascade"]
+__all__ = [
+    "DECODERS",
+    "Decoder",
+    "HyperConvolutionDecoder",
+    "HyperConvolutionLayer",
+    "build_decoder",
+    "derive_cascade",
+]
+
 
 class Decoder(Protocol):
     """What a generator asks of its decoder, which is a `torch.nn.Module` besides."""

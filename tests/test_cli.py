@@ -1,0 +1,78 @@
+# Copyright 2026 The peft_dnd authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The command: an adapter from the shell, and clear words when something is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_dnd import GeneratedAdapter, PromptConditionedLoraGenerator, __version__
+from peft_dnd.cli import main
+
+
+def test_generates_the_same_as_in_python(
+    generator: PromptConditionedLoraGenerator, generator_folder: Path, tmp_path: Path
+) -> None:
+    prompts = ["what is the law ?", "a court please"]
+    (tmp_path / "prompts.txt").write_text("\n".join([*prompts, "", ""]), encoding="utf-8")
+    lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    expected = generator.generate_adapter(prompts).state_dict()
+    for name in ("prompts.txt", "prompts.jsonl"):
+        assert main(["generate", str(generator_folder), str(tmp_path / name), str(tmp_path / name[-4:])]) == 0
+        found = GeneratedAdapter.from_pretrained(tmp_path / name[-4:]).state_dict()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_shows_what_a_generator_is(
+    generator: PromptConditionedLoraGenerator, generator_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", str(generator_folder)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["adapter_parameters"] == generator.config.adapter_layout.num_parameters
+    assert facts["num_prompts"] == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "prompts.jsonl"), ("", "empty"), ("{", "one prompt a line"), ("[1]", "prompt")]
+)
+def test_bad_input_is_named_and_nothing_written(
+    generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, words: str
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    assert main(["generate", str(generator_folder), str(path), str(tmp_path / "adapter")]) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_wrong_generator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(tmp_path / "typo")]) == 1
+    assert "typo" in capsys.readouterr().err
+
+
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert __version__ in capsys.readouterr().out
+    for arguments in ([], ["generat"], ["generate"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
