@@ -44,8 +44,17 @@ from peft_dnd.collection import PairWriter
 # The matrices here are tiny: threads would only wait for one another, and badly where cores are shared.
 torch.set_num_threads(1)
 
-WORDS = ["what", "is", "the", "capital", "river", "colour", "of", "a", "law", "medicine", "tax", "court", "doctor", "please", "answer", "in", "one", "word", "?", ".", ","]
+WORDS = ("what", "is", "the", "capital", "river", "colour", "of", "a", "law", "medicine", "tax", "court")
+WORDS += ("doctor", "please", "answer", "in", "one", "word", "?", ".", ",")
 LORA_CONFIG = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
 @pytest.fixture(scope="session")

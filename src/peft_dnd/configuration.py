@@ -60,8 +60,8 @@ class PromptedAdapters(Protocol):
 class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
     """Configuration of a [`PromptConditionedLoraGenerator`].
 
-    Use [`from_adapters`][PromptConditionedLoraGeneratorConfig.from_adapters] to have what can be read off your adapters
-    and text encoder filled in.
+    Use [`from_adapters`][PromptConditionedLoraGeneratorConfig.from_adapters] to have what can be read off your
+    adapters and text encoder filled in.
 
     Args:
         layout: What is written: an [`AdapterLayout`] or its dictionary.
@@ -152,9 +152,9 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
     ) -> PromptConditionedLoraGeneratorConfig:
         """Build a configuration for adapters like the given ones.
 
-        The layout is the adapters'; `condition_size` is the text encoder's. Where `max_prompt_length` is `None` it becomes the
-        length of the longest of up to 64 prompts of each task, rounded up to a multiple of 8, or for a bare layout 64,
-        and never more than the text encoder reads.
+        The layout is the adapters'; `condition_size` is the text encoder's. Where `max_prompt_length` is `None` it
+        becomes the length of the longest of up to 64 prompts of each task, rounded up to a multiple of 8, or for a
+        bare layout 64, and never more than the text encoder reads.
 
         Args:
             adapters: A `PromptCheckpointDataset`, or a layout alone.

@@ -52,7 +52,8 @@ class LoraModule:
     Attributes:
         name: The module's path in the base model, without PEFT's `base_model.model.` prefix.
         kind: `"linear"` (also `Conv1D` and convolutions) or `"embedding"`, which PEFT stores under other key names.
-        shape_a: Shape of A: `(rank, in_features)`, more axes for convolutions; `(rank, num_embeddings)` for embeddings.
+        shape_a: Shape of A: `(rank, in_features)`, more axes for convolutions; `(rank, num_embeddings)` for an
+            embedding.
         shape_b: Shape of B: `(out_features, rank)`, more axes for convolutions.
         alpha: LoRA's numerator alpha.
     """

@@ -81,7 +81,8 @@ def generator_card(
         f"{layout.num_parameters:,} parameters",
         "decoder": f"{config.decoder_type}, {num_parameters:,} parameters",
         "text encoder": _encoder_name(config),
-        "reads": f"{config.num_prompts} prompts of up to {config.max_prompt_length} tokens at once ({config.condition})",
+        "reads": f"{config.num_prompts} prompts of up to {config.max_prompt_length} tokens at once "
+        f"({config.condition})",
     }
     return _TEMPLATE.format(
         data=data.to_yaml(),

@@ -152,7 +152,9 @@ class PromptConditionedLoraGenerator(PromptReadingMixin, PreTrainedModel):
         return self._generate_one(check_prompts(prompts), seed)
 
     def generate_adapters(self, prompts: Mapping[str, Sequence[str]], *, seed: int = 0) -> dict[str, GeneratedAdapter]:
-        """Write the adapters of many tasks; see [`generate_adapter`]. All prompts are checked before the first is read.
+        """Write the adapters of many tasks; see [`generate_adapter`].
+
+        All prompts are checked before the first is read.
 
         Args:
             prompts: Task name -> its prompts.

@@ -27,9 +27,9 @@ from .layout import AdapterLayout, LoraTensor
 
 
 _CHUNK_WIDTHS = (512, 384, 256, 192, 128, 96, 64, 48, 32, 16)
-# A tensor that no training adapter has moved would have scale zero. It gets the larger of two small ones instead, about
-# float32's resolution of its own size and a trifle beside the other tensors, so that the way back stays exact for any
-# adapter while a decoder's errors there come to nothing.
+# A tensor that no training adapter has moved would have scale zero. It gets the larger of two small ones instead,
+# about float32's resolution of its own size and a trifle beside the other tensors, so that the way back stays exact
+# for any adapter while a decoder's errors there come to nothing.
 _FLOOR_OF_OWN_SIZE = 1e-7
 _FLOOR_OF_LARGEST_SCALE = 1e-12
 
@@ -38,9 +38,9 @@ class WeightTokenizer:
     """Cuts the matrices of an adapter into equal two-dimensional tokens, and puts them together again.
 
     Each matrix is seen with its rank first: A as (r, in), B transposed as (r, out). It is cut along its long side into
-    chunks of `chunk_width`; a chunk, r rows by `chunk_width` columns, is one token (arXiv 2506.16406, section 2.3). The
-    last chunk of a matrix and tokens of a smaller rank are filled with zeros, which [`valid_mask`] tells apart. The
-    tokens stand in the layout's order. No number is changed, so the way there and back is exact to the bit.
+    chunks of `chunk_width`; a chunk, r rows by `chunk_width` columns, is one token (arXiv 2506.16406). The last chunk
+    of a matrix and tokens of a smaller rank are filled with zeros, which [`valid_mask`] tells apart. The tokens stand
+    in the layout's order. No number is changed, so the way there and back is exact to the bit.
 
     Args:
         layout: What is cut.
@@ -86,8 +86,9 @@ class WeightTokenizer:
         for group in self._groups:
             alike = torch.cat([matrices[i].reshape(1, *group.stored_shape) for i in group.tensors]).float()
             rows = alike if group.side == "A" else alike.transpose(1, 2)
-            filled = nn.functional.pad(rows, (0, group.count * self.chunk_width - group.long_size))
-            chunks = filled.view(len(group.tensors), group.rank, group.count, self.chunk_width).transpose(1, 2)
+            missing = group.count * self.chunk_width - group.long_size
+            filled = nn.functional.pad(rows, (0, missing)) if missing else rows
+            chunks = filled.unflatten(2, (group.count, self.chunk_width)).transpose(1, 2)
             grid[group.tokens.to(grid.device), : group.rank] = chunks.flatten(0, 1)
         return grid
 
@@ -175,7 +176,7 @@ class WeightNormalization(nn.Module):
 
     def normalize(self, grid: torch.Tensor) -> torch.Tensor:
         """Weights to normalised tokens; any leading batch axes."""
-        return (grid - self.mean) / self.scale[:, None, None]
+        return (grid - self.mean).div_(self.scale[:, None, None])
 
     def denormalize(self, tokens: torch.Tensor) -> torch.Tensor:
         """Normalised tokens to weights, in float32; any leading batch axes."""

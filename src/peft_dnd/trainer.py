@@ -141,7 +141,8 @@ class DnDTrainer(Trainer):
 
         Returns:
             `eval_loss`: the mean squared error of the normalised tokens, unweighted; `eval_mean_adapter_loss`: the
-            same for the mean training adapter, which a generator must stay below; with an `adapter_scorer` also `eval_score` and `eval_shuffled_score`; and times.
+            same for the mean training adapter, which a generator must stay below; with an `adapter_scorer` also
+            `eval_score` and `eval_shuffled_score`; and times.
         """
         self._prepare()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
