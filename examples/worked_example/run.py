@@ -56,7 +56,7 @@ from peft_dnd.files import read_json, staged_directory, write_json
 
 logger = logging.getLogger("worked_example")
 
-# The models are tiny: one thread is as fast as two, and does not suffer where the cores are shared.
+# The models are tiny: a second thread gains little, and costs much where the cores are shared.
 torch.set_num_threads(1)
 
 # Chosen on the world of seed 100, which is not among those that are reported. A larger decoder fits the training

@@ -34,7 +34,7 @@ from .errors import LayoutError
 from .evaluation import score_generated
 from .files import write_text
 from .losses import add_noise, masked_mse
-from .model_card import CARD_NAME
+from .model_card import CARD_NAME, may_write_card
 from .modeling import PromptConditionedLoraGenerator
 from .sentence_transformer import SentenceTransformerTextEncoder
 from .text_encoder import PromptEmbeddingCache
@@ -245,9 +245,10 @@ class DnDTrainer(Trainer):
             self.generator.text_encoder.module.load_state_dict(saved.module.state_dict())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the generator's own card, with what was measured, in place of the Trainer's."""
-        if self.is_world_process_zero():
-            write_text(Path(str(self.args.output_dir)) / CARD_NAME, self.generator.model_card())
+        """Write the generator's own card, with what was measured, in place of the Trainer's; one edited by hand stays."""
+        folder = Path(str(self.args.output_dir))
+        if self.is_world_process_zero() and may_write_card(folder):
+            write_text(folder / CARD_NAME, self.generator.model_card())
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
