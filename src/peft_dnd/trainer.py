@@ -245,7 +245,7 @@ class DnDTrainer(Trainer):
             self.generator.text_encoder.module.load_state_dict(saved.module.state_dict())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the generator's own card, with what was measured, in place of the Trainer's; one edited by hand stays."""
+        """Write the generator's own card, with what was measured, unless there is one edited by hand."""
         folder = Path(str(self.args.output_dir))
         if self.is_world_process_zero() and may_write_card(folder):
             write_text(folder / CARD_NAME, self.generator.model_card())
