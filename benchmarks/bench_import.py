@@ -18,14 +18,12 @@ python benchmarks/bench_import.py
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from pathlib import Path
-from statistics import median
+
+from record import ratio, spread, write_result
 
 
-RESULT = Path(__file__).parent / "results" / "import.json"
 REPEATS = 7
 SCRIPT = """
 import time
@@ -39,16 +37,14 @@ print(middle - began, time.process_time() - middle)
 
 def main() -> None:
     """Measure, print and keep the figures: processor seconds, each in a fresh process."""
-    runs = [measure() for _ in range(REPEATS)]
-    theirs, ours = (median(run[i] for run in runs) for i in (0, 1))
+    measure()
+    theirs, ours = zip(*(measure() for _ in range(REPEATS)), strict=True)
     result = {
-        "command": "python benchmarks/bench_import.py",
-        "median_cpu_seconds": {"peft and transformers": theirs, "peft_dnd on top": ours},
-        "overhead": round(ours / theirs, 3),
+        "repeats": REPEATS,
+        "cpu_seconds": {"peft and transformers": spread(theirs), "peft_dnd on top": spread(ours)},
+        "overhead": ratio(ours, theirs),
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+    write_result("import", result)
 
 
 def measure() -> tuple[float, float]:

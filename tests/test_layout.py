@@ -24,14 +24,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from shapes import qwen_layout
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    Qwen2Config,
 )
 
 from peft_dnd.errors import CorruptFileError, LayoutError, WeightValueError
@@ -129,20 +128,12 @@ def test_config_and_base_are_left_as_they_were(base_model: nn.Module, lora_confi
     assert (lora_config, [name for name, _ in base_model.named_modules()]) == before
 
 
-def test_published_size_on_the_meta_device() -> None:
-    config = Qwen2Config(
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        vocab_size=151936,
-    )
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config)
-    layout = AdapterLayout.from_lora_config(LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"), base)
-    assert layout.num_parameters == 4_399_104
-    assert len(layout.tensors) == 336
+@pytest.mark.parametrize(
+    ("size", "parameters", "tensors"), [("0.5b", 4_399_104, 336), ("1.5b", 18_464_768, 392), ("7b", 40_370_176, 392)]
+)
+def test_published_sizes_on_the_meta_device(size: str, parameters: int, tensors: int) -> None:
+    layout = qwen_layout(size)
+    assert (layout.num_parameters, len(layout.tensors)) == (parameters, tensors)
 
 
 def test_layers_stand_in_natural_order(layout: AdapterLayout) -> None:

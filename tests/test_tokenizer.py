@@ -20,6 +20,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig
+from shapes import qwen_layout
 from torch import nn
 
 from peft_dnd.errors import GeneratorConfigError, LayoutError
@@ -84,6 +85,37 @@ def test_half_precision_adapters_come_back_whole(layout: AdapterLayout, dtype: t
     assert all(torch.equal(back[key].to(dtype), state[key]) for key in state)
 
 
+def test_writes_into_memory_that_is_given() -> None:
+    layout = odd_layout()
+    tokenizer = WeightTokenizer(layout, 7)
+    state = random_state(layout)
+    batch = torch.full((2, *tokenizer.grid_shape), torch.nan)
+    assert tokenizer.encode(state, out=batch[1]).data_ptr() == batch[1].data_ptr()
+    assert torch.equal(batch[1], tokenizer.encode(state))
+    assert batch[0].isnan().all()
+    normalization = WeightNormalization(tokenizer.grid_shape)
+    normalization.set_statistics(torch.randn(tokenizer.grid_shape), torch.rand(tokenizer.num_tokens) + 0.5)
+    tokens = normalization.normalize(batch[1])
+    normalization.normalize(batch[1], out=batch[1])
+    assert torch.equal(batch[1], tokens)
+    weights = normalization.denormalize(tokens)
+    normalization.denormalize(tokens, out=tokens)
+    assert torch.equal(tokens, weights)
+    with pytest.raises(LayoutError, match="token grid"):
+        tokenizer.encode(state, out=batch)
+
+
+@pytest.mark.parametrize("width", [31, 64, 1000])
+def test_decoded_tensors_are_nobody_elses(width: int) -> None:
+    tokenizer = WeightTokenizer(odd_layout(), width)
+    grid = torch.randn(tokenizer.grid_shape)
+    before = grid.clone()
+    state = tokenizer.decode(grid)
+    for tensor in state.values():
+        tensor.zero_()
+    assert torch.equal(grid, before)
+
+
 def test_filling_is_known(layout: AdapterLayout) -> None:
     for some in (layout, odd_layout()):
         tokenizer = WeightTokenizer(some, 10)
@@ -110,18 +142,9 @@ def test_decoding_is_differentiable(layout: AdapterLayout) -> None:
     assert torch.allclose(grid.grad, 2 * grid * tokenizer.valid_mask())
 
 
-@pytest.mark.parametrize(
-    "sizes", [(896, 4864, 24, 14, 2, 128), (1536, 8960, 28, 12, 2, 256), (3584, 18944, 28, 28, 4, 512)]
-)
-def test_chunk_widths_of_the_paper(sizes: tuple[int, ...]) -> None:
-    hidden, intermediate, _, heads, kv_heads, width = sizes
-    kv_size = hidden // heads * kv_heads
-    module = [
-        LoraModule("q", "linear", (8, hidden), (hidden, 8), 16.0),
-        LoraModule("k", "linear", (8, hidden), (kv_size, 8), 16.0),
-        LoraModule("up", "linear", (8, hidden), (intermediate, 8), 16.0),
-    ]
-    assert choose_chunk_width(AdapterLayout(tuple(module))) == width
+@pytest.mark.parametrize(("size", "width"), [("0.5b", 128), ("1.5b", 256), ("7b", 512)])
+def test_chunk_widths_of_the_paper(size: str, width: int) -> None:
+    assert choose_chunk_width(qwen_layout(size)) == width
 
 
 def test_normalisation_comes_back_within_a_millionth(base_model: nn.Module) -> None:

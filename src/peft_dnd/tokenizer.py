@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -61,35 +60,41 @@ class WeightTokenizer:
         self.layout = layout
         self.chunk_width = choose_chunk_width(layout) if chunk_width is None else chunk_width
         self._counts = [math.ceil(tensor.long_size / self.chunk_width) for tensor in layout.tensors]
-        self._groups = _group_alike(layout, self._counts)
         self.grid_shape = (sum(self._counts), layout.max_rank, self.chunk_width)
+        self._has_filling = math.prod(self.grid_shape) > layout.num_parameters
 
     @property
     def num_tokens(self) -> int:
         """How many tokens N_w an adapter becomes."""
         return self.grid_shape[0]
 
-    def encode(self, state_dict: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Turn an adapter's state dict into its token grid.
+    @torch.no_grad()
+    def encode(self, state_dict: Mapping[str, torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
+        """Turn an adapter's state dict into its token grid. No gradient flows through it.
 
         Args:
             state_dict: PEFT on-disk key -> tensor of any floating dtype, as the layout describes it.
+            out: A tensor of shape `grid_shape` to write into, for instance one item of a batch. Where many adapters
+                are read one after another this saves most of the time, which goes into fresh memory.
 
         Returns:
-            Float32 tensor of shape `grid_shape`, on the tensors' device.
+            `out`, or else a new float32 tensor of shape `grid_shape`, on the tensors' device.
 
         Raises:
-            LayoutError: If a tensor is missing or has another shape.
+            LayoutError: If a tensor, or `out`, is missing or has another shape.
         """
         matrices = [_find(state_dict, tensor) for tensor in self.layout.tensors]
-        grid = matrices[0].new_zeros(self.grid_shape, dtype=torch.float32)
-        for group in self._groups:
-            alike = torch.cat([matrices[i].reshape(1, *group.stored_shape) for i in group.tensors]).float()
-            rows = alike if group.side == "A" else alike.transpose(1, 2)
-            missing = group.count * self.chunk_width - group.long_size
-            filled = nn.functional.pad(rows, (0, missing)) if missing else rows
-            chunks = filled.unflatten(2, (group.count, self.chunk_width)).transpose(1, 2)
-            grid[group.tokens.to(grid.device), : group.rank] = chunks.flatten(0, 1)
+        grid = matrices[0].new_empty(self.grid_shape, dtype=torch.float32) if out is None else self._checked(out)
+        if self._has_filling:
+            grid.zero_()
+        width = self.chunk_width
+        for tensor, matrix, chunks in zip(self.layout.tensors, matrices, grid.split(self._counts), strict=True):
+            rows = matrix.reshape(tensor.rank, -1) if tensor.side == "A" else matrix.reshape(-1, tensor.rank).t()
+            tokens = chunks[:, : tensor.rank]
+            whole, rest = divmod(tensor.long_size, width)
+            tokens[:whole].transpose(0, 1).copy_(rows[:, : whole * width].view(tensor.rank, whole, width))
+            if rest:
+                tokens[whole, :, :rest].copy_(rows[:, whole * width :])
         return grid
 
     def decode(self, grid: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -99,20 +104,30 @@ class WeightTokenizer:
             grid: Tensor of shape `grid_shape`.
 
         Returns:
-            PEFT on-disk key -> contiguous tensor with the grid's dtype and device, in the layout's order.
+            PEFT on-disk key -> contiguous tensor with the grid's dtype and device, in the layout's order. None shares
+            memory with the grid.
 
         Raises:
             LayoutError: If the grid has another shape.
         """
+        state = {}
+        for tensor, chunks in zip(self.layout.tensors, self._checked(grid).split(self._counts), strict=True):
+            tokens = chunks[:, : tensor.rank]
+            # One copy brings all into the matrix's own order; what then remains to be cut off stands at the end of
+            # each row of A, and of B as a whole.
+            if tensor.side == "A":
+                rows = tokens.transpose(0, 1).clone(memory_format=torch.contiguous_format).flatten(1)
+                matrix = rows[:, : tensor.long_size].contiguous()
+            else:
+                rows = tokens.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(0, 1)
+                matrix = rows[: tensor.long_size]
+            state[tensor.key] = matrix.view(tensor.shape)
+        return state
+
+    def _checked(self, grid: torch.Tensor) -> torch.Tensor:
         if tuple(grid.shape) != self.grid_shape:
             raise LayoutError(f"A token grid of shape {self.grid_shape} was expected, got {tuple(grid.shape)}.")
-        found: dict[int, torch.Tensor] = {}
-        for group in self._groups:
-            chunks = grid[group.tokens.to(grid.device), : group.rank].unflatten(0, (-1, group.count)).transpose(1, 2)
-            rows = chunks.flatten(2)[:, :, : group.long_size]
-            matrices = rows if group.side == "A" else rows.transpose(1, 2)
-            found.update(zip(group.tensors, matrices.contiguous().unbind(), strict=True))
-        return {tensor.key: found[i].view(tensor.shape) for i, tensor in enumerate(self.layout.tensors)}
+        return grid
 
     def valid_mask(self) -> torch.Tensor:
         """Bool tensor of shape `grid_shape`: true where a grid entry is a weight, false where it is filling."""
@@ -121,7 +136,9 @@ class WeightTokenizer:
 
     def tensor_index(self) -> torch.Tensor:
         """Int64 tensor of shape (N_w,): which of the layout's tensors each token is a chunk of."""
-        return torch.repeat_interleave(torch.arange(len(self._counts)), torch.tensor(self._counts))
+        # On the CPU even where a model is being built on the meta device: decoders are built by these numbers.
+        counts = torch.tensor(self._counts, device="cpu")
+        return torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
 
 
 def choose_chunk_width(layout: AdapterLayout) -> int:
@@ -174,13 +191,23 @@ class WeightNormalization(nn.Module):
         self.scale.copy_(scale)
         self.fitted.fill_(True)
 
-    def normalize(self, grid: torch.Tensor) -> torch.Tensor:
-        """Weights to normalised tokens; any leading batch axes."""
-        return (grid - self.mean).div_(self.scale[:, None, None])
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> WeightNormalization:
+        # What casts a whole module (`.bfloat16()`, DeepSpeed) would round the mean adapter; only the device may change.
+        kept = {"mean": self.mean, "scale": self.scale}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        return self
 
-    def denormalize(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Normalised tokens to weights, in float32; any leading batch axes."""
-        return torch.addcmul(self.mean, tokens.to(self.mean.dtype), self.scale[:, None, None])
+    def normalize(self, grid: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Weights to normalised tokens; any leading batch axes. `out` may be `grid` itself."""
+        return torch.sub(grid, self.mean, out=out).div_(self.scale[:, None, None])
+
+    def denormalize(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalised tokens to weights, in float32; any leading batch axes. `out` as for [`normalize`]."""
+        return torch.addcmul(self.mean, tokens.to(self.mean.dtype), self.scale[:, None, None], out=out)
 
 
 def weight_statistics(
@@ -222,36 +249,6 @@ def _per_tensor(tokenizer: WeightTokenizer, per_token: torch.Tensor) -> torch.Te
     """Means over the entries of each of the layout's tensors, from sums over the entries of each token."""
     sizes = torch.tensor([tensor.num_parameters for tensor in tokenizer.layout.tensors], dtype=torch.float64)
     return torch.zeros_like(sizes).index_add_(0, tokenizer.tensor_index(), per_token) / sizes
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Matrices of one form, handled in one go: a deep model repeats a handful of forms in every layer."""
-
-    side: str
-    rank: int
-    long_size: int
-    count: int  # tokens a matrix
-    tensors: tuple[int, ...]  # which of the layout's tensors
-    tokens: torch.Tensor  # their rows in the grid, matrix by matrix
-
-    @property
-    def stored_shape(self) -> tuple[int, int]:
-        """The matrices' shape as PEFT stores them, with all axes but the rank flattened."""
-        return (self.rank, self.long_size) if self.side == "A" else (self.long_size, self.rank)
-
-
-def _group_alike(layout: AdapterLayout, counts: list[int]) -> list[_Group]:
-    members: dict[tuple[str, int, int], list[int]] = {}
-    for i, tensor in enumerate(layout.tensors):
-        members.setdefault((tensor.side, tensor.rank, tensor.long_size), []).append(i)
-    starts = torch.tensor([0, *counts], device="cpu").cumsum(0)
-    groups = []
-    for (side, rank, long_size), indices in members.items():
-        count = counts[indices[0]]
-        tokens = (starts[indices][:, None] + torch.arange(count, device="cpu")).flatten()
-        groups.append(_Group(side, rank, long_size, count, tuple(indices), tokens))
-    return groups
 
 
 def _find(state_dict: Mapping[str, torch.Tensor], tensor: LoraTensor) -> torch.Tensor:
