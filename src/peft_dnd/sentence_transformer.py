@@ -15,40 +15,56 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
-from .errors import GeneratorConfigError, PromptError, TextEncoderError
+from .errors import GeneratorConfigError, TextEncoderError
 from .files import staged_directory
 from .prompts import TokenStates, check_prompts
-from .text_encoder_loading import load_sentence_transformer, model_config, set_max_length
+from .sentence_transformer_outputs import TextOutput, count_cut, measured_sizes, text_outputs, token_lengths
+from .text_encoder_blocks import CutWarning, encode_in_blocks
+from .text_encoder_loading import (
+    UNLIMITED,
+    choose_layer,
+    chosen_layer,
+    load_sentence_transformer,
+    load_word_vectors,
+    model_config,
+    set_limits,
+    set_padding_token,
+)
 
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
-logger = logging.getLogger(__name__)
-
-_TOKENIZING_BATCH = 256
 _TRAINING_BLOCK_TOKENS = 1024
-_PROGRESS_BAR_FROM = 512  # prompts; short ones take all-MiniLM-L6-v2 some 14 ms each on one CPU core
 
 
 class SentenceTransformerTextEncoder:
-    """Token states and sentence embeddings of prompts by a sentence-transformers model.
+    """Token states and sentence embeddings of prompts by any model that sentence-transformers loads.
 
-    Token states are the model's `token_embeddings` of every token that is not padding, special tokens included; a
-    sentence embedding is what `SentenceTransformer.encode` gives. Where the model names a default prompt of its own
-    (an instruction before each text), it stands before each of ours, as in `encode`. A prompt longer than
-    `max_length` tokens is cut there, and a warning says how many were.
+    That is a sentence-transformers model; a plain transformers encoder; the encoder half of a T5; a decoder-only
+    language model; a static embedding; a file of word vectors
+    ([`from_word_vectors`][SentenceTransformerTextEncoder.from_word_vectors]). For the base model itself, as it stands
+    in memory, there is [`HiddenStatesTextEncoder`][peft_dnd.hidden_states_encoder.HiddenStatesTextEncoder].
+
+    Token states are the model's `token_embeddings` of every token that is not padding, special tokens included, or
+    the hidden states of `layer`; of a static embedding, the rows of the tokens. A sentence embedding is what
+    `SentenceTransformer.encode` gives. Where the model names a default prompt of its own (an instruction before each
+    text), it stands before each of ours, as in `encode`.
+
+    **Long prompts.** A prompt longer than `max_length` tokens is cut there, and a warning says how many were. With
+    `window_tokens` a longer prompt than that goes through the model in windows of so many tokens, whose states are
+    joined: the token sequence of the whole text, special tokens at its two ends, is cut every `window_tokens`, as in
+    the code published with the paper. Each window is read for itself, so that memory is bounded by `window_tokens` in
+    the model and by `max_length` in what comes out. The sentence embedding of such a prompt is the mean of its
+    windows', weighted by their tokens.
 
     **What the states of a prompt depend on.** Frozen, on that prompt alone, to the byte: not on the other prompts of
     the call, their number or order, nor on other calls, nor on autocast. This is because each prompt goes through the
@@ -65,12 +81,18 @@ class SentenceTransformerTextEncoder:
     Args:
         module: The model. It is adopted, not copied: frozen, moved and limited to `max_length` in place.
         name_or_path: The Hub id or folder that it came from; default: what the model itself says.
-        max_length: The most tokens of one prompt; default: the model's own limit.
+        layer: The layer whose hidden states are the token states, in transformers' own count: 0 is the embeddings,
+            the number of layers the output, and negative numbers count from there. Layers that this does not need are
+            dropped from the model, sentence embeddings become the mean of the token states, and texts are read as they
+            are. Default: what the model itself gives, mostly its output; a chat model then gets each text in its chat
+            template.
+        max_length: The most tokens of one prompt; default: the model's own limit, or none if there are windows.
+        window_tokens: The most tokens that go through the model at once; default: longer prompts are cut instead.
         trainable: Whether gradients flow into the model.
         block_tokens: How many tokens may go through the frozen model at once, at least one prompt's; see above.
 
     Raises:
-        GeneratorConfigError: If `max_length` or `block_tokens` is impossible.
+        GeneratorConfigError: If `layer`, `max_length`, `window_tokens` or `block_tokens` is impossible.
         TextEncoderError: If the model gives no sentence embedding.
     """
 
@@ -79,7 +101,9 @@ class SentenceTransformerTextEncoder:
         module: SentenceTransformer,
         *,
         name_or_path: str | None = None,
+        layer: int | None = None,
         max_length: int | None = None,
+        window_tokens: int | None = None,
         trainable: bool = False,
         block_tokens: int = 1,
     ) -> None:
@@ -88,11 +112,15 @@ class SentenceTransformerTextEncoder:
         self.module = module
         self.name_or_path = name_or_path or getattr(model_config(module), "_name_or_path", None) or None
         self.block_tokens = block_tokens
+        self.window_tokens = window_tokens
         self.trainable = trainable
-        self._has_warned_of_cuts = False
-        if max_length is not None:
-            set_max_length(module, max_length)
-        self._token_size, self._sentence_size = self._measured_sizes()
+        self._warn_of_cuts = CutWarning()
+        set_padding_token(module)
+        if max_length is not None or window_tokens is not None:
+            set_limits(module, max_length, window_tokens)
+        if layer is not None:
+            choose_layer(module, layer)
+        self._token_size, self._sentence_size = measured_sizes(module)
 
     @classmethod
     def from_pretrained(
@@ -105,13 +133,17 @@ class SentenceTransformerTextEncoder:
         dtype: torch.dtype | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
+        layer: int | None = None,
         max_length: int | None = None,
+        window_tokens: int | None = None,
         trainable: bool = False,
         block_tokens: int = 1,
     ) -> SentenceTransformerTextEncoder:
         """Load a model from a folder or from the Hub.
 
-        A plain transformers encoder (no `modules.json`) works as well; sentence-transformers then pools by the mean.
+        A plain transformers model (no `modules.json`) works as well, of which a T5 gives its encoder and a language
+        model its layers without the head; sentence-transformers then pools by the mean, or the last token of a
+        language model.
         Only safetensors weights are read and no code of the repository is run; for a model that needs either, load it
         with `sentence_transformers.SentenceTransformer` and pass it to the constructor.
 
@@ -123,7 +155,9 @@ class SentenceTransformerTextEncoder:
             dtype: Floating point type of the weights; default: as stored. States are `float32` in any case.
             cache_dir: Where downloads are kept; default: the Hub's own cache.
             local_files_only: Never ask the Hub.
+            layer: As in the class.
             max_length: As in the class.
+            window_tokens: As in the class.
             trainable: As in the class.
             block_tokens: As in the class.
 
@@ -143,18 +177,49 @@ class SentenceTransformerTextEncoder:
         return cls(
             module,
             name_or_path=os.fspath(name_or_path),
+            layer=layer,
             max_length=max_length,
+            window_tokens=window_tokens,
             trainable=trainable,
             block_tokens=block_tokens,
         )
 
+    @classmethod
+    def from_word_vectors(
+        cls, path: str | os.PathLike[str], *, max_words: int | None = None, trainable: bool = False
+    ) -> SentenceTransformerTextEncoder:
+        """Load a text file of word vectors, such as GloVe's or word2vec's: one word and its numbers a line.
+
+        A prompt's tokens are its words, split at white space, bare of punctuation where a word is not known with it,
+        and in lower case where it is not known otherwise; unknown words are left out. A generator that was fitted
+        with such an encoder has to carry it (`text_encoder_in_folder=True`), since it has no Hub id.
+
+        Args:
+            path: The file, gzipped if its name ends in `.gz`.
+            max_words: How many of its first words to keep, commonly the most frequent ones; default: all.
+            trainable: As in the class.
+
+        Raises:
+            TextEncoderError: If there is no such file, or it holds no word vectors.
+        """
+        return cls(load_word_vectors(path, max_words=max_words), trainable=trainable)
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Save the model so that `from_pretrained(folder)` and sentence-transformers load it; whole or not at all.
 
-        The weights are written as safetensors; `max_length` is kept, `trainable` and `block_tokens` are not.
+        The weights are written as safetensors. `layer` and `max_length` are kept, the latter as far as the model can
+        read at once; `window_tokens`, `trainable` and `block_tokens` are not.
         """
-        with staged_directory(folder) as staged:
-            self.module.save_pretrained(str(staged), create_model_card=False, safe_serialization=True)
+        limit = self.max_length
+        if self.window_tokens is not None:
+            # Others who load the folder know of no windows.
+            self.module.max_seq_length = min(self.window_tokens, limit or self.window_tokens)
+        try:
+            with staged_directory(folder) as staged:
+                self.module.save_pretrained(str(staged), create_model_card=False, safe_serialization=True)
+        finally:
+            if self.window_tokens is not None:
+                self.module.max_seq_length = UNLIMITED if limit is None else limit
 
     def to(self, device: torch.device | str) -> SentenceTransformerTextEncoder:
         """Move the model to a device."""
@@ -184,6 +249,11 @@ class SentenceTransformerTextEncoder:
         return self.module.device
 
     @property
+    def layer(self) -> int | None:
+        """The layer whose hidden states are the token states, counted from the front; `None`: the model's output."""
+        return chosen_layer(self.module)
+
+    @property
     def embedding_size(self) -> int:
         """C, the size of one token state.
 
@@ -204,7 +274,7 @@ class SentenceTransformerTextEncoder:
         """The most tokens of one prompt, special tokens included; `None` if the model has no limit."""
         limit = getattr(self.module, "max_seq_length", None)
         # "No limit" is written as None, as infinity, or as a number beyond all sense.
-        return int(limit) if limit is not None and limit < 2**31 else None
+        return int(limit) if limit is not None and limit < UNLIMITED else None
 
     @property
     def commit_hash(self) -> str | None:
@@ -219,16 +289,18 @@ class SentenceTransformerTextEncoder:
             PromptError: As in [`check_prompts`].
             TextEncoderError: If the model has no token states.
         """
-        lengths = [length for length in self._token_lengths(check_prompts(prompts)) if length is not None]
+        lengths = [length for length in token_lengths(self.module, check_prompts(prompts)) if length is not None]
         if not lengths:
             raise self._no_token_states()
         return lengths
 
-    def encode_tokens(self, prompts: Sequence[str]) -> TokenStates:
+    def encode_tokens(self, prompts: Sequence[str], *, max_length: int | None = None) -> TokenStates:
         """The states of all tokens of each prompt that are not padding, special tokens included.
 
         Args:
             prompts: The prompts.
+            max_length: The most states of one prompt. The others are left out, and windows in which there is nothing
+                else are not read; what is left is the same as without.
 
         Returns:
             Token states, `float32`, on the device of the model.
@@ -236,12 +308,13 @@ class SentenceTransformerTextEncoder:
         Raises:
             PromptTypeError: As in [`check_prompts`].
             PromptError: As in [`check_prompts`], or if the tokenizer makes no token of a prompt.
-            TextEncoderError: If the model has no token states (a static embedding, a bag of words), or they are not
-                finite.
+            TextEncoderError: If the model has no token states (a bag of words), or they are not finite.
         """
         if self._token_size is None:
             raise self._no_token_states()
-        return TokenStates.from_list(self._encode(prompts, _token_states))
+        return TokenStates.from_list(
+            self._encode(prompts, lambda output: cast("Tensor", output.token_states)[:max_length].float(), max_length)
+        )
 
     def encode_sentences(self, prompts: Sequence[str]) -> Tensor:
         """The sentence embedding of each prompt, as `SentenceTransformer.encode` gives it.
@@ -257,102 +330,26 @@ class SentenceTransformerTextEncoder:
             PromptError: As in [`check_prompts`], or if the tokenizer makes no token of a prompt.
             TextEncoderError: If the embeddings are not finite.
         """
-        return torch.stack(self._encode(prompts, _sentence_embedding))
+        return torch.stack(self._encode(prompts, lambda output: output.sentence_embedding.float()))
 
-    def _encode(self, prompts: Sequence[str], read: Callable[[dict[str, Any]], Tensor]) -> list[Tensor]:
+    def _encode(
+        self, prompts: Sequence[str], read: Callable[[TextOutput], Tensor], max_tokens: int | None = None
+    ) -> list[Tensor]:
         """Encode prompts and take one tensor of each prompt's output, in the order of the prompts."""
         checked = check_prompts(prompts)
-        lengths = self._token_lengths(checked)
-        if 0 in lengths:
-            prompt = checked[lengths.index(0)]
-            raise PromptError(
-                f"prompts[{lengths.index(0)}] ({prompt!a:.60}) has no token in the vocabulary of the text encoder. "
-                "Leave it out, or use an encoder that knows its script."
-            )
-        self._warn_of_cuts(checked, lengths)
-        outputs: dict[int, Tensor] = {}
-        with transformers_logging.tqdm(
-            total=len(checked), desc="Encoding prompts", unit="prompt", disable=len(checked) < _PROGRESS_BAR_FROM
-        ) as progress:
-            for block in _blocks(lengths, _TRAINING_BLOCK_TOKENS if self.trainable else self.block_tokens):
-                rows = self._forward([checked[index] for index in block])
-                outputs.update((index, read(row).float()) for index, row in zip(block, rows, strict=True))
-                progress.update(len(block))
-        ordered = [outputs[index] for index in range(len(checked))]
-        _check_finite(ordered, checked)
-        return ordered
+        lengths = token_lengths(self.module, checked)
+        if self.max_length is not None:
+            num_cut = count_cut(self.module, checked, lengths, self.max_length)
+            self._warn_of_cuts(num_cut, len(checked), self.max_length)
+        block_tokens = _TRAINING_BLOCK_TOKENS if self.trainable else self.block_tokens
+        return encode_in_blocks(
+            checked, lengths, block_tokens, lambda texts: list(map(read, self._forward(texts, max_tokens)))
+        )
 
-    def _forward(self, texts: list[str]) -> list[dict[str, Any]]:
-        """The model's outputs for texts of equal token length, one dictionary each."""
-        if not self.trainable:
-            # Inside a mixed-precision training step autocast would otherwise change the states. `encode` itself sets
-            # eval mode, which a `train()` on a parent module may have undone.
-            with torch.autocast(self.device.type, enabled=False):
-                outputs = self.module.encode(texts, batch_size=len(texts), output_value=None, show_progress_bar=False)
-            return cast("list[dict[str, Any]]", outputs)
-        output = self.module(self._features(texts))
-        output["sentence_embedding"] = output["sentence_embedding"][..., : self.module.truncate_dim]
-        batched = {name: value for name, value in output.items() if isinstance(value, Tensor) and value.dim() > 0}
-        return [{name: value[row] for name, value in batched.items()} for row in range(len(texts))]
-
-    def _features(self, texts: list[str]) -> dict[str, Any]:
-        """Tokenize as `SentenceTransformer.encode` does, onto the device of the model."""
-        if hasattr(self.module, "preprocess"):
-            features = self.module.preprocess(texts, prompt=self._instruction() or None)
-        else:  # in the oldest sentence-transformers that is supported, 5.2, it had another name and less to do
-            features = self.module.tokenize([self._instruction() + text for text in texts])
-        return {
-            name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in features.items()
-        }
-
-    def _instruction(self) -> str:
-        """What the model by its own configuration puts before each text; mostly nothing."""
-        return self.module.prompts.get(self.module.default_prompt_name or "") or ""
-
-    def _token_lengths(self, prompts: tuple[str, ...]) -> list[int | None]:
-        """How many tokens each prompt has, as far as the model's features say so."""
-        lengths: list[int | None] = []
-        for start in range(0, len(prompts), _TOKENIZING_BATCH):
-            batch = list(prompts[start : start + _TOKENIZING_BATCH])
-            mask = self._features(batch).get("attention_mask")
-            lengths += [None] * len(batch) if mask is None else mask.sum(dim=1).tolist()
-        return lengths
-
-    def _warn_of_cuts(self, prompts: tuple[str, ...], lengths: list[int | None]) -> None:
-        tokenizer = getattr(self.module, "tokenizer", None)
-        limit = self.max_length
-        if limit is None or not isinstance(tokenizer, PreTrainedTokenizerBase):
-            return
-        # Most prompts are shorter; only of those that fill the limit must be asked whether they would exceed it.
-        full = [
-            self._instruction() + prompt
-            for prompt, length in zip(prompts, lengths, strict=True)
-            if length is not None and length >= limit
-        ]
-        num_cut = sum(len(tokenizer(text, truncation=False, verbose=False)["input_ids"]) > limit for text in full)
-        if num_cut:
-            # A warning once, and then quietly: a served generator sees the same prompts again and again.
-            logger.log(
-                logging.INFO if self._has_warned_of_cuts else logging.WARNING,
-                "%d of %d prompts are longer than the text encoder's limit of %d tokens and were cut there.",
-                num_cut,
-                len(prompts),
-                limit,
-            )
-            self._has_warned_of_cuts = True
-
-    def _measured_sizes(self) -> tuple[int | None, int]:
-        """Sizes of token states (`None` if there are none) and sentence embeddings, from one short text."""
-        self.module.eval()
-        with torch.no_grad():
-            output = self.module(self._features(["a"]))
-        if "sentence_embedding" not in output:
-            raise TextEncoderError(
-                f"The text encoder gives no sentence embedding, only {sorted(output)}. Use a sentence-transformers "
-                "model that ends in a pooling module."
-            )
-        token_size = output["token_embeddings"].shape[-1] if "token_embeddings" in output else None
-        return token_size, output["sentence_embedding"][..., : self.module.truncate_dim].shape[-1]
+    def _forward(self, texts: list[str], max_tokens: int | None) -> list[TextOutput]:
+        return text_outputs(
+            self.module, texts, window_tokens=self.window_tokens, trainable=self.trainable, max_tokens=max_tokens
+        )
 
     def _no_token_states(self) -> TextEncoderError:
         return TextEncoderError(
@@ -360,40 +357,3 @@ class SentenceTransformerTextEncoder:
             "prompt and no token states, which the decoder reads. Use a transformer encoder such as "
             '"sentence-transformers/all-MiniLM-L6-v2", or a decoder that reads sentence embeddings.'
         )
-
-
-def _token_states(output: dict[str, Any]) -> Tensor:
-    states: Tensor = output["token_embeddings"]
-    mask = output.get("attention_mask")
-    return states if mask is None else states[mask.bool()]
-
-
-def _sentence_embedding(output: dict[str, Any]) -> Tensor:
-    return cast("Tensor", output["sentence_embedding"])
-
-
-def _blocks(lengths: list[int | None], block_tokens: int) -> Iterator[list[int]]:
-    """Group prompts of equal length, so that none is padded, into blocks of at most `block_tokens` tokens.
-
-    Yields indices of prompts. A prompt longer than a block, or of unknown length, is a block of its own.
-    """
-    groups: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        if length is None:
-            yield [index]
-        else:
-            groups.setdefault(length, []).append(index)
-    for length, group in groups.items():
-        size = max(1, block_tokens // length)
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
-
-
-def _check_finite(embeddings: list[Tensor], prompts: tuple[str, ...]) -> None:
-    if bool(torch.isfinite(torch.stack([embedding.detach().sum() for embedding in embeddings])).all()):
-        return
-    bad = next(index for index, embedding in enumerate(embeddings) if not bool(torch.isfinite(embedding).all()))
-    raise TextEncoderError(
-        f"The text encoder's embedding of prompts[{bad}] ({prompts[bad]!a:.60}) is not finite. Load the encoder in "
-        "torch.float32 (dtype=torch.float32); if that does not help, its weights are damaged."
-    )

@@ -31,10 +31,14 @@ logger = logging.getLogger(__name__)
 
 
 class TextEncoder(Protocol):
-    """What the library asks of a text encoder; `SentenceTransformerTextEncoder` is the one that it brings.
+    """What the library asks of a text encoder.
 
-    Whoever writes another keeps this promise: while it is frozen, the same prompts give the same bytes, whatever was
-    encoded before.
+    The library brings `SentenceTransformerTextEncoder` and `HiddenStatesTextEncoder`. Whoever writes another keeps
+    this promise: while it is frozen, the same prompts give the same bytes, whatever was encoded before.
+
+    An encoder that reads a chosen layer, or long prompts in windows, tells so by attributes `layer` and
+    `window_tokens`; one that has neither attribute does neither. In windows it is called as
+    `encode_tokens(prompts, max_length=...)`, and need not read a prompt further than that.
 
     Attributes:
         trainable: Whether gradients flow into the encoder; the library sets it when the encoder is to be fitted too.

@@ -21,13 +21,19 @@ from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import GeneratorConfigError, TextEncoderError
+from .text_encoder_blocks import check_token_limits
 
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+
+# As a length: more tokens than any text has, but still a number that tokenizers take.
+UNLIMITED = 2**31
 
 
 def load_sentence_transformer(
@@ -69,8 +75,33 @@ def model_config(module: SentenceTransformer) -> Any:
     return getattr(module.transformers_model, "config", None)
 
 
-def set_max_length(module: SentenceTransformer, max_length: int) -> None:
-    """Limit the tokens of one text, special ones included.
+def load_word_vectors(path: str | os.PathLike[str], *, max_words: int | None = None) -> SentenceTransformer:
+    """Load word vectors; arguments and errors are those of `SentenceTransformerTextEncoder.from_word_vectors`."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, WordEmbeddings
+    from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
+
+    file = os.path.expanduser(os.fspath(path))
+    # sentence-transformers would look for a missing file on a server of its own.
+    if not os.path.isfile(file):
+        raise TextEncoderError(
+            f"There is no file {file!r}. Pass a text file of word vectors, one word and its numbers a line, such as "
+            "glove.6B.300d.txt; it may be gzipped, its name then ending in .gz."
+        )
+    # Its own list of stop words would drop "what", "which" and "not", by which prompts tell what is asked.
+    tokenizer = WhitespaceTokenizer(stop_words=[], do_lower_case=False)
+    try:
+        words = WordEmbeddings.from_text_file(file, tokenizer=tokenizer, max_vocab_size=max_words)
+    except (ValueError, OSError) as error:
+        raise TextEncoderError(
+            f"{file!r} is no file of word vectors: expected one word and its numbers a line, with blanks between "
+            f"them. The cause: {type(error).__name__}: {error}"
+        ) from error
+    return SentenceTransformer(modules=[words, Pooling(words.get_embedding_dimension())], device="cpu")
+
+
+def set_limits(module: SentenceTransformer, max_length: int | None, window_tokens: int | None) -> None:
+    """Limit the tokens of one text, special ones included, and those of a window.
 
     Raises:
         GeneratorConfigError: If the model cannot read that many, or has no such limit.
@@ -78,17 +109,100 @@ def set_max_length(module: SentenceTransformer, max_length: int) -> None:
     tokenizer = getattr(module, "tokenizer", None)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise GeneratorConfigError(
-            f"max_length={max_length} cannot be set: the text encoder ({type(module[0]).__name__}) does not limit the "
-            "length of a text. Leave max_length out."
+            f"max_length={max_length} and window_tokens={window_tokens} cannot be set: the text encoder "
+            f"({type(module[0]).__name__}) does not limit the length of a text. Leave them out."
         )
     least = tokenizer.num_special_tokens_to_add() + 1
-    most = getattr(model_config(module), "max_position_embeddings", None)
-    if max_length < least or (most is not None and max_length > most):
+    check_token_limits(
+        max_length, window_tokens, least, getattr(model_config(module), "max_position_embeddings", None)
+    )
+    module.max_seq_length = UNLIMITED if max_length is None else max_length
+
+
+def set_padding_token(module: SentenceTransformer) -> None:
+    """Give a tokenizer that has no padding token one, as those of decoder-only models often have none.
+
+    Which one does not matter: padding is dropped again, or never made.
+    """
+    tokenizer = getattr(module, "tokenizer", None)
+    if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+
+
+def chosen_layer(module: SentenceTransformer) -> int | None:
+    """The layer whose hidden states a model gives as token states; `None` if it gives its output."""
+    output = _modalities(module).get("text", {}).get("method_output_name")
+    return int(output[1]) if isinstance(output, list | tuple) and output[0] == "hidden_states" else None
+
+
+def choose_layer(module: SentenceTransformer, layer: int) -> None:
+    """Make a model give the hidden states of a layer as token states, and drop the layers that this does not need.
+
+    Sentence embeddings become their mean, before whatever the model has after its pooling: how it pooled its output
+    (by the last token, for a language model) need not suit another layer. Texts are read as they are, even if the
+    model has a chat template.
+
+    Raises:
+        GeneratorConfigError: If there is no such layer.
+    """
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    model = getattr(module, "transformers_model", None)
+    if not isinstance(model, PreTrainedModel) or "text" not in _modalities(module):
         raise GeneratorConfigError(
-            f"max_length of the text encoder must be from {least} (its special tokens and one more) to "
-            f"{most or 'any number'} (its position embeddings), not {max_length}."
+            f"layer={layer} cannot be chosen: the text encoder ({type(module[0]).__name__}) has no layers. Leave it "
+            "out."
         )
-    module.max_seq_length = max_length
+    layer = layer_from_front(model.config, layer)
+    # sentence-transformers' own way of naming what a model gives; it is saved with the model. Were chat messages left
+    # among what it takes, every text would be put into the chat template first.
+    text = {**_modalities(module)["text"], "method_output_name": ["hidden_states", layer]}
+    transformer: Any = module[0]
+    transformer.modality_config = {"text": text}
+    transformer.input_formatter.supported_modalities = ["text"]
+    for name, part in module.named_children():
+        if isinstance(part, Pooling):
+            module.register_module(name, Pooling(part.get_embedding_dimension(), "mean"))
+    _drop_layers(model, layer + 1)
+
+
+def layer_from_front(config: PretrainedConfig, layer: int) -> int:
+    """A layer's number in transformers' `hidden_states`, counted from the front.
+
+    Raises:
+        GeneratorConfigError: If there is no such layer.
+    """
+    count = config.get_text_config().num_hidden_layers
+    if not -count - 1 <= layer <= count:
+        raise GeneratorConfigError(
+            f"There is no layer {layer}: the text encoder has {count}, so that layer must be from 0 (the embeddings) "
+            f"to {count} (its output), or from -1 back to {-count - 1}."
+        )
+    return layer % (count + 1)
+
+
+def _modalities(module: SentenceTransformer) -> dict[str, dict[str, Any]]:
+    return getattr(module[0], "modality_config", {})
+
+
+def _drop_layers(model: PreTrainedModel, keep: int) -> None:
+    # What layer k gives is among a model's hidden states as it is only if a layer follows; after the last one
+    # transformers gives the model's output, which mostly has gone through a norm. So the caller keeps one more.
+    config = model.config.get_text_config()
+    places = [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers
+    ]
+    # Models that share one layer's weights (ALBERT) have no such list; two of equal length cannot be told apart.
+    if len(places) != 1 or keep >= config.num_hidden_layers:
+        return
+    parent, name = places[0]
+    setattr(parent, name, getattr(parent, name)[:keep])
+    config.num_hidden_layers = keep
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:keep]
 
 
 def _checked_source(name_or_path: str | os.PathLike[str]) -> str:
