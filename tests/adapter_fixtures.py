@@ -73,6 +73,7 @@ def generator_for(encoder_folder: Path) -> Callable[[AdapterLayout], PromptCondi
             str(encoder_folder),
             num_prompts=4,
             max_prompt_length=8,
+            decoder_type="hyper_convolution",
             decoder_config={"kernel_size": 3, "zero_init_output": False},
         )
         torch.manual_seed(0)

@@ -30,9 +30,9 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_dnd.collection import PairWriter
 from peft_dnd.layout import AdapterLayout
 from peft_dnd.lora import live_state_dict
+from peft_dnd.pair_writer import PairWriter
 
 
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="forks the test process")

@@ -38,7 +38,8 @@ from peft_dnd import (
     PromptConditionedLoraGenerator,
     PromptConditionedLoraGeneratorConfig,
 )
-from peft_dnd.collection import PairWriter
+from peft_dnd.pair_writer import PairWriter
+from peft_dnd.sentence_transformer import SentenceTransformerTextEncoder
 
 
 # The matrices here are tiny: threads would only wait for one another, and badly where cores are shared.
@@ -130,6 +131,12 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
+@pytest.fixture
+def encoder(encoder_folder: Path) -> SentenceTransformerTextEncoder:
+    """That encoder, frozen."""
+    return SentenceTransformerTextEncoder.from_pretrained(encoder_folder)
+
+
 TASK_PROMPTS = {
     "law": ["what is the law of the court ?", "what is tax law ?", "a court please", "what court ?", "law of tax ."],
     "med": ["what is the medicine of a doctor ?", "doctor please", "what is medicine ?", "medicine please ."],
@@ -173,6 +180,7 @@ def generator_config(layout: AdapterLayout, encoder_folder: Path) -> PromptCondi
         str(encoder_folder),
         num_prompts=4,
         max_prompt_length=16,
+        decoder_type="hyper_convolution",
         decoder_config={"kernel_size": 3, "zero_init_output": False},
     )
 

@@ -76,6 +76,7 @@ def settings_file(folder: Path, projected: bool, encoder: str | None = None) -> 
             "token_format": "published",
             "chunk_width": WIDTH,
             "normalization": "none",
+            "decoder_type": "hyper_convolution",
             "decoder_config": decoder,
         },
         "training": {},

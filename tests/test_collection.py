@@ -38,7 +38,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from peft_dnd.collection import CheckpointCollector, PairWriter, planned_steps
+from peft_dnd.collection import CheckpointCollector, planned_steps
 from peft_dnd.data import PromptCheckpointDataset
 from peft_dnd.errors import (
     GeneratorConfigError,
@@ -50,6 +50,7 @@ from peft_dnd.errors import (
 )
 from peft_dnd.layout import AdapterLayout
 from peft_dnd.lora import live_state_dict
+from peft_dnd.pair_writer import PairWriter
 from peft_dnd.pairs import read_prompts, read_task, stored_steps
 
 

@@ -251,7 +251,12 @@ class TestNumberOfPrompts:
 class TestTrainer:
     def trainer(self, pairs: Any, encoder_folder: Path, tmp_path: Path, held_out: Any = None, **settings: Any) -> Any:
         config = PromptConditionedLoraGeneratorConfig.from_adapters(
-            pairs, str(encoder_folder), num_prompts=4, decoder_config={"kernel_size": 3}, **settings
+            pairs,
+            str(encoder_folder),
+            num_prompts=4,
+            decoder_type="hyper_convolution",
+            decoder_config={"kernel_size": 3},
+            **settings,
         )
         arguments = DnDTrainingArguments(
             output_dir=str(tmp_path),

@@ -52,7 +52,11 @@ def new_generator(
     """A generator with random weights that passes for fitted."""
     settings = {"num_prompts": 4, "max_prompt_length": 12, **settings}
     config = PromptConditionedLoraGeneratorConfig.from_adapters(
-        layout, encoder, decoder_config={"kernel_size": 3, "zero_init_output": False}, **settings
+        layout,
+        encoder,
+        decoder_type="hyper_convolution",
+        decoder_config={"kernel_size": 3, "zero_init_output": False},
+        **settings,
     )
     torch.manual_seed(0)
     loaded = None if isinstance(encoder, str) else encoder
@@ -255,6 +259,7 @@ def test_a_layer_can_be_fitted_too(pairs: PromptCheckpointDataset, tmp_path: Pat
         window_tokens=4,
         num_prompts=3,
         freeze_text_encoder=False,
+        decoder_type="hyper_convolution",
         decoder_config={"kernel_size": 3, "zero_init_output": False},
     )
     generator = PromptConditionedLoraGenerator(config)

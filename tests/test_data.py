@@ -27,12 +27,14 @@ from collecting import POOL, adapter, write, write_pairs
 from huggingface_hub.utils import validate_repo_id
 from torch.utils.data import DataLoader
 
-from peft_dnd.data import PromptCheckpointCollator, PromptCheckpointDataset, task_balanced_grids, token_spread
+from peft_dnd.collator import PromptCheckpointCollator
+from peft_dnd.data import PromptCheckpointDataset
 from peft_dnd.errors import (
     PairsFolderError,
 )
 from peft_dnd.files import read_safetensors
 from peft_dnd.layout import AdapterLayout
+from peft_dnd.pair_statistics import task_balanced_grids, token_spread
 from peft_dnd.prompts import TokenStates, select_prompts
 from peft_dnd.tokenizer import WeightNormalization, WeightTokenizer, weight_statistics
 
@@ -76,7 +78,7 @@ def test_tasks_stand_in_natural_order_and_checkpoints_in_that_of_their_steps(pai
 def test_an_item_is_a_pool_and_one_of_its_own_checkpoints(pairs, layout):
     dataset = PromptCheckpointDataset.from_folder(pairs)
     item = dataset[1]
-    assert item.keys() == {"task", "prompts", "state_dict", "seed"}
+    assert item.keys() == {"task", "prompts", "state_dict", "examples", "seed"}
     assert (item["task"], item["prompts"]) == ("law", dataset.prompts("law"))
     expected = adapter(layout, 2)
     assert item["state_dict"].keys() == expected.keys()

@@ -40,12 +40,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peft_dnd.files
-from peft_dnd.collection import CheckpointCollector, PairWriter
+from peft_dnd.collection import CheckpointCollector
 from peft_dnd.data import PromptCheckpointDataset
 from peft_dnd.errors import (
     PairsFolderError,
 )
 from peft_dnd.layout import AdapterLayout
+from peft_dnd.pair_writer import PairWriter
 from peft_dnd.pairs import read_prompts, read_task, stored_steps
 
 

@@ -85,7 +85,11 @@ def test_adapter_is_the_mean_plus_what_is_decoded(generator: PromptConditionedLo
 
 
 def test_unfitted_decoder_writes_the_mean_adapter(generator_config: PromptConditionedLoraGeneratorConfig) -> None:
-    settings = {**generator_config.to_dict(), "decoder_config": {"kernel_size": 3}}
+    settings = {
+        **generator_config.to_dict(),
+        "decoder_type": "hyper_convolution",
+        "decoder_config": {"kernel_size": 3},
+    }
     model = PromptConditionedLoraGenerator(PromptConditionedLoraGeneratorConfig.from_dict(settings))
     with pytest.raises(NotFittedError, match="never been fitted"):
         model.generate_adapter(PROMPTS)
@@ -222,7 +226,7 @@ def test_encoder_of_another_width_is_refused(
 
 def test_sentence_embeddings_as_condition(layout: AdapterLayout, encoder_folder: Path) -> None:
     config = PromptConditionedLoraGeneratorConfig.from_adapters(
-        layout, str(encoder_folder), condition="sentence_embeddings", num_prompts=3, decoder_config={"kernel_size": 3}
+        layout, str(encoder_folder), condition="sentence_embeddings", num_prompts=3, decoder_type="hyper_convolution"
     )
     assert config.condition_shape == (3, 1, 16)
     model = PromptConditionedLoraGenerator(config)
@@ -326,7 +330,7 @@ def test_impossible_configurations(changes: dict[str, Any], words: str) -> None:
 def test_typo_in_decoder_settings(layout: AdapterLayout, encoder_folder: Path) -> None:
     for settings, words in (({"kernel_sise": 3}, "kernel_sise"), ({"kernel_size": 4}, "odd")):
         config = PromptConditionedLoraGeneratorConfig.from_adapters(
-            layout, str(encoder_folder), decoder_config=settings
+            layout, str(encoder_folder), decoder_type="hyper_convolution", decoder_config=settings
         )
         with pytest.raises(GeneratorConfigError, match=words):
             PromptConditionedLoraGenerator(config)

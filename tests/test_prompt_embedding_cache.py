@@ -15,27 +15,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+from encoding import PROMPTS, bytes_of
 
 from peft_dnd.errors import GeneratorConfigError, PromptError, TextEncoderError
 from peft_dnd.prompts import TokenStates
-from peft_dnd.sentence_transformer import SentenceTransformerTextEncoder
 from peft_dnd.text_encoder import PromptEmbeddingCache, TextEncoder
-
-
-PROMPTS = ["what is the capital ?", "a river", "law", "what is tax law ? please answer in one word .", "of a", "a law"]
-
-
-@pytest.fixture
-def encoder(encoder_folder: Path) -> SentenceTransformerTextEncoder:
-    return SentenceTransformerTextEncoder.from_pretrained(encoder_folder)
-
-
-def bytes_of(states: TokenStates) -> list[bytes]:
-    return [states[i].numpy().tobytes() for i in range(len(states))]
 
 
 class CountingEncoder:

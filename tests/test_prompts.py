@@ -195,6 +195,14 @@ class TestTokenStates:
         with pytest.raises(IndexError):
             states[3]
 
+    @pytest.mark.parametrize("length", [1, 2, 3, 4, 9])
+    def test_cut_leaves_what_select_would(self, states, length):
+        cut = states.cut(length)
+        assert cut.lengths.tolist() == [min(n, length) for n in (2, 4, 1)]
+        for number in range(3):
+            assert torch.equal(cut[number], states[number][:length])
+        assert (cut is states) == (length >= 4)
+
     def test_select_pads_cuts_and_repeats(self, states):
         selected, mask = states.select(torch.tensor([2, 1, 0, 1]), max_length=3)
         assert selected.shape == (4, 3, 3)

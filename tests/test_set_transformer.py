@@ -16,13 +16,15 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
+from shapes import qwen_layout
 from torch import nn
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from peft_dnd import (
     AdapterLayout,
@@ -40,7 +42,7 @@ from peft_dnd.positions import token_positions
 from peft_dnd.prompts import draw_prompt_set
 
 
-POSITIONS = TokenPositions(layers=(0, 0, 0, 1, 1, 1), slots=(0, 1, 2, 0, 1, 2), heads=(0, 1, 1, 0, 1, 1))
+POSITIONS = TokenPositions(layers=(0, 0, 0, 1, 1, 1), slots=(0, 1, 2, 0, 1, 2))
 PROMPTS = ["what is tax law ?", "what is the law of the court ?", "a court please", "law ."]
 
 
@@ -92,7 +94,7 @@ def test_neither_order_nor_padding_matters(decoder: SetTransformerDecoder, count
     torch.manual_seed(count)
     prompts = [torch.randn(1 + i % 5, 12) for i in range(count)]
     grid = read_set(decoder, prompts, count, 5)
-    assert grid.isfinite().all() and grid.std() > 0.1
+    assert grid.isfinite().all() and grid.std() > 0.05
     shuffled = random.Random(0).sample(prompts, count)
     torch.testing.assert_close(read_set(decoder, shuffled, count, 5), grid, atol=1e-5, rtol=0)
     torch.testing.assert_close(read_set(decoder, prompts, count + 9, 11), grid, atol=1e-5, rtol=0)
@@ -122,7 +124,7 @@ def test_what_all_tasks_share_is_taken_off(decoder: SetTransformerDecoder) -> No
 def test_every_place_gets_its_own_token(decoder: SetTransformerDecoder) -> None:
     grid = read_set(decoder, [torch.randn(3, 12)], 1, 3)[0]
     distances = torch.cdist(grid.flatten(1), grid.flatten(1))
-    assert (distances + torch.eye(6) > 0.1).all()
+    assert (distances + torch.eye(6) > 0.05).all()
 
 
 def test_starts_from_the_mean_adapter_and_every_parameter_learns() -> None:
@@ -178,34 +180,17 @@ def test_positions_follow_the_layout(layout: AdapterLayout) -> None:
     tensors = [layout.tensors[i] for i in tokenizer.tensor_index().tolist()]
     places = list(zip(positions.layers, positions.slots, strict=True))
     assert len(set(places)) == len(places) == tokenizer.num_tokens
-    for token, tensor in enumerate(tensors):
-        assert f".{positions.layers[token]}." in tensor.module
-        alike = [other for other, head in enumerate(positions.heads) if head == positions.heads[token]]
-        assert {(tensors[i].module.split(".")[-1], tensors[i].side) for i in alike} == {
-            (tensor.module.split(".")[-1], tensor.side)
-        }
+    for layer, tensor in zip(positions.layers, tensors, strict=True):
+        assert f".{layer}." in tensor.module
+    slots = {}
+    for slot, tensor in zip(positions.slots, tensors, strict=True):
+        slots.setdefault(slot, set()).add((re.sub(r"\d+", "*", tensor.module), tensor.side))
+    assert all(len(kinds) == 1 for kinds in slots.values())
 
 
-def qwen(hidden: int, intermediate: int, layers: int, heads: int, groups: int, rank: int) -> WeightTokenizer:
-    config = Qwen2Config(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        vocab_size=1000,
-    )
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config)
-    return WeightTokenizer(AdapterLayout.from_lora_config(LoraConfig(r=rank, target_modules="all-linear"), base))
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "most"),
-    [(qwen(896, 4864, 24, 14, 2, 8), 20e6), (qwen(3584, 18944, 28, 28, 4, 16), 50e6)],
-    ids=["0.5B", "7B"],
-)
-def test_stays_light_at_real_sizes(tokenizer: WeightTokenizer, most: float) -> None:
+@pytest.mark.parametrize(("size", "most"), [("0.5b", 20e6), ("7b", 50e6)])
+def test_stays_light_at_real_sizes(size: str, most: float) -> None:
+    tokenizer = WeightTokenizer(qwen_layout(size))
     with torch.device("meta"):
         decoder = SetTransformerDecoder((16, 64, 384), tokenizer.grid_shape, token_positions(tokenizer))
         states, mask = torch.empty(1, 16, 64, 384), torch.ones(1, 16, 64)
@@ -216,11 +201,14 @@ def test_stays_light_at_real_sizes(tokenizer: WeightTokenizer, most: float) -> N
 def test_size_stays_flat_in_depth() -> None:
     sizes = []
     for layers in (4, 40):
-        tokenizer = qwen(64, 128, layers, 4, 2, 4)
+        config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4)
         with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config)
+            lora = LoraConfig(r=4, target_modules="all-linear")
+            tokenizer = WeightTokenizer(AdapterLayout.from_lora_config(lora, base))
             decoder = SetTransformerDecoder((16, 64, 384), tokenizer.grid_shape, token_positions(tokenizer))
         sizes.append(sum(parameter.numel() for parameter in decoder.parameters()))
-    assert sizes[1] - sizes[0] == 36 * 256  # one embedding a layer
+    assert sizes[1] - sizes[0] == 36 * 16  # how much of each template a layer takes
 
 
 def test_generator_gives_the_same_bytes_in_any_order(set_generator: PromptConditionedLoraGenerator) -> None:
@@ -262,7 +250,7 @@ def test_fits_like_any_other(
         num_prompts=4,
         max_prompt_length=12,
         decoder_type="set_transformer",
-        decoder_config={"hidden_size": 64, "num_latents": 4},
+        decoder_config={"hidden_size": 64, "num_latents": 4, "num_templates": 64},
     )
     torch.manual_seed(0)
     model = PromptConditionedLoraGenerator(config, text_encoder=set_generator.text_encoder)

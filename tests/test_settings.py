@@ -84,7 +84,11 @@ def test_vision_language_base_is_adapted_in_its_language_layers_alone() -> None:
 
 def test_overrides_and_another_layout(layout: AdapterLayout) -> None:
     config = PromptConditionedLoraGeneratorConfig.from_settings(
-        "common-sense-0.5b", text_encoder="here", max_prompt_length=16, decoder_config={"kernel_size": 3}
+        "common-sense-0.5b",
+        text_encoder="here",
+        max_prompt_length=16,
+        decoder_type="hyper_convolution",
+        decoder_config={"kernel_size": 3},
     )
     assert (config.text_encoder, config.condition_shape) == ("here", (128, 16, 384))
     config = PromptConditionedLoraGeneratorConfig.from_settings(

@@ -161,7 +161,9 @@ def test_the_gradient_of_a_step_is_that_of_the_adapters(
     bare: PromptCheckpointDataset, make_generator: Make, fresh_base: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
     """The trainer's loss against each item's loss taken by PEFT on a base with the item's adapter loaded."""
-    generator = make_generator(decoder_config={"kernel_size": 3, "zero_init_output": False})
+    generator = make_generator(
+        decoder_type="hyper_convolution", decoder_config={"kernel_size": 3, "zero_init_output": False}
+    )
     trainer = DnDTrainer(generator, arguments(tmp_path, condition_noise=0.0), bare, base_model=fresh_base())
     trainer._prepare()
     batch = trainer.data_collator([bare[i] for i in range(4)])

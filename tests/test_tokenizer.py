@@ -217,3 +217,16 @@ def test_errors_name_the_tensor(layout: AdapterLayout) -> None:
         tokenizer.decode(torch.zeros(1, 2, 3))
     with pytest.raises(GeneratorConfigError, match="chunk_width"):
         WeightTokenizer(layout, 0)
+
+
+def test_the_statistics_keep_their_precision_when_the_module_around_them_is_cast(layout: AdapterLayout) -> None:
+    statistics = WeightNormalization(WeightTokenizer(layout).grid_shape)
+    mean = torch.randn(statistics.mean.shape)
+    statistics.set_statistics(mean, statistics.scale / 3)
+    model = nn.Sequential(nn.Linear(2, 2), statistics)
+    for cast in (model.bfloat16, model.half, lambda: model.to(torch.bfloat16)):
+        cast()
+        assert model[0].weight.dtype != torch.float32
+        assert torch.equal(statistics.mean, mean) and statistics.scale.dtype == torch.float32
+    assert model.double()[1].mean.dtype == torch.float64
+    assert model.to("meta")[1].mean.is_meta

@@ -35,9 +35,9 @@ from peft_dnd import (
     PromptConditionedLoraGenerator,
     PromptConditionedLoraGeneratorConfig,
 )
-from peft_dnd.collection import PairWriter
-from peft_dnd.data import task_balanced_grids, token_spread
 from peft_dnd.errors import GeneratorConfigError, LayoutError
+from peft_dnd.pair_statistics import task_balanced_grids, token_spread
+from peft_dnd.pair_writer import PairWriter
 from peft_dnd.tokenizer import weight_statistics
 
 
@@ -46,7 +46,12 @@ def make_generator(
     pairs: PromptCheckpointDataset, encoder_folder: Path
 ) -> Callable[..., PromptConditionedLoraGenerator]:
     def make(**changes: Any) -> PromptConditionedLoraGenerator:
-        settings = {"num_prompts": 3, "decoder_config": {"kernel_size": 3}, **changes}
+        settings = {
+            "num_prompts": 3,
+            "decoder_type": "hyper_convolution",
+            "decoder_config": {"kernel_size": 3},
+            **changes,
+        }
         config = PromptConditionedLoraGeneratorConfig.from_adapters(pairs, str(encoder_folder), **settings)
         torch.manual_seed(0)
         return PromptConditionedLoraGenerator(config)
@@ -101,7 +106,7 @@ def test_statistics_weights_and_measurements(
     assert torch.equal(generator.normalization.mean, mean)
     assert torch.equal(generator.normalization.scale, scale)
     spread = token_spread(train, generator.weight_tokenizer, generator.normalization)
-    assert torch.equal(trainer._token_weight, spread.weights("between_task"))
+    assert torch.equal(trainer.objective.token_weight, spread.weights("between_task"))
 
     target = generator.normalization.normalize(
         torch.stack([generator.weight_tokenizer.encode(held_out[i]["state_dict"]) for i in range(len(held_out))])
@@ -214,7 +219,11 @@ def test_no_weight_decay_on_norms_and_biases(
 def test_text_encoder_can_be_fitted_too_and_is_carried(
     pairs: PromptCheckpointDataset, make_generator: Callable[..., PromptConditionedLoraGenerator], tmp_path: Path
 ) -> None:
-    generator = make_generator(freeze_text_encoder=False, decoder_config={"kernel_size": 3, "zero_init_output": False})
+    generator = make_generator(
+        freeze_text_encoder=False,
+        decoder_type="hyper_convolution",
+        decoder_config={"kernel_size": 3, "zero_init_output": False},
+    )
     before = {name: p.clone() for name, p in generator.text_encoder.module.named_parameters()}
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     DnDTrainer(generator, arguments(tmp_path, **settings), pairs).train()
@@ -239,7 +248,9 @@ def test_scores_held_out_tasks_beside_shuffled_prompts(
     pairs: PromptCheckpointDataset, make_generator: Callable[..., PromptConditionedLoraGenerator], tmp_path: Path
 ) -> None:
     train, held_out = pairs.split(held_out=["art", "geo"])
-    generator = make_generator(decoder_config={"kernel_size": 3, "zero_init_output": False})
+    generator = make_generator(
+        decoder_type="hyper_convolution", decoder_config={"kernel_size": 3, "zero_init_output": False}
+    )
     digests: dict[tuple[str, str], float] = {}
 
     def scorer(task: str, adapter: Any) -> float:
@@ -262,7 +273,7 @@ def test_weights_of_the_paper_and_none(
     for weighting in ("within_task", "none"):
         trainer = DnDTrainer(make_generator(), arguments(tmp_path, loss_weighting=weighting, max_steps=1), pairs)
         trainer.train()
-        assert (trainer._token_weight is None) == (weighting == "none")
+        assert (trainer.objective.token_weight is None) == (weighting == "none")
     with pytest.raises(GeneratorConfigError, match=r"loss_weighting.*'typo'"):
         arguments(tmp_path, loss_weighting="typo")
     with pytest.raises(GeneratorConfigError, match="condition_noise"):

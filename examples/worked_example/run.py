@@ -61,15 +61,13 @@ logger = logging.getLogger("worked_example")
 # The models are tiny: a second thread gains little, and costs much where the cores are shared.
 torch.set_num_threads(1)
 
-# Chosen on the world of seed 100, which is not among those that are reported. A larger decoder fits the training
-# tasks better and unseen ones worse.
+# Chosen on the world of seed 100, which is not among those that are reported. A decoder with more templates fits the
+# training tasks better and unseen ones worse.
 GENERATOR_SETTINGS: dict[str, Any] = {
-    "num_prompts": 8,
+    "num_prompts": 16,
     "max_prompt_length": 24,
-    "decoder_config": {
-        "kernel_size": 3,
-        "cascade": [[8, 24, 384], [8, 4, 128], [34, 4, 64]],
-    },
+    "decoder_type": "set_transformer",
+    "decoder_config": {"hidden_size": 64, "num_layers": 1, "num_templates": 16, "summary_noise": 0.5},
 }
 FITTING_SETTINGS: dict[str, Any] = {
     "max_steps": 300,

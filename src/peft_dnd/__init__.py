@@ -27,23 +27,39 @@ from .dnd_config import DnDConfig
 from .integration import install
 from .layout import AdapterLayout
 from .modeling import PromptConditionedLoraGenerator
+from .published_tokenizer import PublishedTokenizer
+from .settings import PaperSettings, available_settings
+from .streaming import StreamedLoraGenerator
 from .tokenizer import WeightTokenizer
 from .version import __version__
 
 
 if TYPE_CHECKING:
+    from .collator import PromptCheckpointCollator
     from .collection import CheckpointCollector
-    from .data import PromptCheckpointCollator, PromptCheckpointDataset
+    from .data import PromptCheckpointDataset
+    from .examples import write_examples
+    from .pair_writer import write_task_without_checkpoints
+    from .published import import_published_adapters, load_published_generator, published_token_weights
+    from .representative import select_representative
+    from .task_loss import TaskLoss
     from .trainer import DnDTrainer
     from .training_args import DnDTrainingArguments
 
 # Fitting needs transformers' Trainer, which takes seconds to import; whoever only generates does not wait for it.
 _LAZY = {
     "CheckpointCollector": "collection",
-    "PromptCheckpointCollator": "data",
+    "PromptCheckpointCollator": "collator",
     "PromptCheckpointDataset": "data",
     "DnDTrainer": "trainer",
     "DnDTrainingArguments": "training_args",
+    "TaskLoss": "task_loss",
+    "import_published_adapters": "published",
+    "load_published_generator": "published",
+    "published_token_weights": "published",
+    "select_representative": "representative",
+    "write_examples": "examples",
+    "write_task_without_checkpoints": "pair_writer",
 }
 
 __all__ = [
@@ -53,12 +69,23 @@ __all__ = [
     "DnDTrainer",
     "DnDTrainingArguments",
     "GeneratedAdapter",
+    "PaperSettings",
     "PromptCheckpointCollator",
     "PromptCheckpointDataset",
     "PromptConditionedLoraGenerator",
     "PromptConditionedLoraGeneratorConfig",
+    "PublishedTokenizer",
+    "StreamedLoraGenerator",
+    "TaskLoss",
     "WeightTokenizer",
     "__version__",
+    "available_settings",
+    "import_published_adapters",
+    "load_published_generator",
+    "published_token_weights",
+    "select_representative",
+    "write_examples",
+    "write_task_without_checkpoints",
 ]
 
 install()

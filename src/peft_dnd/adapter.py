@@ -18,19 +18,19 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft import LoraConfig
 from torch import nn
 
 from .errors import GeneratorConfigError
 from .files import PathLike, read_json, read_safetensors, staged_directory, write_json, write_safetensors
+from .hub import hub_id, name_for_others
 from .layout import AdapterLayout
 from .loading import load_matrices
 from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
@@ -111,6 +111,14 @@ class GeneratedAdapter:
     def provenance(self) -> Mapping[str, Any]:
         """Where it came from, read-only."""
         return MappingProxyType(self._provenance)
+
+    @property
+    def out_of_distribution(self) -> float | None:
+        """How unlike the prompts are to those of the fitted tasks, from 0 to 1, even for new tasks of their kind.
+
+        See [`PromptReference.score`][peft_dnd.out_of_distribution.PromptReference.score]; `None` if it is not known.
+        """
+        return self._provenance.get("out_of_distribution")
 
     @property
     def num_parameters(self) -> int:
@@ -207,6 +215,9 @@ class GeneratedAdapter:
     ) -> CommitInfo:
         """Save the adapter and upload it to the Hub.
 
+        Names of folders on this machine, of the base model and of the generator, are left out of what is uploaded;
+        where the base model thus has no name there is a warning.
+
         Args:
             repo_id: Hub id, `"user/name"`.
             private: Whether a new repository is private; `None` leaves it to the account's default.
@@ -223,7 +234,7 @@ class GeneratedAdapter:
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            self._for_others().save_pretrained(folder)
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
@@ -231,6 +242,18 @@ class GeneratedAdapter:
                 revision=revision,
                 create_pr=create_pr,
             )
+
+    def _for_others(self) -> GeneratedAdapter:
+        base = name_for_others(
+            self._layout.base_model_name_or_path,
+            "The adapter's base model",
+            "The adapter is uploaded without a base model's name. To have it named, set "
+            "generator.config.base_model_name_or_path to its Hub id before generating.",
+        )
+        provenance = dict(self._provenance)
+        if "generator" in provenance:
+            provenance["generator"] = hub_id(provenance["generator"])
+        return GeneratedAdapter(replace(self._layout, base_model_name_or_path=base), self._state_dict, provenance)
 
     def __repr__(self) -> str:
         source = self._provenance.get("generator")
@@ -246,7 +269,7 @@ class GeneratedAdapter:
         return {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
 
     def _card(self) -> str:
-        base = _hub_name(self._layout.base_model_name_or_path)
+        base = hub_id(self._layout.base_model_name_or_path)
         causal = self._layout.task_type == "CAUSAL_LM"
         data = ModelCardData(
             library_name="peft",
@@ -267,14 +290,3 @@ class GeneratedAdapter:
             if rows
             else "Its origin is not recorded.",
         )
-
-
-def _hub_name(name_or_path: str | None) -> str | None:
-    """The name if it can be a Hub id: the Hub refuses cards that name anything else as their base."""
-    if not name_or_path or Path(name_or_path).exists():
-        return None
-    try:
-        validate_repo_id(name_or_path)
-    except HFValidationError:
-        return None
-    return name_or_path

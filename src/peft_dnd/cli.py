@@ -24,6 +24,11 @@ from pathlib import Path
 from .configuration import PromptConditionedLoraGeneratorConfig
 from .errors import PeftDndError, PromptError
 from .modeling import PromptConditionedLoraGenerator
+from .out_of_distribution import ACTIONS
+from .published import import_published_adapters, load_published_generator
+from .published_files import read_published_prompts
+from .settings import available_settings
+from .streaming import StreamedLoraGenerator
 from .version import __version__
 
 
@@ -52,23 +57,64 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="write a task's adapter from its prompts")
     generate.add_argument("generator", help="folder or Hub id of the generator")
-    generate.add_argument("prompts", help="text file with one prompt a line, or a .jsonl with {'prompt': ...} a line")
+    generate.add_argument(
+        "prompts",
+        help="text file with one prompt a line, or a .jsonl with {'prompt': ...} a line, and 'answer' if that is read",
+    )
     generate.add_argument("adapter", help="folder to save the adapter to")
     generate.add_argument("--revision", help="branch, tag or commit of the generator on the Hub")
     generate.add_argument("--seed", type=int, default=0, help="decides which prompts are read if there are too many")
+    generate.add_argument(
+        "--stream", action="store_true", help="read the decoder's weights from disk as it runs, to save memory"
+    )
+    generate.add_argument(
+        "--out-of-distribution",
+        choices=ACTIONS,
+        default="ignore",
+        help="what to do if the prompts are unlike those of the tasks that the generator was fitted on",
+    )
     generate.set_defaults(run=_generate)
 
     show = commands.add_parser("show", help="say what a generator reads and writes")
     show.add_argument("generator", help="folder or Hub id of the generator")
     show.add_argument("--revision", help="branch, tag or commit on the Hub")
     show.set_defaults(run=_show)
+
+    settings = f"settings that it was made with: {', '.join(available_settings())}, or a JSON file of your own"
+    generator = commands.add_parser(
+        "import-generator", help="turn a generator of the paper's release into one of ours"
+    )
+    generator.add_argument("file", help="the released .pth file")
+    generator.add_argument("generator", help="folder to save the generator to")
+    generator.add_argument("--settings", required=True, help=settings)
+    generator.add_argument("--text-encoder", help="folder or Hub id of the text encoder, if not the settings' own")
+    generator.add_argument("--base-model", help="folder or Hub id of the base model, if not the settings' own")
+    generator.set_defaults(run=_import_generator)
+
+    adapters = commands.add_parser("import-adapters", help="turn released adapters into a folder of pairs")
+    adapters.add_argument("adapters", help="folder with one folder of checkpoints for each task")
+    adapters.add_argument("pairs", help="pairs folder to write to")
+    adapters.add_argument("--settings", required=True, help=settings)
+    adapters.add_argument(
+        "--prompts",
+        action="append",
+        required=True,
+        metavar="TASK=FILE",
+        help="a task and its prompts: a .txt or .jsonl as for generate, or a .json of the release; once for each task",
+    )
+    adapters.set_defaults(run=_import_adapters)
     return parser
 
 
 def _generate(options: argparse.Namespace) -> None:
     prompts = _read_prompts(Path(options.prompts))
-    generator = PromptConditionedLoraGenerator.from_pretrained(options.generator, revision=options.revision)
-    adapter = generator.generate_adapter(prompts, seed=options.seed)
+    generator_class = StreamedLoraGenerator if options.stream else PromptConditionedLoraGenerator
+    generator = generator_class.from_pretrained(options.generator, revision=options.revision)
+    # A file may hold answers that the generator does not read, as a pairs folder's prompts.jsonl does.
+    answers = None if generator.config.condition_text == "prompts" else _read_answers(Path(options.prompts))
+    adapter = generator.generate_adapter(
+        prompts, seed=options.seed, answers=answers, out_of_distribution=options.out_of_distribution
+    )
     adapter.save_pretrained(options.adapter)
     print(f"{adapter!r} from {len(prompts)} prompts, saved to {options.adapter}")
 
@@ -85,12 +131,45 @@ def _show(options: argparse.Namespace) -> None:
         "text_encoder": config.text_encoder,
         "num_prompts": config.num_prompts,
         "max_prompt_length": config.max_prompt_length,
+        "condition_text": config.condition_text,
         "measured": config.measured,
     }
     print(json.dumps(facts, indent=2, ensure_ascii=False))
 
 
+def _import_generator(options: argparse.Namespace) -> None:
+    generator = load_published_generator(
+        options.file, options.settings, text_encoder=options.text_encoder, base_model=options.base_model
+    )
+    generator.save_pretrained(options.generator)
+    print(f"Generator for {generator.config.base_model_name_or_path}, saved to {options.generator}")
+
+
+def _import_adapters(options: argparse.Namespace) -> None:
+    prompts = {}
+    for given in options.prompts:
+        task, equals, file = given.partition("=")
+        if not equals:
+            raise PromptError(f"--prompts {given!r} is not of the form TASK=FILE.")
+        prompts[task] = _read_prompts(Path(file))
+    tasks = import_published_adapters(options.adapters, options.pairs, prompts=prompts, settings=options.settings)
+    print(f"{len(tasks)} task(s), saved to {options.pairs}: {', '.join(tasks)}")
+
+
+def _read_answers(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line)["answer"] for line in lines if line.strip()]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise PromptError(
+            f"The generator reads answers too, and {str(path)!r} does not hold them ({error!r}). Give a .jsonl file "
+            'with one {"prompt": "...", "answer": "..."} a line.'
+        ) from error
+
+
 def _read_prompts(path: Path) -> list[str]:
+    if path.suffix == ".json":
+        return read_published_prompts(path)
     text = path.read_text(encoding="utf-8")
     lines = [line for line in text.split("\n") if line.strip()]
     if path.suffix != ".jsonl":

@@ -15,9 +15,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +24,13 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .condition_text import check_answers
 from .errors import GeneratorConfigError, PairsFolderError
-from .files import PathLike, staged_directory
+from .files import PathLike
 from .initialization import has_common_initialization, use_common_initialization, whole_matrices
 from .layout import AdapterLayout
-from .pairs import (
-    INITIALIZATION_FOLDER,
-    TASK_NAME,
-    TaskRecord,
-    adapter_digest,
-    checkpoint_path,
-    read_task,
-    remove_checkpoints,
-    stored_steps,
-    write_matrices,
-    write_prompts,
-    write_task,
-)
+from .pair_writer import PairWriter
+from .pairs import stored_steps
 from .prompts import check_prompts
 
 
@@ -73,9 +62,13 @@ class CheckpointCollector(TrainerCallback):
             by entry. Pass `False` to go on training an adapter.
         task: The task's name; by default that of the folder.
         overwrite: Whether to replace a complete task.
+        examples: The task's examples, as for [`write_examples`], for a generator that is fitted on the task's own
+            loss. They are gone through once, when training begins.
+        answers: The prompts' answers, one each, for a generator that reads them too
+            (`PromptConditionedLoraGeneratorConfig.condition_text`).
 
     Raises:
-        PromptError: If there are no prompts, or empty ones.
+        PromptError: If there are no prompts, or empty ones, or not one answer for each.
         PromptTypeError: If they are no sequence of strings.
         GeneratorConfigError: If `last` or `every` is not positive.
         PairsFolderError: When training begins, if the folder may not be written to, or the adapter was trained before
@@ -103,17 +96,21 @@ class CheckpointCollector(TrainerCallback):
         common_initialization: bool = True,
         task: str | None = None,
         overwrite: bool = False,
+        examples: Iterable[Mapping[str, Any]] | None = None,
+        answers: Sequence[str] | None = None,
     ) -> None:
         if last < 1 or every < 1:
             raise GeneratorConfigError(f"last and every must be at least 1, got last={last} and every={every}.")
         self.folder = Path(folder)
         self.prompts = check_prompts(prompts)
+        self.answers = None if answers is None else check_answers(self.prompts, answers)
         self.last = last
         self.every = every
         self.adapter_name = adapter_name
         self.common_initialization = common_initialization
         self.task = task
         self.overwrite = overwrite
+        self.examples = examples
         self._planned: tuple[int, ...] = ()
         self._writer: PairWriter | None = None
         self._begun = False
@@ -133,6 +130,8 @@ class CheckpointCollector(TrainerCallback):
                 task=self.task,
                 adapter_name=self.adapter_name,
                 overwrite=self.overwrite,
+                examples=self.examples,
+                answers=self.answers,
                 resume_from=(model, state.global_step) if state.global_step > 0 else None,
             )
         initialization = None
@@ -194,146 +193,6 @@ class CheckpointCollector(TrainerCallback):
         return digest
 
 
-class PairWriter:
-    """Writes one task's folder, for training loops that are no `Trainer`.
-
-    Creating it only checks; [`begin`][PairWriter.begin] lays the folder out, [`close`][PairWriter.close] marks the
-    task as complete. Until then a fit refuses it, and a writer that begins from the start clears it.
-
-    Args:
-        folder: The task's folder inside the pairs folder.
-        prompts: The task's pool of unlabelled prompts.
-        layout: The layout that all its checkpoints have.
-        task: The task's name; by default that of the folder.
-        adapter_name: The adapter to keep, where models are given.
-        overwrite: Whether to replace a complete task.
-        resume_from: The adapter (a model or a state dict) and the step at which a resumed run stands. If
-            [`note_resume_point`][PairWriter.note_resume_point] has seen just these, the run is the one that wrote the
-            folder, and what it wrote up to that step is kept.
-
-    Raises:
-        PromptError: If there are no prompts, or empty ones.
-        PromptTypeError: If they are no sequence of strings.
-        PairsFolderError: If the task is complete and `overwrite` is off, or the folder holds something else.
-
-    Example:
-        ```python
-        writer = PairWriter("pairs/law", prompts, AdapterLayout.from_model(model))
-        writer.begin(initialization=use_common_initialization(model, "pairs"))
-        for step in range(1, 101):
-            ...
-            if step > 50:
-                writer.add(model, step)
-        writer.close()
-        ```
-    """
-
-    def __init__(
-        self,
-        folder: PathLike,
-        prompts: Sequence[str],
-        layout: AdapterLayout,
-        *,
-        task: str | None = None,
-        adapter_name: str = "default",
-        overwrite: bool = False,
-        resume_from: tuple[nn.Module | Mapping[str, torch.Tensor], int] | None = None,
-    ) -> None:
-        self.folder = Path(folder).absolute()
-        self.prompts = check_prompts(prompts)
-        self.layout = layout
-        self.task = self.folder.name if task is None else task
-        self.adapter_name = adapter_name
-        self._begun = False
-        self._record = TaskRecord(self.task)
-        self._last_kept_step = 0
-        found = _read_record(self.folder)
-        if found is None:
-            return
-        if resume_from is not None:
-            adapter, step = resume_from
-            if found.resume_points.get(step) == adapter_digest(self._state_dict(adapter)):
-                self._record = dataclasses.replace(found, task=self.task, complete=False, steps=())
-                self._last_kept_step = step
-                return
-            logger.warning(
-                "Training resumes at step %d, but %s was written by another run, or noted no checkpoint there.",
-                step,
-                self.folder,
-            )
-        if found.complete and not overwrite:
-            raise PairsFolderError(
-                f"Task {found.task!r} in {str(self.folder)!r} is complete, with {len(found.steps)} checkpoints. Pass "
-                "overwrite=True to collect it again, or name another folder."
-            )
-
-    def begin(self, initialization: str | None = None, planned: Collection[int] | None = None) -> None:
-        """Lay out the folder, without what it held before that is not kept.
-
-        Args:
-            initialization: What [`use_common_initialization`] returned, if the adapter was started with it. A resumed
-                run has told already.
-            planned: The steps that are to be kept, if that is known: a resumed run then drops what it kept of others.
-        """
-        self._begun = True
-        if initialization is not None:
-            self._record = dataclasses.replace(self._record, initialization=initialization)
-        # First of all, so that whatever stops the rest, the folder does not pass for a finished one.
-        write_task(self.folder, self._record)
-        before = [step for step in stored_steps(self.folder) if step <= self._last_kept_step]
-        remove_checkpoints(self.folder, keep=[step for step in before if planned is None or step in planned])
-        write_prompts(self.folder, self.prompts)
-        with staged_directory(self.folder) as staged:
-            self.layout.lora_config().save_pretrained(str(staged))
-
-    def add(self, adapter: nn.Module | Mapping[str, torch.Tensor], step: int) -> None:
-        """Keep the adapter as it is after a training step, in float32.
-
-        Args:
-            adapter: The model, or a state dict with PEFT's on-disk keys.
-            step: The step, at least 1.
-
-        Raises:
-            LayoutError: If the adapter does not have the writer's layout.
-            WeightValueError: If it holds NaN or infinity.
-        """
-        self._check_begun()
-        state_dict = self._state_dict(adapter)
-        self.layout.check_state_dict(state_dict, source=f"The adapter of task {self.task!r} at step {step}")
-        write_matrices(checkpoint_path(self.folder, step), state_dict)
-
-    def note_resume_point(self, adapter: nn.Module | Mapping[str, torch.Tensor], step: int) -> None:
-        """Note that training can be resumed with this adapter after this step."""
-        self._check_begun()
-        points = {**self._record.resume_points, step: adapter_digest(self._state_dict(adapter))}
-        self._record = dataclasses.replace(self._record, resume_points=points)
-        write_task(self.folder, self._record)
-
-    def close(self) -> None:
-        """Mark the task as complete.
-
-        Raises:
-            PairsFolderError: If no checkpoint was kept.
-        """
-        self._check_begun()
-        steps = stored_steps(self.folder)
-        if not steps:
-            raise PairsFolderError(
-                f"Not one checkpoint of task {self.task!r} was kept: training ended before the first of the steps to "
-                f"keep. {str(self.folder)!r} stays incomplete. Train for just as many steps as it takes, without "
-                "stopping early, or keep more of the last ones."
-            )
-        self._record = dataclasses.replace(self._record, complete=True, steps=steps)
-        write_task(self.folder, self._record)
-
-    def _check_begun(self) -> None:
-        if not self._begun:
-            raise PairsFolderError(f"The folder of task {self.task!r} is not laid out yet: call begin() first.")
-
-    def _state_dict(self, adapter: nn.Module | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        return whole_matrices(adapter, self.adapter_name) if isinstance(adapter, nn.Module) else adapter
-
-
 def planned_steps(max_steps: int, last: int, every: int) -> tuple[int, ...]:
     """The steps to keep, in rising order.
 
@@ -367,20 +226,6 @@ def _check_optimizer_holds_adapter(
             f"The optimizer works on copies of adapter {adapter_name!r} (DeepSpeed and FSDP do so), which would undo "
             "the common initialisation. Call use_common_initialization(model, pairs) before you create the Trainer."
         )
-
-
-def _read_record(folder: Path) -> TaskRecord | None:
-    if folder.name == INITIALIZATION_FOLDER or folder.name.startswith("."):
-        raise PairsFolderError(f"{folder.name!r} cannot be a task's folder; name another one.")
-    if (folder / TASK_NAME).is_file():
-        return read_task(folder)
-    strangers = [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.exists() else []
-    if strangers:
-        raise PairsFolderError(
-            f"{str(folder)!r} is no task's folder: it has no {TASK_NAME} and holds {sorted(strangers)[0]!r}. Name a "
-            "folder of its own for each task, such as 'pairs/law'."
-        )
-    return None
 
 
 def _range_in_words(steps: Sequence[int]) -> str:

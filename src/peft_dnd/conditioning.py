@@ -17,18 +17,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from .configuration import PromptConditionedLoraGeneratorConfig, condition_size
+from .condition_text import condition_texts
+from .configuration import PromptConditionedLoraGeneratorConfig, check_how_it_reads, condition_size
 from .errors import TextEncoderError
-from .prompts import TokenStates, select_prompts
+from .padded_states import padded_token_states
+from .prompts import TokenStates, draw_prompt_set, select_prompts
 from .sentence_transformer import SentenceTransformerTextEncoder
 from .text_encoder import TextEncoder
 
 
 TEXT_ENCODER_FOLDER = "text_encoder"
+# The most prompts that a decoder which reads sets is given. More say hardly more, and attention has to hold them all.
+SET_LIMIT = 1024
 
 
 class PromptReadingMixin(nn.Module):
@@ -39,6 +44,7 @@ class PromptReadingMixin(nn.Module):
     """
 
     config: PromptConditionedLoraGeneratorConfig
+    decoder: Any
     _text_encoder: TextEncoder | None
     _folder: Path | None
     _token: str | bool | None
@@ -49,6 +55,7 @@ class PromptReadingMixin(nn.Module):
 
         Raises:
             TextEncoderError: If it cannot be loaded, or its width is not the configuration's.
+            GeneratorConfigError: If one was passed that does not read as the configuration says.
         """
         return self.load_text_encoder()
 
@@ -57,6 +64,7 @@ class PromptReadingMixin(nn.Module):
         if self._text_encoder is None:
             self._text_encoder = self._find_text_encoder()
         encoder = self._text_encoder
+        check_how_it_reads(encoder, self.config.text_encoder_layer, self.config.window_tokens)
         size = condition_size(encoder, self.config.condition)
         if size != self.config.condition_size:
             raise TextEncoderError(
@@ -77,34 +85,74 @@ class PromptReadingMixin(nn.Module):
                     f"The generator is to carry its text encoder in {str(folder)!r}, and that folder is missing. Save "
                     "the generator again with save_pretrained(..., include_text_encoder=True)."
                 )
-            return SentenceTransformerTextEncoder.from_pretrained(str(folder))
+            return self._load_by_name(str(folder))
         if config.text_encoder is None:
             raise TextEncoderError(
                 "The configuration names no text encoder. Set config.text_encoder to a sentence-transformers model, "
                 "or pass PromptConditionedLoraGenerator(config, text_encoder=...)."
             )
+        return self._load_by_name(config.text_encoder, revision=config.text_encoder_revision, token=self._token)
+
+    def _load_by_name(
+        self, name: str, revision: str | None = None, token: str | bool | None = None
+    ) -> SentenceTransformerTextEncoder:
+        layer, window_tokens = self.config.text_encoder_layer, self.config.window_tokens
         return SentenceTransformerTextEncoder.from_pretrained(
-            config.text_encoder, revision=config.text_encoder_revision, token=self._token
+            name, revision=revision, token=token, layer=layer, window_tokens=window_tokens
+        )
+
+    def condition_texts(
+        self, prompts: Sequence[str], answers: Sequence[str] | None = None, *, seed: int = 0, what: str = "prompts"
+    ) -> tuple[str, ...]:
+        """The texts that the generator reads of a task, in the form that `config.condition_text` asks for.
+
+        Args:
+            prompts: The prompts.
+            answers: Their answers, if the generator reads them.
+            seed: Decides which prompts have their answer, for `"mixed"`.
+            what: What error messages call the prompts.
+
+        Raises:
+            PromptTypeError: As in [`condition_texts`][peft_dnd.condition_text.condition_texts].
+            PromptError: As there.
+        """
+        config = self.config
+        return condition_texts(
+            prompts, answers, config.condition_text, answer_ratio=config.answer_ratio, seed=seed, what=what
         )
 
     def encode_prompts(self, prompts: Sequence[str], *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Read a task's prompts into what `forward` takes for one task.
 
         Args:
-            prompts: Any number of prompts; which N of them are read is decided by [`select_prompts`].
+            prompts: Any number of prompts. A decoder that was built for N of them reads those that
+                [`select_prompts`] chooses. One that reads sets reads all, in an order that does not depend on the
+                given one; of more than `SET_LIMIT` it reads that many.
             seed: Seed of that choice.
 
         Returns:
             States of shape (N, L, C), float32, and their bool mask of shape (N, L), on the CPU.
         """
-        chosen = [prompts[i] for i in select_prompts(len(prompts), self.config.num_prompts, seed).tolist()]
+        chosen = self._choose(prompts, seed)
         distinct = list(dict.fromkeys(chosen))
         states = self.read_states(self.text_encoder, distinct)
         position = {prompt: i for i, prompt in enumerate(distinct)}
         return states.select(torch.tensor([position[prompt] for prompt in chosen]), self.config.max_prompt_length)
 
+    def _choose(self, prompts: Sequence[str], seed: int) -> list[str]:
+        if not self.decoder.reads_sets:
+            return [prompts[i] for i in select_prompts(len(prompts), self.config.num_prompts, seed).tolist()]
+        ordered = sorted(prompts)
+        return [ordered[i] for i in draw_prompt_set(len(ordered), SET_LIMIT, seed).tolist()]
+
     def read_states(self, encoder: TextEncoder, prompts: Sequence[str]) -> TokenStates:
         """The states of prompts in the form that `config.condition` asks for."""
         if self.config.condition == "sentence_embeddings":
             return TokenStates.from_vectors(encoder.encode_sentences(prompts))
-        return encoder.encode_tokens(prompts)
+        if self.config.condition == "padded_token_states":
+            return padded_token_states(encoder, prompts, self.config.max_prompt_length)
+        if self.config.window_tokens is not None:
+            windowed: Any = encoder  # which takes one keyword more, see `TextEncoder`
+            states: TokenStates = windowed.encode_tokens(prompts, max_length=self.config.max_prompt_length)
+            return states
+        return encoder.encode_tokens(prompts).cut(self.config.max_prompt_length)

@@ -17,24 +17,26 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
 from torch.utils.data import Dataset
 from transformers.utils import logging as transformers_logging
 
-from .errors import PairsFolderError
+from .condition_text import condition_texts
+from .errors import GeneratorConfigError, LayoutError, PairsFolderError
+from .examples import EXAMPLES_NAME, TaskExamples
+from .factor_losses import canonical_state_dict
 from .files import PathLike, read_safetensors
 from .layout import AdapterLayout, natural_key
 from .lora import ADAPTER_CONFIG_NAME
-from .losses import SpreadAccumulator, TokenSpread
 from .pairs import CHECKPOINTS_FOLDER, PROMPTS_NAME, TASK_NAME, Task, check_alike, find_tasks, load_task
-from .prompts import TokenStates, select_prompts
-from .tokenizer import WeightNormalization, WeightTokenizer
+from .processes import is_first_process
+from .prompts import select_prompts
 
 
 _KEPT_IN_MEMORY = 2**30
@@ -45,12 +47,15 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
     """Pairs of a task's pool of prompts and one of its checkpoints, for fitting a generator.
 
     Its length is the number of checkpoints of all tasks, which stand in natural order of their names, checkpoints in
-    that of their steps. Everything is checked when it is made, from the files' headers; weights are read when they are
-    asked for. An item is a dictionary of
+    that of their steps; a task without any counts as the one with the most, or once if no task has any. Everything is
+    checked when it is made, from the files' headers; weights are read when they are asked for. An item is a dictionary
+    of
 
     - `"task"`: the task's name;
-    - `"prompts"`: its whole pool of prompts, a tuple;
-    - `"state_dict"`: the checkpoint, PEFT's on-disk key -> float32 tensor;
+    - `"prompts"`: its whole pool of prompts, a tuple; see [`with_condition`][PromptCheckpointDataset.with_condition]
+      for others;
+    - `"state_dict"`: the checkpoint, PEFT's on-disk key -> float32 tensor; `None` for a task without any;
+    - `"examples"`: the task's [`TaskExamples`], from which rows can be drawn, or `None`;
     - `"seed"`: the seed for drawing prompts from the pool. It follows from the data set's seed, the epoch and the
       index alone: each visit draws afresh, and a resumed run, or one with more worker processes, draws the same.
 
@@ -61,11 +66,22 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
     [`from_hub`][PromptCheckpointDataset.from_hub].
     """
 
-    def __init__(self, tasks: Sequence[Task], *, seed: int = 0, keep_in_memory: bool = False) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        *,
+        seed: int = 0,
+        keep_in_memory: bool = False,
+        layout: AdapterLayout | None = None,
+        canonical: bool = False,
+    ) -> None:
         self.seed = seed
+        self.canonical = canonical
         self.keep_in_memory = keep_in_memory
         self._tasks = {task.name: task for task in tasks}
-        self._items = [(task, path) for task in tasks for path in task.checkpoints]
+        self._layout = next((task.layout for task in tasks if task.layout is not None), layout)
+        visits = max(1, *(len(task.checkpoints) for task in tasks))
+        self._items = [(task, path) for task in tasks for path in (task.checkpoints or (None,) * visits)]
         self._kept: dict[Path, dict[str, torch.Tensor]] = {}
         # In shared memory, so that worker processes that outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -78,6 +94,7 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         *,
         seed: int = 0,
         keep_in_memory: bool | None = None,
+        layout: AdapterLayout | None = None,
     ) -> PromptCheckpointDataset:
         """Read a pairs folder, as [`CheckpointCollector`] writes it.
 
@@ -86,22 +103,29 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
             tasks: The names of the tasks to read; all by default. Others are not looked into.
             seed: Seed of all drawing of prompts.
             keep_in_memory: Whether to read each checkpoint from disk but once; by default if they are less than 1 GiB.
+            layout: The layout of the adapters to be written, where no task has checkpoints to read it from.
 
         Raises:
             PairsFolderError: If there is no such folder, no task in it, none of a name asked for, or a task is
                 incomplete or has no prompts.
             PromptError: If a prompt is empty.
             CorruptFileError: If a file is unreadable, for instance cut short.
-            LayoutError: If adapters differ in their layouts; the first difference is named.
+            LayoutError: If adapters differ in their layouts, or from the given one; the first difference is named.
             FormatVersionError: If a newer version of the library wrote it.
         """
         folders = find_tasks(path, None if tasks is None else _names(tasks)).values()
-        read = [load_task(folder) for folder in _with_progress(folders, "Checking pairs")]
+        read = [load_task(folder) for folder in with_progress(folders, "Checking pairs")]
         check_alike(read)
+        found = next((task.layout for task in read if task.layout is not None), None)
+        if layout is not None and found is not None and (difference := found.difference(layout)) is not None:
+            raise LayoutError(
+                f"The checkpoints in {str(path)!r} have another layout than layout= says: {difference} (the first is "
+                "the checkpoints'). Leave layout= out, or choose among the tasks with tasks=[...]."
+            )
         if keep_in_memory is None:
             sizes = (checkpoint.stat().st_size for task in read for checkpoint in task.checkpoints)
             keep_in_memory = sum(sizes) < _KEPT_IN_MEMORY
-        return cls(read, seed=seed, keep_in_memory=keep_in_memory)
+        return cls(read, seed=seed, keep_in_memory=keep_in_memory, layout=layout)
 
     @classmethod
     def from_hub(
@@ -115,6 +139,7 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         local_files_only: bool = False,
         seed: int = 0,
         keep_in_memory: bool | None = None,
+        layout: AdapterLayout | None = None,
     ) -> PromptCheckpointDataset:
         """Download a pairs folder that was uploaded as a data set to the Hub, and read it.
 
@@ -127,6 +152,7 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
             local_files_only: Whether to do without the network.
             seed: As for `from_folder`.
             keep_in_memory: As for `from_folder`.
+            layout: As for `from_folder`.
 
         Raises:
             HfHubHTTPError: The Hub's own, if there is no such data set or revision, or you have no access.
@@ -150,9 +176,9 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         if names is not None:
             found = find_tasks(download([f"*/{TASK_NAME}"]), names)
             folders = [glob.escape(folder.name) for folder in found.values()]
-        files = (TASK_NAME, PROMPTS_NAME, ADAPTER_CONFIG_NAME, f"{CHECKPOINTS_FOLDER}/*.safetensors")
+        files = (TASK_NAME, PROMPTS_NAME, EXAMPLES_NAME, ADAPTER_CONFIG_NAME, f"{CHECKPOINTS_FOLDER}/*.safetensors")
         path = download([f"{folder}/{file}" for folder in folders for file in files])
-        return cls.from_folder(path, names, seed=seed, keep_in_memory=keep_in_memory)
+        return cls.from_folder(path, names, seed=seed, keep_in_memory=keep_in_memory, layout=layout)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -161,12 +187,70 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
 
     @property
     def layout(self) -> AdapterLayout:
-        """The layout that all checkpoints share."""
-        return next(iter(self._tasks.values())).layout
+        """The layout that all checkpoints share, or the one given where there are none.
+
+        Raises:
+            PairsFolderError: If there are no checkpoints and no layout was given.
+        """
+        if self._layout is None:
+            raise PairsFolderError(
+                "No task has checkpoints, so there is no adapter layout to be read. Pass from_folder(..., "
+                "layout=AdapterLayout.from_lora_config(lora_config, base_model))."
+            )
+        return self._layout
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether any task has checkpoints."""
+        return self.num_checkpoints > 0
+
+    @property
+    def num_checkpoints(self) -> int:
+        """How many checkpoints all tasks have together."""
+        return sum(len(task.checkpoints) for task in self._tasks.values())
+
+    def with_canonical_factors(self) -> PromptCheckpointDataset:
+        """The same pairs, but each checkpoint with its factors in canonical form; see [`canonical_state_dict`]."""
+        return self if self.canonical else self._of(list(self._tasks.values()), canonical=True)
+
+    def with_condition(
+        self, condition_text: str = "prompts", answer_ratio: float = 0.2, *, prompt_pool_size: int | None = None
+    ) -> PromptCheckpointDataset:
+        """The same pairs, but with other texts in place of the prompts, or fewer of them.
+
+        `DnDTrainer` does this as the generator's configuration and its own arguments say. What is drawn depends on the
+        data set's seed and the task's name, so that it is the same in every epoch and run.
+
+        Args:
+            condition_text: Which texts; see [`condition_texts`][peft_dnd.condition_text.condition_texts].
+            answer_ratio: For `"mixed"`: which share of a task's texts holds answers.
+            prompt_pool_size: How many prompts of each task to keep, drawn once; by default all. With as many as the
+                decoder reads, it reads the same ones at every step.
+
+        Raises:
+            GeneratorConfigError: If a value is impossible.
+            PromptError: If a task has no answers, and they are needed.
+            PairsFolderError: If the texts are in another form than the prompts already.
+        """
+        if prompt_pool_size is not None and prompt_pool_size < 1:
+            raise GeneratorConfigError(f"prompt_pool_size must be at least 1, got {prompt_pool_size}.")
+        tasks = list(self._tasks.values())
+        formed = [_with_texts(task, condition_text, answer_ratio, prompt_pool_size, self.seed) for task in tasks]
+        if all(new is old for new, old in zip(formed, tasks, strict=True)):
+            return self
+        return self._of(formed, self.canonical)
 
     def prompts(self, task: str) -> tuple[str, ...]:
-        """A task's whole pool of prompts."""
+        """A task's whole pool of prompts, or of the texts in their place."""
         return self._task(task).prompts
+
+    def answers(self, task: str) -> tuple[str, ...] | None:
+        """The answers to a task's prompts, one each, if it has any."""
+        return self._task(task).answers
+
+    def examples(self, task: str) -> TaskExamples | None:
+        """A task's examples, if it has any."""
+        return self._task(task).examples
 
     def checkpoints(self, task: str) -> tuple[Path, ...]:
         """The files of a task's checkpoints, in the order of their steps."""
@@ -178,7 +262,7 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         Raises:
             WeightValueError: If it holds NaN or infinity.
         """
-        found = self._task(task)
+        found = self._task_with_checkpoints(task)
         return self._read(found, found.checkpoints[checkpoint])
 
     def mean_state_dict(self, task: str | None = None) -> dict[str, torch.Tensor]:
@@ -188,8 +272,8 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
             WeightValueError: If a checkpoint holds NaN or infinity.
         """
         if task is None:
-            return _mean(self.mean_state_dict(name) for name in self.tasks)
-        found = self._task(task)
+            return _mean(self.mean_state_dict(name) for name in self.tasks if self.checkpoints(name))
+        found = self._task_with_checkpoints(task)
         return _mean(self._read(found, path) for path in found.checkpoints)
 
     def split(self, held_out: Iterable[str]) -> tuple[PromptCheckpointDataset, PromptCheckpointDataset]:
@@ -212,8 +296,7 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
                 f"Holding out {len(out)} of {len(self._tasks)} tasks leaves one of the two parts empty. Name at least "
                 "one task, and not all."
             )
-        parts = [PromptCheckpointDataset(p, seed=self.seed, keep_in_memory=self.keep_in_memory) for p in (rest, out)]
-        return parts[0], parts[1]
+        return self._of(rest, self.canonical), self._of(out, self.canonical)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, on which the items' seeds depend."""
@@ -229,7 +312,8 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         return {
             "task": task.name,
             "prompts": task.prompts,
-            "state_dict": self._read(task, path),
+            "state_dict": None if path is None else self._read(task, path),
+            "examples": task.examples,
             "seed": _stable_seed(self.seed, epoch, number),
         }
 
@@ -238,126 +322,52 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
             raise PairsFolderError(f"There is no task {name!r}. The tasks: {', '.join(map(repr, self._tasks))}.")
         return self._tasks[name]
 
+    def _of(self, tasks: Sequence[Task], canonical: bool) -> PromptCheckpointDataset:
+        """Other tasks, or the same ones in another form, with all else as it is here."""
+        return PromptCheckpointDataset(
+            tasks, seed=self.seed, keep_in_memory=self.keep_in_memory, layout=self._layout, canonical=canonical
+        )
+
+    def _task_with_checkpoints(self, name: str) -> Task:
+        task = self._task(name)
+        if not task.checkpoints:
+            raise PairsFolderError(f"Task {name!r} has no checkpoints, only examples.")
+        return task
+
     def _read(self, task: Task, path: Path) -> dict[str, torch.Tensor]:
         kept = self._kept.get(path)
         if kept is None:
             kept = {key: tensor.float() for key, tensor in read_safetensors(path).items()}
-            task.layout.check_state_dict(kept, source=f"{str(path)!r}")
+            self.layout.check_state_dict(kept, source=f"{str(path)!r}")
+            if self.canonical:
+                kept = canonical_state_dict(self.layout, kept)
             if self.keep_in_memory:
                 self._kept[path] = kept
         return dict(kept)
 
 
-class PromptReader(Protocol):
-    """What the collator needs of a [`PromptEmbeddingCache`]."""
-
-    def states(self, task: str, prompts: Sequence[str]) -> TokenStates:
-        """The states of all prompts of a task."""
-        ...
-
-
-@dataclass
-class PromptCheckpointCollator:
-    """Makes batches of a [`PromptCheckpointDataset`]'s items.
-
-    N prompts are drawn from each item's pool by [`select_prompts`], the rule by which a generator chooses among too
-    many, or too few, when it is used.
-
-    A batch of B items is a dictionary of
-
-    - `"condition_states"`: (B, N, L, C), float32, and `"condition_mask"`: (B, N, L), bool, true where there is a
-      token; or, without `encode`, `"prompts"`: B lists of N strings;
-    - `"target_tokens"`: (B, N_w, L_w, C_w), float32, the checkpoints as token grids, as they are: not normalised.
-
-    Args:
-        embeddings: Gives the states of a task's prompts.
-        weight_tokenizer: Makes the grids.
-        num_prompts: N.
-        max_length: L.
-        encode: Whether to give states. A text encoder that is being fitted too has to read the prompts anew each time.
-    """
-
-    embeddings: PromptReader
-    weight_tokenizer: WeightTokenizer
-    num_prompts: int
-    max_length: int
-    encode: bool = True
-    # A cache tells pools apart by their whole text, which takes time; the same object comes again with every batch.
-    _known: dict[int, tuple[Sequence[str], TokenStates]] = field(default_factory=dict, init=False, repr=False)
-
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Make a batch of items."""
-        batch: dict[str, Any] = {
-            "target_tokens": torch.stack([self.weight_tokenizer.encode(item["state_dict"]) for item in items])
-        }
-        chosen = [select_prompts(len(item["prompts"]), self.num_prompts, item["seed"]) for item in items]
-        if not self.encode:
-            batch["prompts"] = [[i["prompts"][k] for k in c.tolist()] for i, c in zip(items, chosen, strict=True)]
-            return batch
-        states = [self._states(item["task"], item["prompts"]) for item in items]
-        selected = [s.select(indices, self.max_length) for s, indices in zip(states, chosen, strict=True)]
-        batch["condition_states"] = torch.stack([states for states, _ in selected])
-        batch["condition_mask"] = torch.stack([mask for _, mask in selected])
-        return batch
-
-    def warm_up(self, dataset: PromptCheckpointDataset) -> None:
-        """Have the prompts of all tasks read, so that no batch has to wait for it, nor each worker process do it."""
-        for task in _with_progress(dataset.tasks, "Reading prompts"):
-            self._states(task, dataset.prompts(task))
-
-    def _states(self, task: str, prompts: Sequence[str]) -> TokenStates:
-        if id(prompts) not in self._known:
-            self._known[id(prompts)] = (prompts, self.embeddings.states(task, prompts))
-        return self._known[id(prompts)][1]
+def _with_texts(task: Task, condition_text: str, answer_ratio: float, pool_size: int | None, seed: int) -> Task:
+    # Both draws are the task's own, whatever other tasks there are.
+    seed = _stable_seed(seed, task.name)
+    if pool_size is not None and pool_size < len(task.prompts):
+        kept = sorted(select_prompts(len(task.prompts), pool_size, seed).tolist())
+        answers = None if task.answers is None else tuple(task.answers[index] for index in kept)
+        task = replace(task, prompts=tuple(task.prompts[index] for index in kept), answers=answers)
+    if task.condition_text == condition_text:
+        return task
+    what = f"the prompts of task {task.name!r}"
+    if task.condition_text != "prompts":
+        raise PairsFolderError(
+            f"In place of {what} stand texts of the form {task.condition_text!r} already, so they cannot become "
+            f"{condition_text!r}. Call with_condition on the pairs as they were read."
+        )
+    texts = condition_texts(
+        task.prompts, task.answers, condition_text, answer_ratio=answer_ratio, seed=seed, what=what
+    )
+    return replace(task, prompts=texts, condition_text=condition_text)
 
 
-def task_balanced_grids(
-    dataset: PromptCheckpointDataset, tokenizer: WeightTokenizer
-) -> Iterator[tuple[torch.Tensor, float]]:
-    """All checkpoints as token grids, each with its weight for `weight_statistics`.
-
-    Each task weighs the same, however many checkpoints it has: weights add up to 1 for each.
-
-    Args:
-        dataset: The pairs.
-        tokenizer: Makes the grids.
-
-    Yields:
-        A float32 grid of the tokenizer's `grid_shape`, and its weight.
-    """
-    for task, grid in _grids(dataset, tokenizer, "Mean and scale of the weights"):
-        yield grid, 1.0 / len(dataset.checkpoints(task))
-
-
-def token_spread(
-    dataset: PromptCheckpointDataset, tokenizer: WeightTokenizer, normalization: WeightNormalization
-) -> TokenSpread:
-    """How far each weight token's entries lie apart, within tasks and between them, after normalisation.
-
-    This takes a pass of its own: how far they do, relative to other tokens, depends on the scales, which are known
-    only after the pass that [`task_balanced_grids`] serves.
-
-    Args:
-        dataset: The pairs.
-        tokenizer: Makes the grids.
-        normalization: Its statistics are set already; or not, for the spread of the weights as they are.
-    """
-    spread = SpreadAccumulator(tokenizer.valid_mask())
-    mean, scale = normalization.mean.cpu(), normalization.scale.cpu()[:, None, None]
-    for task, grid in _grids(dataset, tokenizer, "Spread of the weights"):
-        spread.update(task, (grid - mean) / scale)
-    return spread.result()
-
-
-def _grids(
-    dataset: PromptCheckpointDataset, tokenizer: WeightTokenizer, what: str
-) -> Iterator[tuple[str, torch.Tensor]]:
-    numbered = [(task, number) for task in dataset.tasks for number in range(len(dataset.checkpoints(task)))]
-    for task, number in _with_progress(numbered, what):
-        yield task, tokenizer.encode(dataset.state_dict(task, number))
-
-
-def _stable_seed(*parts: int) -> int:
+def _stable_seed(*parts: int | str) -> int:
     # Python's own hash differs between builds; this is one number for good.
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -379,6 +389,8 @@ def _names(names: Iterable[str]) -> set[str]:
 _Item = TypeVar("_Item")
 
 
-def _with_progress(items: Collection[_Item], what: str) -> Iterable[_Item]:
-    progress: Iterable[_Item] = transformers_logging.tqdm(items, desc=what, disable=len(items) < _WORTH_A_BAR)
+def with_progress(items: Collection[_Item], what: str) -> Iterable[_Item]:
+    """Go through items under a progress bar, if there are so many that it may take a while."""
+    hidden = len(items) < _WORTH_A_BAR or not is_first_process()
+    progress: Iterable[_Item] = transformers_logging.tqdm(items, desc=what, disable=hidden)
     return progress

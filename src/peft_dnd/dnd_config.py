@@ -24,17 +24,29 @@ from typing import Any
 
 from peft import LoraConfig
 
+from .condition_text import condition_texts
 from .configuration import PromptConditionedLoraGeneratorConfig
 from .errors import GeneratorConfigError
+from .generation import THRESHOLD
 from .layout import AdapterLayout
 from .modeling import PromptConditionedLoraGenerator
+from .out_of_distribution import check_action
 from .prompts import check_prompts
 
 
 # Where peft_dnd.integration is not in force, PEFT refuses this initialisation rather than making a zero adapter.
 SENTINEL = "dnd"
 
-_OWN_FIELDS = ("generator", "generator_revision", "prompts", "seed", "init_lora_weights")
+_OWN_FIELDS = (
+    "generator",
+    "generator_revision",
+    "prompts",
+    "answers",
+    "seed",
+    "out_of_distribution",
+    "threshold",
+    "init_lora_weights",
+)
 # The generator's layout decides these; only alpha, which is no property of the matrices, may be overridden.
 _WRITTEN_FIELDS = (
     "r",
@@ -115,13 +127,17 @@ class DnDConfig(LoraConfig):
             by copies of the configuration, which then cannot be pickled. Reading the field gives a holder of it.
         generator_revision: Branch, tag or commit of a generator on the Hub.
         prompts: Unlabelled prompts of the task. They are neither saved nor passed on.
+        answers: Their answers, one each, for a generator that reads them. They are not saved either.
         seed: Decides which prompts are read when they are more or fewer than the generator takes at once.
+        out_of_distribution: What to do if the prompts are unlike those of the fitted tasks: `"ignore"`, `"warn"`,
+            `"shrink"` or `"refuse"`; see [`PromptConditionedLoraGenerator.generate_adapter`].
+        threshold: The score above which they are taken to be.
 
     Raises:
         GeneratorConfigError: If a field contradicts the generator, or asks for more than a generator can write, such
             as DoRA.
         GeneratorNotFoundError: If there is no such generator.
-        PromptError: If there are no prompts, or empty ones.
+        PromptError: If there are no prompts, or empty ones; or answers are missing, or given and not read.
         PromptTypeError: If the prompts are no strings.
     """
 
@@ -138,6 +154,13 @@ class DnDConfig(LoraConfig):
         default=None, repr=False, metadata={"help": "Unlabelled prompts of the task"}
     )
     seed: int = field(default=0, metadata={"help": "Decides which prompts are read"})
+    answers: Sequence[str] | None = field(
+        default=None, repr=False, metadata={"help": "The prompts' answers, for a generator that reads them"}
+    )
+    out_of_distribution: str = field(
+        default="ignore", metadata={"help": "What to do with prompts unlike the fitted tasks'"}
+    )
+    threshold: float = field(default=THRESHOLD, metadata={"help": "The score above which they are taken to be so"})
 
     def __post_init__(self) -> None:
         self._refuse_what_no_generator_writes()
@@ -146,7 +169,10 @@ class DnDConfig(LoraConfig):
         self.prompts = list(check_prompts(self.prompts))
         if not isinstance(self.seed, int):
             raise GeneratorConfigError(f"DnDConfig's seed must be an integer, got {self.seed!r}.")
+        check_action(self.out_of_distribution, self.threshold)
         config = self._read_generator_config()
+        # The texts themselves are formed when they are read; here what they lack is said, before a model is touched.
+        condition_texts(self.prompts, self.answers, config.condition_text, answer_ratio=config.answer_ratio)
         self._layout = config.adapter_layout
         self._generator_commit = getattr(config, "_commit_hash", None)
         self._adopt(self._layout.lora_config())

@@ -70,3 +70,11 @@ class PairsFolderError(PeftDndError, ValueError):
 
 class NotFittedError(PeftDndError, RuntimeError):
     """The generator has never been fitted, so what it would write means nothing."""
+
+
+class EvaluationError(PeftDndError, ValueError):
+    """An evaluation cannot be run as asked for: tasks, scores or reports do not belong together."""
+
+
+class OutOfDistributionError(PeftDndError, ValueError):
+    """The prompts do not belong with those of the fitted tasks, and no adapter was to be written for such."""

@@ -15,12 +15,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers.utils import CONFIG_NAME
 
 from .errors import CorruptFileError, GeneratorNotFoundError
@@ -73,6 +75,31 @@ def resolve_generator(
             "PromptConditionedLoraGenerator.save_pretrained writes."
         )
     return folder, commit
+
+
+def hub_id(name_or_path: str | None) -> str | None:
+    """The name if it can be a Hub id: not a folder here, nor anything that the Hub would refuse."""
+    if not name_or_path or Path(name_or_path).exists():
+        return None
+    try:
+        validate_repo_id(name_or_path)
+    except HFValidationError:
+        return None
+    return name_or_path
+
+
+def name_for_others(name_or_path: str | None, what: str, mend: str) -> str | None:
+    """The name as it goes to the Hub: folders of this machine are left out, with a warning.
+
+    Args:
+        name_or_path: Hub id or folder.
+        what: What has that name, for the warning.
+        mend: What to do about it, for the warning.
+    """
+    name = hub_id(name_or_path)
+    if name_or_path and name is None:
+        warnings.warn(f"{what} is {name_or_path!r}, a folder that only this machine has. {mend}", stacklevel=4)
+    return name
 
 
 def check_loading_info(name: str, info: Mapping[str, Any]) -> None:

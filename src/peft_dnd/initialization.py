@@ -30,6 +30,7 @@ from .files import PathLike, read_safetensors, staged_directory
 from .layout import AdapterLayout
 from .lora import ADAPTER_WEIGHTS_NAME, live_state_dict
 from .pairs import INITIALIZATION_FOLDER, adapter_digest, write_matrices
+from .processes import is_share
 
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def whole_matrices(model: nn.Module, adapter_name: str) -> dict[str, torch.Tenso
     """
     matrices = live_state_dict(model, adapter_name)
     for key, matrix in matrices.items():
-        if matrix.numel() == 0 or hasattr(matrix, "full_tensor"):
+        if is_share(matrix):
             raise LayoutError(
                 f"{key!r} is sharded over several processes (FSDP, tensor parallelism or DeepSpeed ZeRO-3), so no "
                 "process has it whole. Train the adapter in one process, or with DDP or ZeRO-1."

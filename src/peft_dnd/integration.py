@@ -115,7 +115,13 @@ def _generate(config: DnDConfig) -> GeneratedAdapter:
             name = str(config.generator)
             revision = config.generator_commit or config.generator_revision
             generator = _load_generator(name, revision, _folder_state(name))
-        adapter = generator.generate_adapter(config.prompts or (), seed=config.seed)
+        adapter = generator.generate_adapter(
+            config.prompts or (),
+            seed=config.seed,
+            answers=config.answers,
+            out_of_distribution=config.out_of_distribution,
+            threshold=config.threshold,
+        )
     difference = config.layout.difference(adapter.layout)
     if difference is not None:
         raise GeneratorConfigError(

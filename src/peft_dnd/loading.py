@@ -46,7 +46,7 @@ _GENERATING_TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 _register_parameter = nn.Module.register_parameter
 
 
-class _Slot(NamedTuple):
+class MatrixSlot(NamedTuple):
     """Where one matrix goes: the parameter `name` of `holder`, inside `layer`."""
 
     layer: LoraLayer
@@ -95,6 +95,26 @@ def load_matrices(
         BaseModelMismatchError: If the adapter does not fit the base model, which is left untouched.
         LayoutError: If there is an adapter of that name and it differs in more than its weights.
     """
+    model, names = attach_adapter(model, adapter_name, layout)
+    fill_adapter(model, adapter_name, layout, state_dict, names)
+    return model
+
+
+def attach_adapter(model: nn.Module, adapter_name: str, layout: AdapterLayout) -> tuple[nn.Module, dict[str, str]]:
+    """Make sure that a model has an adapter of a layout: add a fresh one, or check the one that has the name.
+
+    Args:
+        model: As for [`load_matrices`].
+        adapter_name: The adapter's name in the model.
+        layout: The layout.
+
+    Returns:
+        A new `PeftModel` for a base model, otherwise the given model; and layout module name -> name in the base.
+
+    Raises:
+        BaseModelMismatchError: As for [`load_matrices`].
+        LayoutError: As for [`load_matrices`].
+    """
     names = match_modules(model, layout)
     check_fits(model, layout, names)
     warn_if_other_base(model, layout)
@@ -104,8 +124,7 @@ def load_matrices(
         # PEFT writes the name of the base model at hand itself, and warns where it finds another one there.
         settings = {"base_model_name_or_path": None, "task_type": _task_type_for(model, layout)}
         model = _add_empty_adapter(model, adapter_name, lora_config_for(model, layout, names, settings=settings))
-    fill_adapter(model, adapter_name, layout, state_dict, names)
-    return model
+    return model, names
 
 
 def _task_type_for(model: nn.Module, layout: AdapterLayout) -> str | None:
@@ -151,7 +170,7 @@ def fill_adapter(
         LayoutError: If the model's adapter has other modules or other shapes than the layout.
         WeightValueError: If a tensor is on the meta device or not finite.
     """
-    slots = _slots(model, adapter_name, layout, names)
+    slots = matrix_slots(model, adapter_name, layout, names)
     for slot in slots:
         check_tensor(state_dict[slot.key], slot.key, tuple(slot.parameter.shape), "the adapter")
     on_meta = {}
@@ -191,7 +210,7 @@ def check_swappable(model: nn.Module, adapter_name: str, layout: AdapterLayout, 
     matrices_only.modules_to_save = None  # a classifier head beside the matrices stays as it is
     check_supported(matrices_only, what)
     shapes = {tensor.key: tensor.shape for tensor in layout.tensors}
-    for slot in _slots(model, adapter_name, layout, names):
+    for slot in matrix_slots(model, adapter_name, layout, names):
         if adapter_name in slot.layer.merged_adapters:
             raise LayoutError(f"{what} is merged into the base weights. Call unmerge_adapter() first.")
         shape = tuple(slot.parameter.shape)
@@ -215,7 +234,20 @@ def _live_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     return {clean_name(name): layer for name, layer in lora_layers(base_model_of(model), adapter_name)}
 
 
-def _slots(model: nn.Module, adapter_name: str, layout: AdapterLayout, names: Mapping[str, str]) -> list[_Slot]:
+def matrix_slots(
+    model: nn.Module, adapter_name: str, layout: AdapterLayout, names: Mapping[str, str]
+) -> list[MatrixSlot]:
+    """Where a model keeps each matrix of an adapter, in the layout's order.
+
+    Args:
+        model: A model with the adapter in it.
+        adapter_name: The adapter's name.
+        layout: The adapter's layout.
+        names: Layout module name -> name in the base model.
+
+    Raises:
+        LayoutError: If the model's adapter has other modules than the layout.
+    """
     live = _live_layers(model, adapter_name)
     slots = []
     for module in layout.modules:
@@ -227,9 +259,9 @@ def _slots(model: nn.Module, adapter_name: str, layout: AdapterLayout, names: Ma
             raise LayoutError(f"{names[module.name]!r} is adapted as {kind} in the model; expected {module.kind}.")
         for side, key in zip("AB", matrix_keys(module.name, module.kind), strict=True):
             if kind == "embedding":
-                slots.append(_Slot(layer, getattr(layer, f"lora_embedding_{side}"), adapter_name, key))
+                slots.append(MatrixSlot(layer, getattr(layer, f"lora_embedding_{side}"), adapter_name, key))
             else:
-                slots.append(_Slot(layer, getattr(layer, f"lora_{side}")[adapter_name], "weight", key))
+                slots.append(MatrixSlot(layer, getattr(layer, f"lora_{side}")[adapter_name], "weight", key))
     if live:
         raise LayoutError(
             f"Adapter {adapter_name!r} of the model also adapts {min(live)!r}, which is not in the layout."

@@ -15,11 +15,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCardData
+
+from .hub import hub_id
 
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 # A card with this line is ours to write anew; whoever edits a card takes the line out and keeps the text.
 GENERATED_MARK = "<!-- Written by peft_dnd at every save. Remove this line to keep your own text. -->"
 CARD_NAME = "README.md"
+# Under this name a configuration's `measured` holds the rows of the held-out protocol.
+EVALUATION = "evaluation"
 
 _TEMPLATE = """---
 {data}
@@ -67,9 +71,8 @@ def generator_card(
         num_parameters: Parameters of the decoder.
         measured: Metric -> value, as measured by the trainer or an evaluation; may be empty, and the card says so.
     """
-    base = config.base_model_name_or_path
     layout = config.adapter_layout
-    named_base = base if base and not Path(base).is_absolute() else None
+    named_base = hub_id(config.base_model_name_or_path)
     data = ModelCardData(
         library_name="peft_dnd",
         base_model=named_base,
@@ -81,7 +84,7 @@ def generator_card(
         f"{layout.num_parameters:,} parameters",
         "decoder": f"{config.decoder_type}, {num_parameters:,} parameters",
         "text encoder": _encoder_name(config),
-        "reads": f"{config.num_prompts} prompts of up to {config.max_prompt_length} tokens at once "
+        "reads": f"{config.num_prompts} {_texts_read(config)} of up to {config.max_prompt_length} tokens at once "
         f"({config.condition})",
     }
     return _TEMPLATE.format(
@@ -102,18 +105,62 @@ def may_write_card(folder: Path) -> bool:
 
 
 def _encoder_name(config: PromptConditionedLoraGeneratorConfig) -> str:
+    layer = "" if config.text_encoder_layer is None else f", hidden states of layer {config.text_encoder_layer}"
     if config.text_encoder_in_folder:
-        return "in `text_encoder/`"
-    if config.text_encoder is None or Path(config.text_encoder).is_absolute():
-        return "not recorded"
-    return f"`{config.text_encoder}`"
+        return "in `text_encoder/`" + layer
+    name = hub_id(config.text_encoder)
+    return f"`{name}`{layer}" if name else "not recorded"
+
+
+def _texts_read(config: PromptConditionedLoraGeneratorConfig) -> str:
+    return {
+        "prompts": "prompts",
+        "prompts_and_answers": "prompts with their answers",
+        "mixed": f"prompts, {config.answer_ratio:.0%} of them with their answers,",
+        "answers": "answers",
+    }[config.condition_text]
 
 
 def _measured_section(measured: Mapping[str, Any]) -> str:
     if not measured:
         return "Nothing has been measured of this generator yet."
+    facts = {name: value for name, value in measured.items() if name != EVALUATION}
     rows = [
         f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
-        for name, value in measured.items()
+        for name, value in facts.items()
     ]
-    return "\n".join(["| metric | value |", "| --- | --- |", *rows])
+    table = ["\n".join(["| metric | value |", "| --- | --- |", *rows])] if rows else []
+    evaluation = [_evaluation_section(measured[EVALUATION])] if EVALUATION in measured else []
+    return "\n\n".join(table + evaluation)
+
+
+def _evaluation_section(evaluation: Mapping[str, Any]) -> str:
+    """The held-out protocol's rows, as `EvaluationReport.model_card_rows` gives them."""
+    rows = "\n".join(
+        f"| {number} | {label} | {_with_interval(value, interval)} |"
+        for label, number, value, interval in evaluation["rows"]
+    )
+    figures = [
+        f"- {what}: {_with_interval(*evaluation[name])}"
+        for name, what in (
+            ("share_of_gap_closed", "share of the gap from base to ceiling that is closed"),
+            ("conditioning_gain", "conditioning gain, generated minus the best of rows 9"),
+        )
+        if evaluation[name] is not None
+    ]
+    missing = [
+        "Not measured: " + "; ".join(f"{what} ({why})" for what, why in evaluation["not_measured"].items()) + "."
+    ]
+    parts = [
+        "### On held-out tasks",
+        f"Mean score on {', '.join(evaluation['tasks'])}, whose data and adapters were used nowhere in fitting, with "
+        f"{evaluation['confidence']:.0%} bootstrap intervals over their examples.",
+        f"| | adapter | mean score |\n| ---: | --- | ---: |\n{rows}",
+        "\n".join(figures),
+        *(missing if evaluation["not_measured"] else []),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _with_interval(value: float, interval: Sequence[float] | None) -> str:
+    return f"{value:.3f}" + ("" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]")

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, cast
 
 import torch
 from huggingface_hub import CommitInfo, HfApi
@@ -28,26 +28,22 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from .adapter import GeneratedAdapter
-from .conditioning import TEXT_ENCODER_FOLDER, PromptReadingMixin
+from .conditioning import TEXT_ENCODER_FOLDER
 from .configuration import PromptConditionedLoraGeneratorConfig
 from .decoders import Decoder, build_decoder
-from .errors import (
-    CorruptFileError,
-    GeneratorNotFoundError,
-    NotFittedError,
-    WeightValueError,
-)
+from .errors import CorruptFileError, GeneratorNotFoundError
 from .files import PathLike, staged_directory
-from .hub import check_loading_info, resolve_generator
+from .generation import AdapterWritingMixin
+from .hub import check_loading_info, hub_id, name_for_others, resolve_generator
 from .model_card import CARD_NAME, generator_card, may_write_card
-from .prompts import check_prompts, prompts_digest
+from .out_of_distribution import REFERENCE_NAME, PromptReference
+from .positions import token_positions
+from .processes import check_whole
 from .text_encoder import TextEncoder
 from .tokenizer import WeightNormalization, WeightTokenizer
-from .version import __version__
 
 
-class PromptConditionedLoraGenerator(PromptReadingMixin, PreTrainedModel):
+class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
     """Writes the LoRA adapter of a task from a handful of its unlabelled prompts, in one forward pass.
 
     The method is Drag-and-Drop LLMs (arXiv 2506.16406): a text encoder turns the prompts into condition states, a
@@ -61,6 +57,8 @@ class PromptConditionedLoraGenerator(PromptReadingMixin, PreTrainedModel):
         decoder: Condition states (B, N, L, C) to normalised tokens (B, N_w, L_w, C_w).
         normalization: Between normalised tokens and weights; its statistics come from the training adapters.
         weight_tokenizer: Between token grids and adapter state dicts.
+        prompt_reference: What is kept of the fitted tasks' prompts, to tell whether new ones belong with them; `None`
+            if nothing is.
 
     Raises:
         GeneratorConfigError: If the configuration has no layout, or values that contradict each other.
@@ -71,20 +69,23 @@ class PromptConditionedLoraGenerator(PromptReadingMixin, PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "condition_states"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["HyperConvolutionLayer"]  # noqa: RUF012 (transformers' own convention)
     _keep_in_fp32_modules_strict = {"normalization"}  # noqa: RUF012 (transformers' own convention)
 
     def __init__(self, config: PromptConditionedLoraGeneratorConfig, text_encoder: TextEncoder | None = None) -> None:
         super().__init__(config)
         self.weight_tokenizer: WeightTokenizer = config.weight_tokenizer()
         token_shape = self.weight_tokenizer.grid_shape
-        decoder = build_decoder(config.decoder_type, config.condition_shape, token_shape, config.decoder_config)
+        positions = token_positions(self.weight_tokenizer)
+        decoder = build_decoder(
+            config.decoder_type, config.condition_shape, token_shape, config.decoder_config, positions
+        )
         self.decoder = decoder
         self.normalization = WeightNormalization(token_shape)
         # A rule may change between versions, a fitted generator may not: what was derived is written down.
         config.chunk_width = self.weight_tokenizer.chunk_width
         config.decoder_config = {**config.decoder_config, **cast("Decoder", decoder).resolved_settings}
         self._text_encoder = text_encoder
+        self.prompt_reference: PromptReference | None = None
         # Where the generator was loaded from, if it was: its folder here, its commit on the Hub, and the token used.
         self._folder: Path | None = None
         self._commit: str | None = None
@@ -118,84 +119,8 @@ class PromptConditionedLoraGenerator(PromptReadingMixin, PreTrainedModel):
             raise ValueError("forward needs condition_states and condition_mask, or prompts; it got neither.")
         return self.decoder(condition_states.to(self.dtype), condition_mask)
 
-    @overload
-    def generate_adapter(self, prompts: Sequence[str], *, seed: int = 0) -> GeneratedAdapter: ...
-
-    @overload
-    def generate_adapter(
-        self, prompts: Mapping[str, Sequence[str]], *, seed: int = 0
-    ) -> dict[str, GeneratedAdapter]: ...
-
-    def generate_adapter(
-        self, prompts: Sequence[str] | Mapping[str, Sequence[str]], *, seed: int = 0
-    ) -> GeneratedAdapter | dict[str, GeneratedAdapter]:
-        """Write the adapter of a task from its prompts, or those of several tasks.
-
-        The same prompts, seed and generator give the same bytes, alone or among other tasks: each task is read and
-        decoded for itself.
-
-        Args:
-            prompts: A list of unlabelled prompts of one task, or a dictionary of such lists.
-            seed: Decides which prompts are read when there are not just `config.num_prompts`.
-
-        Returns:
-            A [`GeneratedAdapter`], or for a dictionary one for each of its keys.
-
-        Raises:
-            PromptError: If there are no prompts, or empty ones.
-            PromptTypeError: If they are not strings.
-            NotFittedError: If the generator has never been fitted.
-            WeightValueError: If NaN or infinity comes out.
-        """
-        if isinstance(prompts, Mapping):
-            return self.generate_adapters(prompts, seed=seed)
-        return self._generate_one(check_prompts(prompts), seed)
-
-    def generate_adapters(self, prompts: Mapping[str, Sequence[str]], *, seed: int = 0) -> dict[str, GeneratedAdapter]:
-        """Write the adapters of many tasks; see [`generate_adapter`].
-
-        All prompts are checked before the first is read.
-
-        Args:
-            prompts: Task name -> its prompts.
-            seed: As for one task.
-        """
-        checked = {task: check_prompts(lines, f"the prompts of task {task!r}") for task, lines in prompts.items()}
-        return {task: self._generate_one(lines, seed) for task, lines in checked.items()}
-
-    @torch.no_grad()
-    def _generate_one(self, prompts: tuple[str, ...], seed: int) -> GeneratedAdapter:
-        if not self.normalization.fitted:
-            raise NotFittedError(
-                "This generator has never been fitted, so its adapters would mean nothing. Fit it with DnDTrainer, or "
-                "load a fitted one with from_pretrained."
-            )
-        was_training = self.training
-        self.eval()
-        try:
-            states, mask = self.encode_prompts(prompts, seed=seed)
-            tokens = self(states[None].to(self.device), mask[None].to(self.device))[0]
-            grid = self.normalization.denormalize(tokens.to(self.normalization.mean.device)).cpu()
-        finally:
-            self.train(was_training)
-        if not torch.isfinite(grid).all():
-            raise WeightValueError(
-                "The generator wrote NaN or infinity. Its weights are damaged, or float16 overflowed: load it in "
-                "float32 or bfloat16."
-            )
-        return GeneratedAdapter(
-            self.config.adapter_layout, self.weight_tokenizer.decode(grid), self._provenance(prompts, seed)
-        )
-
-    def _provenance(self, prompts: tuple[str, ...], seed: int) -> dict[str, Any]:
-        return {
-            "generator": self.name_or_path or None,
-            "generator_revision": self._commit,
-            "num_prompts": len(prompts),
-            "prompts_sha256": prompts_digest(prompts),
-            "seed": seed,
-            "peft_dnd_version": __version__,
-        }
+    def get_input_embeddings(self) -> None:  # type: ignore[override]
+        """There are none: accelerate asks when it shards a model."""
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # the Hub's arguments are named, the rest is passed on
@@ -269,6 +194,7 @@ class PromptConditionedLoraGenerator(PromptReadingMixin, PreTrainedModel):
         check_loading_info(name, info)
         model.name_or_path = model.config.name_or_path = name
         model._folder, model._commit, model._token, model._text_encoder = folder, commit, token, text_encoder
+        model.load_prompt_reference(folder)
         if not model.config.freeze_text_encoder:
             model.load_text_encoder()
         return (model, info) if wants_info else model
@@ -303,8 +229,7 @@ class PromptConditionedLoraGenerator(PromptReadingMixin, PreTrainedModel):
             kwargs: What any transformers model takes, `max_shard_size` for one.
         """
         if is_main_process:
-            carry = self.config.text_encoder_in_folder if include_text_encoder is None else include_text_encoder
-            carry = carry or not self.config.freeze_text_encoder
+            carry = self.config.carries_text_encoder(include_text_encoder)
             encoder = self.text_encoder if carry else None  # before anything is written: it may be missing
             with staged_directory(save_directory) as staged:
                 weights = {
@@ -312,10 +237,13 @@ class PromptConditionedLoraGenerator(PromptReadingMixin, PreTrainedModel):
                     for key, value in (state_dict or self.state_dict()).items()
                     if not key.startswith("text_encoder_module.")
                 }
-                with _text_encoder_in_folder(self.config, carry):
+                check_whole(weights)
+                with _changed(self.config, text_encoder_in_folder=carry):
                     super().save_pretrained(staged, state_dict=weights, **kwargs)
                     if may_write_card(Path(save_directory)):
                         (staged / CARD_NAME).write_text(self.model_card(), encoding="utf-8")
+                if self.prompt_reference is not None:
+                    self.prompt_reference.save(staged / REFERENCE_NAME)
                 if encoder is not None:
                     encoder.save_pretrained(staged / TEXT_ENCODER_FOLDER)
                 written = {path.name for path in staged.glob("model*.safetensors*")}
@@ -324,7 +252,8 @@ class PromptConditionedLoraGenerator(PromptReadingMixin, PreTrainedModel):
                 if path.name not in written:
                     path.unlink()
         if push_to_hub:
-            self.push_to_hub(repo_id or Path(save_directory).name, token=token)
+            name = repo_id or Path(save_directory).name
+            self.push_to_hub(name, token=token, include_text_encoder=include_text_encoder)
 
     def push_to_hub(  # type: ignore[override]  # the model card is ours
         self,
@@ -340,6 +269,9 @@ class PromptConditionedLoraGenerator(PromptReadingMixin, PreTrainedModel):
         include_text_encoder: bool | None = None,
     ) -> CommitInfo:
         """Save the generator and upload it to the Hub.
+
+        Names of folders on this machine, of the base model and of the text encoder, are left out of what is uploaded,
+        with a warning of what others will lack.
 
         Args:
             repo_id: Hub id, `"user/name"`.
@@ -357,7 +289,10 @@ class PromptConditionedLoraGenerator(PromptReadingMixin, PreTrainedModel):
         """
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
+        names = self.names_for_others(include_text_encoder)
+        if self.config.carries_text_encoder(include_text_encoder):
+            self.load_text_encoder()  # while its name is still there
+        with tempfile.TemporaryDirectory() as folder, _changed(self.config, **names):
             self.save_pretrained(folder, max_shard_size=max_shard_size, include_text_encoder=include_text_encoder)
             return api.upload_folder(
                 repo_id=repo_id,
@@ -367,6 +302,34 @@ class PromptConditionedLoraGenerator(PromptReadingMixin, PreTrainedModel):
                 revision=revision,
                 create_pr=create_pr,
             )
+
+    def names_for_others(self, include_text_encoder: bool | None = None) -> dict[str, str | None]:
+        """What the configuration may say on the Hub, where folders of this machine mean nothing.
+
+        Warns of what others will lack.
+
+        Args:
+            include_text_encoder: Whether the text encoder goes along; see [`save_pretrained`].
+
+        Returns:
+            The configuration's `text_encoder` and `base_model_name_or_path`, each `None` where it names a folder.
+        """
+        config = self.config
+        if config.carries_text_encoder(include_text_encoder):
+            text_encoder = hub_id(config.text_encoder)
+        else:
+            text_encoder = name_for_others(
+                config.text_encoder,
+                "The generator's text encoder",
+                "Without it nobody else can use the generator. Carry it along, with include_text_encoder=True or "
+                "config.text_encoder_in_folder = True, or set config.text_encoder to its Hub id.",
+            )
+        base = name_for_others(
+            config.base_model_name_or_path,
+            "The generator's base model",
+            "So that others know which model the generator is for, set config.base_model_name_or_path to its Hub id.",
+        )
+        return {"text_encoder": text_encoder, "base_model_name_or_path": base}
 
     def model_card(self) -> str:
         """The text of the README.md that is saved along."""
@@ -385,13 +348,15 @@ class PromptConditionedLoraGenerator(PromptReadingMixin, PreTrainedModel):
 
 
 @contextmanager
-def _text_encoder_in_folder(config: PromptConditionedLoraGeneratorConfig, carried: bool) -> Iterator[None]:
-    before = config.text_encoder_in_folder
-    config.text_encoder_in_folder = carried
+def _changed(config: PromptConditionedLoraGeneratorConfig, **values: Any) -> Iterator[None]:
+    before = {name: getattr(config, name) for name in values}
     try:
+        for name, value in values.items():
+            setattr(config, name, value)
         yield
     finally:
-        config.text_encoder_in_folder = before
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 AutoConfig.register(

@@ -16,7 +16,9 @@
     pairs/
       initialization/                       the adapter that all tasks started from, as PEFT saves one
       <task>/task.json                      what the task is, whether its collection is finished, which steps it has
-      <task>/prompts.jsonl                  its pool of unlabelled prompts, one {"prompt": "..."} a line
+      <task>/prompts.jsonl                  its pool of prompts, one {"prompt": "..."} a line, or each with its answer:
+                                            {"prompt": "...", "answer": "..."}
+      <task>/examples.jsonl                 where given: what the base's forward takes, one example a line
       <task>/adapter_config.json            plain PEFT, so that with it each checkpoint is an adapter
       <task>/checkpoints/step-00000051.safetensors
 
@@ -37,6 +39,7 @@ from typing import Any
 import torch
 
 from .errors import CorruptFileError, FormatVersionError, LayoutError, PairsFolderError
+from .examples import EXAMPLES_NAME, TaskExamples
 from .files import PathLike, read_json, read_safetensors_shapes, write_json, write_safetensors, write_text
 from .layout import AdapterLayout, natural_key
 from .lora import ADAPTER_CONFIG_NAME, read_lora_config
@@ -64,7 +67,7 @@ class TaskRecord:
     Attributes:
         task: The task's name.
         complete: Whether its collection came to an end; until then the folder is not read as training data.
-        steps: The training steps whose adapters are there, in rising order.
+        steps: The training steps whose adapters are there, in rising order; none for a task that has examples only.
         initialization: Digest of the common initialisation that the task's training started from; `None` if it started
             from another adapter.
         resume_points: Training step at which the trainer saved itself -> digest of the adapter at that step. A resumed
@@ -89,16 +92,22 @@ class Task:
         folder: Its folder.
         prompts: Its pool of prompts.
         checkpoints: The files of its checkpoints, in the order of their steps.
-        layout: The layout that they share.
+        layout: The layout that they share; `None` where there are no checkpoints.
         initialization: As in its [`TaskRecord`].
+        examples: Its examples, for a fit on the base's own loss, if it has any.
+        answers: The answers to its prompts, one each, if it has any.
+        condition_text: Which texts stand in `prompts`, one of `CONDITION_TEXTS`.
     """
 
     name: str
     folder: Path
     prompts: tuple[str, ...]
     checkpoints: tuple[Path, ...]
-    layout: AdapterLayout
+    layout: AdapterLayout | None
     initialization: str | None
+    examples: TaskExamples | None = None
+    answers: tuple[str, ...] | None = None
+    condition_text: str = "prompts"
 
 
 def find_tasks(pairs: PathLike, names: Collection[str] | None = None) -> dict[str, Path]:
@@ -150,7 +159,7 @@ def load_task(folder: PathLike) -> Task:
     """Read a task and check that it can be fitted to: everything but the weights, of which the headers are read.
 
     Raises:
-        PairsFolderError: If it is incomplete, lacks a checkpoint or has no prompts.
+        PairsFolderError: If it is incomplete, lacks a checkpoint, has no prompts, or neither checkpoints nor examples.
         PromptError: If a prompt is empty.
         LayoutError: If its checkpoints differ in their layouts.
         CorruptFileError: If a file is unreadable, for instance cut short.
@@ -158,7 +167,8 @@ def load_task(folder: PathLike) -> Task:
     """
     folder = Path(folder)
     record = read_task(folder)
-    if not record.complete or not record.steps:
+    examples = TaskExamples(folder / EXAMPLES_NAME) if (folder / EXAMPLES_NAME).is_file() else None
+    if not record.complete or not (record.steps or examples):
         raise PairsFolderError(
             f"Task {record.task!r} in {str(folder)!r} is incomplete: its training did not come to its end, and holds "
             f"{len(stored_steps(folder))} checkpoints so far. Train it again or resume it, or leave it out with "
@@ -172,7 +182,9 @@ def load_task(folder: PathLike) -> Task:
             "for one. Restore them, or collect the task again."
         )
     prompts = check_prompts(read_prompts(folder), f"{str(folder / PROMPTS_NAME)!r}")
-    return Task(record.task, folder, prompts, checkpoints, _shared_layout(folder, checkpoints), record.initialization)
+    layout = _shared_layout(folder, checkpoints) if checkpoints else None
+    answers = read_answers(folder)
+    return Task(record.task, folder, prompts, checkpoints, layout, record.initialization, examples, answers)
 
 
 def check_alike(tasks: Sequence[Task]) -> None:
@@ -181,9 +193,10 @@ def check_alike(tasks: Sequence[Task]) -> None:
     Raises:
         LayoutError: If their layouts differ; the first difference is named.
     """
-    first = tasks[0]
-    for task in tasks[1:]:
-        difference = first.layout.difference(task.layout)
+    collected = [(task, task.layout) for task in tasks if task.layout is not None]
+    for task, layout in collected[1:]:
+        first, first_layout = collected[0]
+        difference = first_layout.difference(layout)
         if difference is not None:
             raise LayoutError(
                 f"Tasks {first.name!r} ({str(first.checkpoints[0])!r}) and {task.name!r} "
@@ -265,9 +278,12 @@ def read_task(folder: PathLike) -> TaskRecord:
         ) from error
 
 
-def write_prompts(folder: PathLike, prompts: Sequence[str]) -> None:
-    """Write a task's pool of prompts, whole or not at all."""
-    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+def write_prompts(folder: PathLike, prompts: Sequence[str], answers: Sequence[str] | None = None) -> None:
+    """Write a task's pool of prompts, and their answers if there are any, whole or not at all."""
+    rows: list[dict[str, str]] = [{"prompt": prompt} for prompt in prompts]
+    if answers is not None:
+        rows = [{**row, "answer": answer} for row, answer in zip(rows, answers, strict=True)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     write_text(Path(folder) / PROMPTS_NAME, "\n".join(lines) + "\n")
 
 
@@ -284,15 +300,34 @@ def read_prompts(folder: PathLike) -> tuple[str, ...]:
             f"Task {Path(folder).name!r} has no {PROMPTS_NAME}. Write its unlabelled prompts to {str(path)!r}, one "
             '{"prompt": "..."} a line, or collect the task again.'
         )
-    # Not splitlines: a prompt may hold any of the other characters that it takes for the end of a line.
-    lines = path.read_bytes().split(b"\n")
-    prompts = tuple(_prompt_of(line, number, path) for number, line in enumerate(lines, 1) if line.strip())
+    prompts = tuple(_text_of(line, "prompt", number, path) for number, line in _rows(path))
     if not prompts:
         raise PairsFolderError(
             f"Task {Path(folder).name!r} has no prompts: {str(path)!r} is empty. Write its unlabelled prompts there, "
             'one {"prompt": "..."} a line, or collect the task again.'
         )
     return prompts
+
+
+def read_answers(folder: PathLike) -> tuple[str, ...] | None:
+    """Read the answers to a task's prompts; `None` if there are none.
+
+    Raises:
+        PairsFolderError: If some prompts have an answer and others have none.
+        CorruptFileError: If a line is not as `write_prompts` writes it.
+    """
+    path = Path(folder) / PROMPTS_NAME
+    rows = _rows(path)
+    answered = [number for number, line in rows if b'"answer"' in line and "answer" in json.loads(line)]
+    if not answered:
+        return None
+    if len(answered) < len(rows):
+        without = next(number for number, _ in rows if number not in answered)
+        raise PairsFolderError(
+            f"Line {without} of {str(path)!r} has no answer, and {len(answered)} of its {len(rows)} lines have one. "
+            "Give all prompts an answer, or none."
+        )
+    return tuple(_text_of(line, "answer", number, path) for number, line in rows)
 
 
 def write_matrices(path: PathLike, state_dict: Mapping[str, torch.Tensor]) -> None:
@@ -350,11 +385,16 @@ def _typed(value: Any, kind: type) -> Any:
     return value
 
 
-def _prompt_of(line: bytes, number: int, path: Path) -> str:
+def _rows(path: Path) -> list[tuple[int, bytes]]:
+    # Not splitlines: a prompt may hold any of the other characters that it takes for the end of a line.
+    return [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+
+
+def _text_of(line: bytes, field: str, number: int, path: Path) -> str:
     try:
-        return str(_typed(json.loads(line)["prompt"], str))
+        return str(_typed(json.loads(line)[field], str))
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptFileError(
-            f'Line {number} of {str(path)!r} is not {{"prompt": "..."}} ({error!r}). The file may have been cut short '
-            "or edited by hand: mend that line, or collect the task again."
+            f'Line {number} of {str(path)!r} is not {{"{field}": "..."}} ({error!r}). The file may have been cut '
+            "short or edited by hand: mend that line, or collect the task again."
         ) from error

@@ -25,9 +25,8 @@ from .tokenizer import WeightTokenizer
 def token_positions(tokenizer: WeightTokenizer) -> TokenPositions:
     """Read off the layout where each of a tokenizer's tokens belongs.
 
-    The first number in a module's path is its layer (0 where there is none). What else the path says, the side (A or
-    B) and the number of the chunk within the matrix make up the slot. Modules whose paths differ in numbers alone, and
-    the same side of them, are of one kind: the experts of a mixture, for one.
+    The first number in a module's path is its layer (the first one where there is none). What else the path says, the
+    side (A or B) and the number of the chunk within the matrix make up the slot.
 
     Args:
         tokenizer: The tokenizer; only its layout and the order of its tokens matter.
@@ -35,25 +34,23 @@ def token_positions(tokenizer: WeightTokenizer) -> TokenPositions:
     tensors = tokenizer.layout.tensors
     layers: list[int] = []
     slots: list[Hashable] = []
-    heads: list[Hashable] = []
     seen: dict[int, int] = {}
     for index in tokenizer.tensor_index().tolist():
         tensor = tensors[index]
-        layer, rest, kind = _parse(tensor)
+        layer, rest = _parse(tensor)
         chunk = seen[index] = seen.get(index, -1) + 1
         layers.append(layer)
         slots.append((rest, tensor.side, chunk))
-        heads.append((kind, tensor.side))
-    return TokenPositions(_numbered(layers), _numbered(slots), _numbered(heads))
+    return TokenPositions(_numbered(layers), _numbered(slots))
 
 
-def _parse(tensor: LoraTensor) -> tuple[int, str, str]:
-    """A tensor's layer, its module's path without the layer, and the same without any number."""
+def _parse(tensor: LoraTensor) -> tuple[int, str]:
+    """A tensor's layer, and its module's path without it."""
     parts = tensor.module.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     layer = int(parts[numbers[0]]) if numbers else 0
     rest = [part for i, part in enumerate(parts) if not numbers or i != numbers[0]]
-    return layer, ".".join(rest), ".".join(part for part in rest if not part.isdigit())
+    return layer, ".".join(rest)
 
 
 def _numbered(values: list[int] | list[Hashable]) -> tuple[int, ...]:

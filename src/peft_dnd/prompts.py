@@ -33,6 +33,16 @@ from torch import Tensor
 from .errors import GeneratorConfigError, PromptError, PromptTypeError, TextEncoderError
 
 
+class ConditionText(str):
+    """A text as a generator reads it: a prompt that holds its answer already, say.
+
+    It is a plain string but for its type, by which a generator that reads answers tells it from a bare prompt; see
+    [`condition_texts`][peft_dnd.condition_text.condition_texts].
+    """
+
+    __slots__ = ()
+
+
 def check_prompts(prompts: Sequence[str], what: str = "prompts") -> tuple[str, ...]:
     """Check that `prompts` is a non-empty sequence of usable strings, and return it as a tuple.
 
@@ -44,7 +54,7 @@ def check_prompts(prompts: Sequence[str], what: str = "prompts") -> tuple[str, .
         what: What the error messages call them.
 
     Returns:
-        The prompts, in order, each a plain `str`.
+        The prompts, in order, each a plain `str`, or a [`ConditionText`] if it was one.
 
     Raises:
         PromptTypeError: If `prompts` is no sequence (a bare string, a mapping, a set, a generator, `None`, ...) or
@@ -104,7 +114,7 @@ def _check_prompt(prompt: Any, name: str) -> str:
             "and cannot be encoded in UTF-8. Read the file that it came from in its right encoding, or mend it with "
             "prompt.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
         ) from error
-    return text
+    return prompt if isinstance(prompt, ConditionText) else text
 
 
 def _shortened(value: Any, limit: int = 60) -> str:
@@ -182,6 +192,37 @@ def select_prompts(pool_size: int, num_prompts: int, generator: torch.Generator 
     repeats, remainder = divmod(num_prompts, pool_size)
     chosen = list(range(pool_size)) * repeats + _draw(list(range(pool_size)), remainder, chance)
     return torch.tensor(_draw(chosen, num_prompts, chance))
+
+
+def draw_prompt_set(pool_size: int, num_prompts: int, generator: torch.Generator | int, smallest: int = 0) -> Tensor:
+    """Choose which prompts of a pool a decoder that reads sets gets to read: at most N, and none twice.
+
+    Args:
+        pool_size: How many prompts there are, at least 1.
+        num_prompts: N, the most that are wanted, at least 1.
+        generator: As for [`select_prompts`].
+        smallest: If at least 1, how many are drawn is a matter of chance too: any number from this one to N, or to
+            the size of the pool, is as likely.
+
+    Returns:
+        Indices into the pool, `int64` of shape `(n,)`, on the CPU.
+
+    Raises:
+        GeneratorConfigError: If a number is out of range.
+
+    Example:
+        >>> draw_prompt_set(pool_size=3, num_prompts=8, generator=0).tolist()
+        [0, 1, 2]
+        >>> [len(draw_prompt_set(pool_size=100, num_prompts=8, generator=seed, smallest=1)) for seed in range(4)]
+        [1, 3, 7, 8]
+    """
+    seed = _seed_of(generator)
+    most = min(pool_size, num_prompts)
+    if smallest >= 1:
+        lowest = min(smallest, most)
+        # Of another stream than the draw of the prompts themselves, which begins with the same seed.
+        most = lowest + int(random.Random(f"number of prompts {seed}").random() * (most - lowest + 1))
+    return select_prompts(pool_size, most, seed)
 
 
 def _seed_of(generator: torch.Generator | int) -> int:
@@ -271,6 +312,16 @@ class TokenStates:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TokenStates:
         """The same states on another device or in another floating point type."""
         return TokenStates(self.flat.to(device=device, dtype=dtype), self.offsets.to(device=device))
+
+    def cut(self, max_length: int) -> TokenStates:
+        """The states of the first `max_length` tokens of each prompt: all that a decoder reads need not be kept."""
+        lengths = self.lengths
+        if not bool((lengths > max_length).any()):
+            return self
+        starts = self.offsets[:-1].repeat_interleave(lengths)
+        positions = torch.arange(len(self.flat), device=self.flat.device) - starts
+        kept = torch.cat([self.offsets[:1], lengths.clamp(max=max_length).cumsum(0)])
+        return TokenStates(self.flat[positions < max_length], kept)
 
     def select(self, indices: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
         """Stack the states of some prompts, zero-padded to one length.

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import GeneratorConfigError, TextEncoderError
+from .processes import loaded_whole
 from .text_encoder_blocks import check_token_limits
 
 
@@ -53,16 +54,17 @@ def load_sentence_transformer(
     source = _checked_source(name_or_path)
     is_folder = os.path.isdir(source)
     try:
-        module = SentenceTransformer(
-            source,
-            device="cpu" if device is None else str(device),
-            revision=None if is_folder else revision,
-            token=token,
-            cache_folder=None if cache_dir is None else str(cache_dir),
-            # A folder needs no Hub; without this, sentence-transformers asks it who the folder's base model is.
-            local_files_only=local_files_only or is_folder,
-            model_kwargs={"use_safetensors": True},
-        )
+        with loaded_whole():
+            module = SentenceTransformer(
+                source,
+                device="cpu" if device is None else str(device),
+                revision=None if is_folder else revision,
+                token=token,
+                cache_folder=None if cache_dir is None else str(cache_dir),
+                # A folder needs no Hub; without this, sentence-transformers asks it who the folder's base model is.
+                local_files_only=local_files_only or is_folder,
+                model_kwargs={"use_safetensors": True},
+            )
     except Exception as error:  # three libraries load the parts, each with exceptions of its own
         raise TextEncoderError(_loading_failed(source, is_folder, revision, local_files_only, error)) from error
     if dtype is not None:

@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -192,12 +192,12 @@ class WeightNormalization(nn.Module):
         self.fitted.fill_(True)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> WeightNormalization:
-        # What casts a whole module (`.bfloat16()`, DeepSpeed) would round the mean adapter; only the device may change.
+        # What casts a whole module (`.bfloat16()`, DeepSpeed) would round the mean adapter: precision is never lost.
         kept = {"mean": self.mean, "scale": self.scale}
         super()._apply(fn, recurse)
         for name, tensor in kept.items():
             moved = getattr(self, name)
-            if moved.dtype != tensor.dtype:
+            if moved.dtype.itemsize < tensor.dtype.itemsize:
                 setattr(self, name, tensor.to(moved.device))
         return self
 

@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,22 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from .adapter import GeneratedAdapter
+from .collator import PromptCheckpointCollator
 from .conditioning import TEXT_ENCODER_FOLDER
-from .data import PromptCheckpointCollator, PromptCheckpointDataset, task_balanced_grids, token_spread
-from .errors import LayoutError
-from .evaluation import score_generated
+from .data import PromptCheckpointDataset
+from .decoders import SetTransformerDecoder
+from .evaluation import EvaluationReport, score_generated
+from .examples import ExampleCollator, ExamplesBesidePairs
 from .files import write_text
-from .losses import add_noise, masked_mse
-from .model_card import CARD_NAME, may_write_card
+from .losses import add_noise
+from .model_card import CARD_NAME, EVALUATION, may_write_card
 from .modeling import PromptConditionedLoraGenerator
+from .objective import LOSSES, FittingObjective, Supervision, check_dataset
+from .out_of_distribution import FEWEST_TASKS
+from .processes import agree, check_sharding, separate_noise
 from .sentence_transformer import SentenceTransformerTextEncoder
+from .task_loss import LossFunction
 from .text_encoder import PromptEmbeddingCache
-from .tokenizer import weight_statistics
 from .training_args import DnDTrainingArguments
 
 
@@ -53,6 +58,10 @@ class DnDTrainer(Trainer):
     normalised tokens. What is drawn depends on the seed, the epoch and the checkpoint alone, so that a resumed run
     draws what an uninterrupted one would have drawn.
 
+    With a `base_model` and `args.task_loss_weight` above 0 the generator is also, or only, moved by the base's own
+    loss on examples of the item's task; see [`TaskLoss`]. Such a fit needs no checkpoints: without any the generator
+    starts from the adapter that the base model brings along.
+
     Before the first step the normalisation statistics are taken from the training pairs, unless the generator has some
     already, and the prompts of all tasks are read by the text encoder once, unless that is being fitted too.
 
@@ -64,14 +73,26 @@ class DnDTrainer(Trainer):
         adapter_scorer: `(task name, adapter) -> score`, larger is better: what adapters generated for the held-out
             tasks are worth. Evaluation then reports the mean score, and beside it the mean score of adapters generated
             from another held-out task's prompts, because an error in weights says little of either.
+        base_model: The frozen base, for task loss: a plain model, or a `PeftModel` whose active adapter has the
+            generator's layout. It is not changed.
+        task_collator: Makes the base's batch of a list of examples, rows of `examples.jsonl`; an [`ExampleCollator`]
+            by default, which pads lists of numbers.
+        task_loss_function: `(model, batch) -> loss` for bases whose forward gives none; `model(**batch).loss` by
+            default. It must compute with the model that it is given, which has the generated adapter in place.
+        token_weight: What each token weighs in the weight loss, (N_w,), in place of what `args.loss_weighting` gives;
+            [`published_token_weights`] reads it from a released generator's file.
         callbacks: As for `Trainer`.
         optimizers: As for `Trainer`.
 
     Raises:
         LayoutError: If a data set's adapters do not have the generator's layout.
+        BaseModelMismatchError: If that layout does not fit the base model.
+        PairsFolderError: If a task lacks the examples or the checkpoints that the loss needs.
+        GeneratorConfigError: If task loss is asked for without a base model.
     """
 
     args: DnDTrainingArguments
+    objective: FittingObjective
 
     def __init__(
         self,
@@ -81,12 +102,18 @@ class DnDTrainer(Trainer):
         eval_dataset: PromptCheckpointDataset | None = None,
         *,
         adapter_scorer: Callable[[str, GeneratedAdapter], float] | None = None,
+        base_model: nn.Module | None = None,
+        task_collator: Callable[[Sequence[Mapping[str, Any]]], Any] | None = None,
+        task_loss_function: LossFunction | None = None,
+        token_weight: torch.Tensor | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = DnDTrainingArguments(output_dir="generator") if args is None else args
+        train_dataset = _as_asked(train_dataset, args, model, args.prompt_pool_size)
+        eval_dataset = _as_asked(eval_dataset, args, model)
         for what, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            _check_layout(model, dataset, what)
+            check_dataset(model, args, dataset, what)
         self.generator = model
         self.pairs = train_dataset
         self.adapter_scorer = adapter_scorer
@@ -97,28 +124,47 @@ class DnDTrainer(Trainer):
             num_prompts=model.config.num_prompts,
             max_length=model.config.max_prompt_length,
             encode=model.config.freeze_text_encoder,
+            reads_sets=model.decoder.reads_sets,
+            smallest_set=args.smallest_prompt_set,
         )
-        self._valid_mask = model.weight_tokenizer.valid_mask()
-        self._token_weight: torch.Tensor | None = None
+        self._projection = getattr(model.decoder, "length_projection", None)
+        if self._projection is not None:
+            self._projection.noise = args.condition_noise  # where the paper's code adds it
+        self.objective = FittingObjective(model, args, base_model, task_loss_function, token_weight=token_weight)
+        data_collator: Any = self._collator
+        if self.objective.task_loss is not None:
+            collate = task_collator or ExampleCollator.for_model(self.objective.task_loss.model)
+            data_collator = ExamplesBesidePairs(self._collator, args.task_examples, collate)
+        if args.ddp_find_unused_parameters is None and model.config.freeze_text_encoder:
+            args.ddp_find_unused_parameters = False  # every parameter of a decoder has a part in every loss
+        if args.push_to_hub:
+            model.names_for_others()  # warns now, rather than when all is fitted, of what others will lack
         super().__init__(
             model=model,
             args=args,
-            data_collator=self._collator,
+            data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            compute_metrics=_compute_metrics,
+            compute_metrics=self._metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        check_sharding(args, plugin, fits_text_encoder=not model.config.freeze_text_encoder)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Fit the generator; arguments as for `Trainer.train`, `resume_from_checkpoint` for one."""
         self._prepare()
+        self._keep_prompts()
+        self.generator.config.measured.pop(EVALUATION, None)  # it was of the generator as it was before
+        separate_noise(self.args)
         output = super().train(*args, **kwargs)
+        if not self.generator.config.freeze_text_encoder:
+            self._keep_prompts()  # as they are read now
         self.generator.config.measured.update(
             {
                 "training tasks": len(self.pairs.tasks) if self.pairs else 0,
-                "training checkpoints": len(self.pairs) if self.pairs else 0,
+                "training checkpoints": self.pairs.num_checkpoints if self.pairs else 0,
                 "steps": self.state.global_step,
                 "seconds of fitting": round(output.metrics["train_runtime"], 1),
                 "training loss": output.training_loss,
@@ -140,17 +186,20 @@ class DnDTrainer(Trainer):
             metric_key_prefix: What the metrics' names begin with.
 
         Returns:
-            `eval_loss`: the mean squared error of the normalised tokens, unweighted; `eval_mean_adapter_loss`: the
+            `eval_loss`: the weight loss, with all tokens weighing alike; `eval_mean_adapter_loss`: the
             same for the mean training adapter, which a generator must stay below; with an `adapter_scorer` also
-            `eval_score` and `eval_shuffled_score`; and times.
+            `eval_score` and `eval_shuffled_score`; and times. With task loss `eval_loss` is the sum of both losses by
+            their weights after the warm start, and they stand apart in `eval_weight_loss`, if there are checkpoints,
+            and `eval_task_loss`, beside `eval_mean_adapter_task_loss`.
         """
         self._prepare()
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        _check_layout(self.generator, dataset, "eval_dataset")
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        dataset = _as_asked(self.eval_dataset if eval_dataset is None else eval_dataset, self.args, self.generator)
+        check_dataset(self.generator, self.args, dataset, "eval_dataset")
+        metrics = super().evaluate(dataset, ignore_keys, metric_key_prefix)
         if self.adapter_scorer is not None and isinstance(dataset, PromptCheckpointDataset):
             prompts = {task: dataset.prompts(task) for task in dataset.tasks}
-            scores = score_generated(self.generator, prompts, self.adapter_scorer, seed=self.args.seed)
+            # In every process, as sharded weights need; but what follows from scores must follow in all alike.
+            scores = agree(score_generated(self.generator, prompts, self.adapter_scorer, seed=self.args.seed))
             scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
             self.log(scores)
             metrics.update(scores)
@@ -167,16 +216,15 @@ class DnDTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """The paper's weighted mean squared error between the decoded and the checkpoints' normalised tokens."""
-        condition = {name: value for name, value in inputs.items() if name != "target_tokens"}
-        target = self.generator.normalization.normalize(inputs["target_tokens"])
-        if model.training:
-            if "condition_states" in condition:
-                condition["condition_states"] = add_noise(condition["condition_states"], self.args.condition_noise)
-            target = add_noise(target, self.args.target_noise)
+        """The loss of a batch: weight loss, task loss, or both, by the arguments and the step.
+
+        See [`FittingObjective`].
+        """
+        condition, supervision = Supervision.split_off(inputs)
+        if model.training and self._projection is None and "condition_states" in condition:
+            condition["condition_states"] = add_noise(condition["condition_states"], self.args.condition_noise)
         tokens = model(**condition)
-        weight = None if self._token_weight is None else self._token_weight.to(tokens.device)
-        loss = masked_mse(tokens, target, self._valid_mask.to(tokens.device), weight)
+        loss = self.objective.loss(tokens, supervision, self.state.global_step)
         return (loss, tokens) if return_outputs else loss
 
     def prediction_step(
@@ -185,21 +233,23 @@ class DnDTrainer(Trainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """One batch of evaluation; the predictions are each checkpoint's error and that of the mean adapter."""
-        inputs = self._prepare_inputs(inputs)
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """One batch of evaluation; the predictions are each item's losses, beside those of the mean adapter."""
+        condition, supervision = Supervision.split_off(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
-            tokens = model(**{name: value for name, value in inputs.items() if name != "target_tokens"})
-            target = self.generator.normalization.normalize(inputs["target_tokens"])
-        valid = self._valid_mask.to(tokens.device)
-        errors = torch.stack(
-            [
-                torch.stack([masked_mse(guess[None], truth[None], valid) for guess in (tokens[i], tokens[i] * 0)])
-                for i, truth in enumerate(target)
-            ]
-        )
+            losses = self.objective.item_losses(model(**condition), supervision)
+        # A loss of batches would count the items of a last, smaller one more; that of all items is taken in the end.
+        loss = self.objective.total(losses) if prediction_loss_only else None
         # Trainer calls compute_metrics only where there are labels.
-        return errors[:, 0].mean(), errors, torch.zeros(len(errors), device=errors.device)
+        return loss, losses, torch.zeros(len(losses), device=losses.device)
+
+    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        items = np.asarray(prediction.predictions)
+        columns = dict(zip(LOSSES, items.T, strict=True))
+        if self.objective.task_loss is None:
+            del columns["weight_loss"]  # which is the loss itself
+        means = {name: float(np.nanmean(losses)) for name, losses in columns.items() if not np.isnan(losses).all()}
+        return {"loss": self.objective.total(torch.from_numpy(items)).item(), **means}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[tuple[int, int]] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -207,20 +257,20 @@ class DnDTrainer(Trainer):
         return EpochSampler(len(dataset), seed) if isinstance(dataset, PromptCheckpointDataset) else None
 
     def _prepare(self) -> None:
-        pairs, generator = self.pairs, self.generator
-        if pairs is not None and not generator.normalization.fitted and generator.config.normalization != "none":
-            generator.normalization.set_statistics(
-                *weight_statistics(generator.weight_tokenizer, task_balanced_grids(pairs, generator.weight_tokenizer))
-            )
-        if pairs is not None:
-            generator.normalization.fitted.fill_(True)
-        if pairs is not None and self._token_weight is None and self.args.loss_weighting != "none":
-            spread = token_spread(pairs, generator.weight_tokenizer, generator.normalization)
-            self._token_weight = spread.weights(self.args.loss_weighting)
+        if self.pairs is not None:
+            self.objective.prepare(self.pairs)
         if self._collator.encode:
-            for dataset in (pairs, self.eval_dataset):
+            for dataset in (self.pairs, self.eval_dataset):
                 if isinstance(dataset, PromptCheckpointDataset):
                     self._collator.warm_up(dataset)
+            decoder = self.generator.decoder
+            if self.pairs is not None and isinstance(decoder, SetTransformerDecoder) and not decoder.centered:
+                decoder.center_on(self._collator.states_of_tasks(self.pairs))
+
+    def _keep_prompts(self) -> None:
+        if self.pairs is not None and len(self.pairs.tasks) >= FEWEST_TASKS:
+            embeddings = self.embeddings if self.generator.config.freeze_text_encoder else None
+            self.generator.fit_out_of_distribution(self.pairs, embeddings=embeddings)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # As Trainer does, but the arguments go beside the weights as JSON rather than as a pickle.
@@ -243,6 +293,13 @@ class DnDTrainer(Trainer):
         if not self.generator.config.freeze_text_encoder:
             saved = SentenceTransformerTextEncoder.from_pretrained(str(Path(checkpoint, TEXT_ENCODER_FOLDER)))
             self.generator.text_encoder.module.load_state_dict(saved.module.state_dict())
+
+    def add_evaluation(self, report: EvaluationReport) -> None:
+        """Write the held-out protocol's report into the output folder and, from now on, the generator's model card."""
+        report.attach_to(self.generator)
+        if self.is_world_process_zero():
+            report.save(str(self.args.output_dir))
+        self.create_model_card()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the generator's own card, with what was measured, unless there is one edited by hand."""
@@ -280,15 +337,17 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return ((epoch, i) for i in torch.randperm(self.size, generator=order).tolist())
 
 
-def _compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    return {"mean_adapter_loss": float(np.asarray(prediction.predictions)[:, 1].mean())}
-
-
-def _check_layout(model: PromptConditionedLoraGenerator, dataset: Any, what: str) -> None:
-    if isinstance(dataset, PromptCheckpointDataset):
-        difference = model.config.adapter_layout.difference(dataset.layout)
-        if difference is not None:
-            raise LayoutError(
-                f"{what} holds adapters of another layout than the generator (first) writes: {difference}. Build the "
-                "generator's configuration from these pairs, or use pairs of the same LoRA configuration and base."
-            )
+def _as_asked(
+    dataset: Any,
+    args: DnDTrainingArguments,
+    model: PromptConditionedLoraGenerator,
+    prompt_pool_size: int | None = None,
+) -> Any:
+    """A data set, or a dictionary of some, in the form that the arguments ask for, with the texts that are read."""
+    if isinstance(dataset, dict):
+        return {name: _as_asked(one, args, model, prompt_pool_size) for name, one in dataset.items()}
+    if not isinstance(dataset, PromptCheckpointDataset):
+        return dataset
+    config = model.config
+    dataset = dataset.with_condition(config.condition_text, config.answer_ratio, prompt_pool_size=prompt_pool_size)
+    return dataset.with_canonical_factors() if args.canonical_targets else dataset

@@ -14,8 +14,9 @@
 """Decoders: one file a family, torch only. Condition states in, weight tokens out.
 
 A decoder is any `torch.nn.Module` built as `(condition_shape, token_shape, **settings)` with keyword-only settings,
-whose `forward(states, mask)` takes (B, N, L, C) and (B, N, L) to (B, N_w, L_w, C_w). Entering its class in `DECODERS`
-makes it a `decoder_type` of the generator's config.
+whose `forward(states, mask)` takes (B, N, L, C) and (B, N, L) to (B, N_w, L_w, C_w). One whose third parameter is
+called `positions` is told where each token belongs. Entering its class in `DECODERS` makes it a `decoder_type` of the
+generator's config.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from torch import nn
 from ..errors import GeneratorConfigError
 from .cascade import derive_cascade
 from .hyper_convolution import HyperConvolutionDecoder, HyperConvolutionLayer
+from .positions import TokenPositions
+from .set_transformer import SetTransformerDecoder
 
 
 __all__ = [
@@ -37,6 +40,8 @@ __all__ = [
     "Decoder",
     "HyperConvolutionDecoder",
     "HyperConvolutionLayer",
+    "SetTransformerDecoder",
+    "TokenPositions",
     "build_decoder",
     "derive_cascade",
 ]
@@ -44,6 +49,9 @@ __all__ = [
 
 class Decoder(Protocol):
     """What a generator asks of its decoder, which is a `torch.nn.Module` besides."""
+
+    reads_sets: bool
+    """Whether it takes any number of prompts of any length, rather than the N and L that it was built for."""
 
     @property
     def resolved_settings(self) -> dict[str, Any]:
@@ -53,7 +61,10 @@ class Decoder(Protocol):
         """Condition states (B, N, L, C) and their mask (B, N, L) to normalised tokens (B, N_w, L_w, C_w)."""
 
 
-DECODERS: dict[str, type[nn.Module]] = {"hyper_convolution": HyperConvolutionDecoder}
+DECODERS: dict[str, type[nn.Module]] = {
+    "hyper_convolution": HyperConvolutionDecoder,
+    "set_transformer": SetTransformerDecoder,
+}
 
 
 def build_decoder(
@@ -61,6 +72,7 @@ def build_decoder(
     condition_shape: tuple[int, int, int],
     token_shape: tuple[int, int, int],
     settings: Mapping[str, Any],
+    positions: TokenPositions | None = None,
 ) -> nn.Module:
     """Builds the decoder that a generator's config names.
 
@@ -69,6 +81,7 @@ def build_decoder(
         condition_shape: (N, L, C) of the condition states.
         token_shape: (N_w, L_w, C_w) of the weight tokens.
         settings: keyword arguments of that decoder's class; absent ones take its defaults.
+        positions: where each weight token belongs, for a decoder that asks for it.
 
     Raises:
         GeneratorConfigError: the type or a setting is unknown, or the decoder refuses a value.
@@ -86,4 +99,5 @@ def build_decoder(
             f"The decoder {decoder_type!r} has no setting {', '.join(map(repr, unknown))}. "
             f"Its settings: {', '.join(map(repr, known))}."
         )
-    return decoder_class(condition_shape, token_shape, **settings)
+    places = {"positions": positions} if "positions" in inspect.signature(decoder_class).parameters else {}
+    return decoder_class(condition_shape, token_shape, **places, **settings)

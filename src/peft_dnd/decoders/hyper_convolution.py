@@ -24,16 +24,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import GeneratorConfigError
 from .cascade import GridShape, check_cascade, check_shape, derive_cascade
+from .length_projection import LengthProjection
+from .plane_convolution import same_convolution
 
 
 # The names under which the published code stores one layer, and ours; the published decoder's layer i has the prefix
@@ -78,7 +79,13 @@ class PlaneConvolution(nn.Module):
         bias: whether each output channel has a bias.
         gain: standard deviation of the output for an input of standard deviation 1.
         zero_init: start with weights of zero instead.
+
+    Attributes:
+        reads_in_slices: names of parameters that `forward` reads by slices of their first axis alone, so that they
+            need not be in memory as a whole.
     """
+
+    reads_in_slices = ("weight",)
 
     def __init__(
         self,
@@ -113,7 +120,7 @@ class PlaneConvolution(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolves (B, in_channels, height, width) to (B, out_channels, height, width)."""
-        return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
+        return same_convolution(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """What `repr` tells of this module."""
@@ -224,19 +231,27 @@ class HyperConvolutionDecoder(nn.Module):
     Args:
         condition_shape: (N, L, C): prompts, positions in a prompt, features of the text encoder.
         token_shape: (N_w, L_w, C_w): weight tokens, rows, columns.
-        cascade: every shape from `condition_shape` to `token_shape`, both included. `None`: `derive_cascade`.
+        cascade: every shape from `condition_shape` (with a length projection, with its length for L) to `token_shape`,
+            both included. `None`: `derive_cascade`.
         kernel_size: odd side of every kernel; the published ones are 9 and 11.
         zero_init_output: start from the mean adapter rather than from a random one of standard deviation about 1,
             which must first be unlearned. The last layer then has no residual even where its shapes agree, or the
             condition itself would be written.
+        length_projection: for long prompts, the settings of a `LengthProjection` that stands before the cascade:
+            `{"length": 1000, "scrambled": false}`, where `scrambled` is as in what was released.
 
     Attributes:
+        condition_shape: (N, L, C).
         cascade: the resolved tuple of shapes.
+        length_projection: the `LengthProjection`, or `None`.
         gradient_checkpointing: whether layers are recomputed in the backward pass of training.
 
     Raises:
         GeneratorConfigError: an impossible shape, cascade or kernel.
     """
+
+    reads_sets = False
+    _no_split_modules = ("HyperConvolutionLayer",)  # what FSDP shards and gathers one by one, and no device map splits
 
     def __init__(
         self,
@@ -246,10 +261,15 @@ class HyperConvolutionDecoder(nn.Module):
         cascade: Iterable[Iterable[int]] | None = None,
         kernel_size: int = 9,
         zero_init_output: bool = True,
+        length_projection: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        first = check_shape("condition_shape", condition_shape)
+        first = self.condition_shape = check_shape("condition_shape", condition_shape)
         last = check_shape("token_shape", token_shape)
+        projection = None if length_projection is None else LengthProjection.from_settings(first[1], length_projection)
+        self.length_projection = projection
+        if projection is not None:
+            first = (first[0], projection.length, first[2])
         self.cascade = derive_cascade(first, last) if cascade is None else check_cascade(cascade, first, last)
         self.kernel_size = kernel_size
         self.zero_init_output = zero_init_output
@@ -268,11 +288,14 @@ class HyperConvolutionDecoder(nn.Module):
     @property
     def resolved_settings(self) -> dict[str, Any]:
         """The settings that build this very decoder, whatever rule a later version derives a cascade by."""
-        return {
+        settings: dict[str, Any] = {
             "cascade": [list(shape) for shape in self.cascade],
             "kernel_size": self.kernel_size,
             "zero_init_output": self.zero_init_output,
         }
+        if self.length_projection is not None:
+            settings["length_projection"] = self.length_projection.settings
+        return settings
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Writes one grid of weight tokens for each task of a batch.
@@ -288,10 +311,10 @@ class HyperConvolutionDecoder(nn.Module):
         Raises:
             GeneratorConfigError: states or mask do not have the shapes that this decoder was built for.
         """
-        if states.dim() != 4 or tuple(states.shape[1:]) != self.cascade[0]:
+        if states.dim() != 4 or tuple(states.shape[1:]) != self.condition_shape:
             raise GeneratorConfigError(
-                f"Condition states must have the shape (batch, N, L, C) with (N, L, C) = {self.cascade[0]}, but have "
-                f"{tuple(states.shape)}. Encode the prompts with the number of prompts, the length and the text "
+                f"Condition states must have the shape (batch, N, L, C) with (N, L, C) = {self.condition_shape}, but "
+                f"have {tuple(states.shape)}. Encode the prompts with the number of prompts, the length and the text "
                 "encoder that this decoder was built for."
             )
         if mask.shape != states.shape[:3]:
@@ -300,6 +323,8 @@ class HyperConvolutionDecoder(nn.Module):
                 f"axis, but has {tuple(mask.shape)}."
             )
         x = states.to(next(self.parameters()).dtype).masked_fill(~mask.bool().unsqueeze(-1), 0)
+        if self.length_projection is not None:
+            x = self.length_projection(x)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layers:
             # Reentrant checkpoints would lose the first layer's gradients, because the states need none.

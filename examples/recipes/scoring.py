@@ -1,0 +1,123 @@
+# Copyright 2026 The peft_dnd authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Scoring with the lm-evaluation-harness, and the report of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import fmean
+from typing import Any
+
+from recipe import Recipe
+from torch import nn
+
+from peft_dnd.evaluation import EvaluationReport, HarnessScorer
+
+
+@dataclass(frozen=True)
+class RecipeScorer:
+    """Scores a model on a recipe's held-out sets, each by its own task of the harness.
+
+    Args:
+        recipe: The recipe.
+        processor: The base model's tokenizer or processor.
+        images: Whether the base reads images.
+        shots: How many solved examples stand before each question; by default as each set says.
+    """
+
+    recipe: Recipe
+    processor: Any
+    images: bool = False
+    shots: int | None = None
+
+    def __call__(self, model: nn.Module, task: str) -> Sequence[float]:
+        """Score a model on a held-out set, example by example."""
+        scoring = self.recipe.sets[task].scoring
+        assert scoring is not None  # a recipe with an unscored held-out set is refused when it is read
+        if scoring.runs_code:
+            # Whoever runs a recipe with such a set wants its code run; the harness asks twice.
+            os.environ.setdefault("HF_ALLOW_CODE_EVAL", "1")
+        scorer = HarnessScorer(
+            self.processor,
+            {task: scoring.task},
+            metric=scoring.metric,
+            filter_name=scoring.filter,
+            num_fewshot=scoring.num_fewshot if self.shots is None else self.shots,
+            limit=self.recipe.evaluation.limit,
+            batch_size=self.recipe.evaluation.batch_size,
+            task_manager=task_manager(),
+            seed=self.recipe.seed,
+            images=self.images,
+            run_code=scoring.runs_code,
+        )
+        return scorer(model, task)
+
+
+@lru_cache(maxsize=1)
+def task_manager() -> Any:
+    """The harness' index of its tasks, which takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def shots_table(measured: Mapping[str, Mapping[str, Any]], report: EvaluationReport) -> str:
+    """Few-shot tuning and in-context learning beside the report's rows, as Markdown.
+
+    Args:
+        measured: Row -> `{"scores": {task: [score of each example]}, "seconds": ...}`.
+        report: The protocol's report on the same tasks.
+    """
+    tasks = report.tasks
+    lines = ["| | " + " | ".join(tasks) + " |", "| --- |" + " ---: |" * len(tasks)]
+    for key in ("base", "generated", "trained"):
+        if key in report.rows:
+            of = report.rows[key].by_task
+            lines.append(f"| {report.rows[key].label} | " + " | ".join(f"{of[t].value:.1%}" for t in tasks) + " |")
+    for row, found in measured.items():
+        of_task = found["scores"]
+        cells = [f"{fmean(of_task[task]):.1%}" if task in of_task else "-" for task in tasks]
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def overhead_table(
+    measured: Mapping[str, Mapping[str, Any]], seconds: Mapping[str, float], report: EvaluationReport
+) -> str:
+    """What it takes to get an adapter, and what it takes once to get the generator, as Markdown.
+
+    Args:
+        measured: As for [`shots_table`].
+        seconds: What took time -> seconds: `"collecting"`, `"fitting"` and `"full-shot tuning"`, the last for one
+            task.
+        report: The protocol's report.
+    """
+    generated = float(report.costs["seconds_to_generate"])
+    lines = ["| to get one adapter | seconds |", "| --- | ---: |", f"| generated from prompts | {generated:.3g} |"]
+    lines += [f"| {row} | {found['seconds']:.3g} |" for row, found in measured.items() if "tuning" in row]
+    full = seconds.get("full-shot tuning")
+    if full is not None:
+        lines.append(f"| full-shot tuning | {full:.3g} |")
+    lines += ["", "| instead of an adapter | seconds more for each question |", "| --- | ---: |"]
+    lines += [f"| {row} | {found['seconds']:.3g} |" for row, found in measured.items() if "tuning" not in row]
+    once = seconds["collecting"] + seconds["fitting"]
+    lines += ["", "| once | seconds |", "| --- | ---: |"]
+    lines += [f"| {what} | {seconds[what]:.3g} |" for what in ("collecting", "fitting")]
+    text = "\n".join(lines) + "\n"
+    if full is not None and full > generated:
+        text += f"\nGenerating pays, against full-shot tuning, from {once / (full - generated):.0f} tasks on.\n"
+    return text

@@ -1,0 +1,97 @@
+# Copyright 2026 The peft_dnd authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Held-out tasks and generators, as the protocol sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..adapter import GeneratedAdapter
+from ..condition_text import condition_texts
+from ..data import PromptCheckpointDataset
+from ..prompts import ConditionText
+from .bench import AdapterSource
+
+
+Texts = Mapping[str, Sequence[str]]
+
+
+class AdapterGenerator(Protocol):
+    """What the protocol asks of a generator; a [`PromptConditionedLoraGenerator`] is one."""
+
+    def generate_adapter(self, prompts: Sequence[str], *, seed: int = 0) -> GeneratedAdapter:
+        """Write the adapter of a task from its prompts."""
+        ...
+
+
+@dataclass(frozen=True)
+class HeldOutTask:
+    """A task whose data and adapters were used nowhere in fitting.
+
+    Attributes:
+        prompts: Its unlabelled prompts, from its training split, not from what it is scored on.
+        trained_adapter: An adapter trained on the task itself, the ceiling; it may be of another layout.
+        answers: The prompts' answers, one each, only for generators that read them (see
+            `PromptConditionedLoraGeneratorConfig.condition_text`).
+    """
+
+    prompts: Sequence[str]
+    trained_adapter: AdapterSource | None = None
+    answers: Sequence[str] | None = None
+
+
+def held_out_texts(generator: AdapterGenerator, tasks: Mapping[str, HeldOutTask], *, seed: int) -> Texts:
+    """The texts that a generator reads of each held-out task: its prompts, or what it is configured to read.
+
+    Args:
+        generator: The generator.
+        tasks: Name -> held-out task.
+        seed: Decides which prompts have their answer, for a generator that reads a mix.
+
+    Raises:
+        PromptError: If it reads answers, and a task has none.
+    """
+    config = getattr(generator, "config", None)
+    form = getattr(config, "condition_text", "prompts")
+    return {
+        name: condition_texts(
+            task.prompts,
+            None if form == "prompts" else task.answers,
+            form,
+            answer_ratio=getattr(config, "answer_ratio", 0.0),
+            seed=seed,
+            what=f"the prompts of task {name!r}",
+        )
+        for name, task in tasks.items()
+    }
+
+
+def training_texts(generator: AdapterGenerator, pairs: PromptCheckpointDataset | None) -> Texts:
+    """The same for the training tasks; none without pairs."""
+    if pairs is None:
+        return {}
+    config = getattr(generator, "config", None)
+    if getattr(config, "condition_text", "prompts") != "prompts":
+        pairs = pairs.with_condition(config.condition_text, config.answer_ratio)  # type: ignore[union-attr]
+    return {name: pairs.prompts(name) for name in pairs.tasks}
+
+
+def write_adapter(generator: AdapterGenerator, texts: Sequence[str], *, seed: int) -> GeneratedAdapter:
+    """Have an adapter written from texts that are just what the generator reads, junk among them."""
+    config: Any = getattr(generator, "config", None)
+    if getattr(config, "condition_text", "prompts") != "prompts":
+        texts = [ConditionText(text) for text in texts]
+    return generator.generate_adapter(list(texts), seed=seed)

@@ -1,0 +1,441 @@
+# Copyright 2026 The peft_dnd authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The held-out protocol: which adapter every row holds, what the figures are, and what is left behind."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+from sklearn.linear_model import Ridge
+from torch import nn
+
+from peft_dnd import (
+    DnDTrainer,
+    DnDTrainingArguments,
+    GeneratedAdapter,
+    PromptCheckpointDataset,
+    PromptConditionedLoraGenerator,
+    write_task_without_checkpoints,
+)
+from peft_dnd.errors import EvaluationError, PromptError
+from peft_dnd.evaluation import (
+    EvaluationReport,
+    HeldOutTask,
+    Resampling,
+    RidgeBaseline,
+    evaluate_generator,
+    junk_prompts,
+    leave_one_out,
+    shuffled_tasks,
+)
+from peft_dnd.evaluation.baselines import mean_embedding
+from peft_dnd.evaluation.costs import measured
+
+
+INPUTS = torch.arange(24).reshape(6, 4)
+HELD_OUT = {
+    "law": ["what is the law ?", "tax law please", "a court ?"],
+    "geo": ["what is a river ?", "capital please"],
+}
+
+
+def scorer(model: nn.Module, task: str) -> list[float]:
+    """A number for each of six inputs that every weight of the adapter has a part in."""
+    logits = model(INPUTS).logits[:, -1].double()
+    return (logits * (1 + len(task))).std(-1).tolist()
+
+
+@pytest.fixture
+def training(pairs: PromptCheckpointDataset) -> PromptCheckpointDataset:
+    return pairs
+
+
+def held_out(**adapters: GeneratedAdapter) -> dict[str, HeldOutTask]:
+    return {f"new {name}": HeldOutTask(lines, adapters.get(name)) for name, lines in HELD_OUT.items()}
+
+
+def expected(adapter: GeneratedAdapter, base: nn.Module, task: str) -> tuple[float, ...]:
+    model = adapter.load_into(base)
+    with torch.no_grad():
+        return tuple(scorer(model.eval(), task))
+
+
+def test_every_row_scores_the_adapter_it_names(
+    generator: PromptConditionedLoraGenerator,
+    training: PromptCheckpointDataset,
+    fresh_base: Callable[[], nn.Module],
+) -> None:
+    def own(seed: int) -> GeneratedAdapter:
+        draw = torch.Generator().manual_seed(seed)
+        return GeneratedAdapter(
+            training.layout, {t.key: torch.randn(t.shape, generator=draw) * 0.1 for t in training.layout.tensors}
+        )
+
+    ceilings = {"law": own(1), "geo": own(2)}
+    report = evaluate_generator(
+        generator,
+        fresh_base(),
+        training,
+        held_out(**ceilings),
+        scorer,
+        in_context_scorer=lambda model, task: [7.0] * 6,
+        multi_task_adapter=lambda: own(3),
+        other_generators={"itself": generator},
+        seed=5,
+    )
+    assert not report.not_measured
+    assert list(report.rows)[:3] == ["base", "in_context", "training_adapters_mean"]
+    scores = report.scores
+    assert scores is not None
+    with torch.no_grad():
+        assert scores["base"]["new law"] == tuple(scorer(fresh_base(), "new law"))
+    assert scores["in_context"]["new geo"] == (7.0,) * 6
+
+    def same(row: str, task: str, adapter: GeneratedAdapter) -> None:
+        assert scores is not None
+        assert scores[row][task] == pytest.approx(expected(adapter, fresh_base(), task), abs=1e-12), row
+
+    average = GeneratedAdapter(training.layout, training.mean_state_dict())
+    for task, prompts in ((f"new {name}", lines) for name, lines in HELD_OUT.items()):
+        other = "new geo" if task == "new law" else "new law"
+        same("average_weights", task, average)
+        same("multi_task", task, own(3))
+        same("generated", task, generator.generate_adapter(prompts, seed=5))
+        same("generated_by_itself", task, generator.generate_adapter(prompts, seed=5))
+        same("shuffled", task, generator.generate_adapter(HELD_OUT[other.removeprefix("new ")], seed=5))
+        same("trained", task, ceilings[task.removeprefix("new ")])
+        nearest = report.details["nearest"][task]
+        same("nearest", task, GeneratedAdapter(training.layout, training.state_dict(nearest)))
+        ridge = RidgeBaseline.fit(training, generator.text_encoder)
+        same("ridge", task, ridge.write(generator.text_encoder, prompts))
+        each = [
+            expected(GeneratedAdapter(training.layout, training.state_dict(name)), fresh_base(), task)
+            for name in training.tasks
+        ]
+        assert scores["training_adapters_mean"][task] == pytest.approx(np.mean(each, 0))
+        assert np.mean(scores["training_adapters_best"][task]) == pytest.approx(np.max(np.mean(each, 1)))
+    junk = junk_prompts(3, seed="5 new law")
+    same("junk", "new law", generator.generate_adapter(junk, seed=5))
+    same("constant", "new geo", generator.generate_adapter(report.details["constant"]["prompts"], seed=5))
+    assert report.costs["adapter_bytes"] == 4 * training.layout.num_parameters
+    assert report.costs["seconds_to_generate"] > 0
+
+
+def test_the_base_is_given_back_as_it_was(
+    generator: PromptConditionedLoraGenerator,
+    training: PromptCheckpointDataset,
+    fresh_base: Callable[[], nn.Module],
+    lora_config: object,
+) -> None:
+    base = fresh_base().train()
+    base.model.embed_tokens.weight.requires_grad_(False)  # type: ignore[union-attr]
+    before = {name: p.detach().clone() for name, p in base.state_dict().items()}
+    flags = [p.requires_grad for p in base.parameters()]
+    skip = ["training_adapters_mean", "training_adapters_best", "ridge"]
+    first = evaluate_generator(generator, base, training, held_out(), scorer, skip=skip)
+    assert base.training and [p.requires_grad for p in base.parameters()] == flags
+    after = base.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    again = evaluate_generator(generator, base, training, held_out(), scorer, skip=skip)
+    assert again.scores == first.scores and again.rows == first.rows
+
+    def failing(model: nn.Module, task: str) -> list[float]:
+        if hasattr(model, "peft_config"):
+            raise RuntimeError("scorer failed")
+        return [1.0, 2.0]
+
+    with pytest.raises(RuntimeError, match="scorer failed"):
+        evaluate_generator(generator, base, training, held_out(), failing, skip=skip)
+    assert list(base.state_dict()) == list(before)
+    with pytest.raises(EvaluationError, match="adapters in it already"):
+        evaluate_generator(generator, get_peft_model(base, lora_config), training, held_out(), scorer)  # type: ignore[arg-type]
+
+
+def test_what_was_not_given_is_named_not_faked(
+    generator: PromptConditionedLoraGenerator, fresh_base: Callable[[], nn.Module]
+) -> None:
+    one = {"new law": HeldOutTask(HELD_OUT["law"])}
+    report = evaluate_generator(generator, fresh_base(), None, one, scorer, skip=["constant"])
+    assert list(report.rows) == ["base", "generated", "junk"]
+    assert set(report.not_measured) == {
+        "in_context",
+        "training_adapters_mean",
+        "training_adapters_best",
+        "average_weights",
+        "nearest",
+        "ridge",
+        "multi_task",
+        "shuffled",
+        "constant",
+        "trained",
+    }
+    assert report.share_of_gap_closed is None
+    assert report.rows["base"].mean.over_tasks is None
+    with pytest.raises(EvaluationError, match="no trained_adapter was given for new law"):
+        report.row("trained")
+    assert "no trained_adapter" in report.to_markdown()
+
+
+def test_a_generator_that_reads_answers_gets_them(
+    generator: PromptConditionedLoraGenerator, base_model: nn.Module
+) -> None:
+    reader = copy.deepcopy(generator)
+    reader.config.condition_text = "prompts_and_answers"
+    tasks = {name: HeldOutTask(lines, answers=[f"in {name}"] * len(lines)) for name, lines in HELD_OUT.items()}
+    report = evaluate_generator(reader, copy.deepcopy(base_model), None, tasks, scorer)
+    assert {"generated", "shuffled", "junk", "constant"} <= set(report.rows)
+    assert report.scores is not None
+    for row, from_task in (("generated", "law"), ("shuffled", "geo")):
+        adapter = reader.generate_adapter(HELD_OUT[from_task], answers=[f"in {from_task}"] * len(HELD_OUT[from_task]))
+        assert report.scores[row]["law"] == pytest.approx(expected(adapter, copy.deepcopy(base_model), "law"))
+    with pytest.raises(PromptError, match="came without answers"):
+        evaluate_generator(reader, copy.deepcopy(base_model), None, held_out(), scorer)
+
+
+def test_training_tasks_without_adapters_still_lend_their_prompts(
+    generator: PromptConditionedLoraGenerator,
+    training: PromptCheckpointDataset,
+    base_model: nn.Module,
+    tmp_path: Path,
+) -> None:
+    for task in training.tasks:
+        write_task_without_checkpoints(tmp_path / task, training.prompts(task), [{"input_ids": [1], "labels": [1]}])
+    bare = PromptCheckpointDataset.from_folder(tmp_path, layout=training.layout)
+    one = {"new law": HeldOutTask(HELD_OUT["law"])}
+    report = evaluate_generator(generator, copy.deepcopy(base_model), bare, one, scorer)
+    assert report.not_measured["ridge"] == report.not_measured["average_weights"] == "no training adapters were given"
+    assert report.details["shuffled"]["new law"] in training.tasks
+    assert len(report.details["constant"]["prompts"]) == len(training.tasks)
+
+
+def test_mistakes_are_told(
+    generator: PromptConditionedLoraGenerator,
+    training: PromptCheckpointDataset,
+    fresh_base: Callable[[], nn.Module],
+) -> None:
+    with pytest.raises(EvaluationError, match="both held out and among the training"):
+        evaluate_generator(generator, fresh_base(), training, {"law": HeldOutTask(["a"])}, scorer)
+    with pytest.raises(EvaluationError, match="no row 'rigde'"):
+        evaluate_generator(generator, fresh_base(), training, held_out(), scorer, skip=["rigde"])
+    with pytest.raises(EvaluationError, match="no held-out task"):
+        evaluate_generator(generator, fresh_base(), training, {}, scorer)
+    with pytest.raises(EvaluationError, match="sequence of numbers"):
+        evaluate_generator(generator, fresh_base(), None, held_out(), lambda model, task: 1.0)  # type: ignore[arg-type, return-value]
+
+
+SCORES = {
+    "base": {"a": [0, 0, 0, 1], "b": [0, 1, 0, 0, 0, 0]},
+    "shuffled": {"a": [0, 0, 1, 0], "b": [0, 0, 0, 0, 0, 0]},
+    "junk": {"a": [0, 0, 0, 0], "b": [1, 1, 1, 0, 0, 0]},
+    "generated": {"a": [1, 0, 1, 1], "b": [1, 1, 1, 0, 0, 1]},
+    "trained": {"a": [1, 1, 1, 1], "b": [1, 1, 1, 1, 1, 1]},
+}
+
+
+def test_figures_by_hand() -> None:
+    report = EvaluationReport.from_scores(SCORES)
+    assert report.rows["generated"].mean.value == pytest.approx((3 / 4 + 4 / 6) / 2)
+    base, generated = (1 / 4 + 1 / 6) / 2, (3 / 4 + 4 / 6) / 2
+    assert report.share_of_gap_closed is not None and report.conditioning_gain is not None
+    assert report.share_of_gap_closed.value == pytest.approx((generated - base) / (1 - base))
+    assert report.share_of_gap_closed_by_task["a"].value == pytest.approx((3 / 4 - 1 / 4) / (1 - 1 / 4))
+    # Of the two controls junk is better on the mean, shuffled on task a.
+    assert report.conditioning_gain.value == pytest.approx(generated - 1 / 4)
+    assert report.conditioning_gain_by_task["a"].value == pytest.approx(3 / 4 - 1 / 4)
+    assert report.rows["base"].margin is not None
+    assert report.rows["base"].margin.value == pytest.approx(generated - base)
+    assert report.rows["base"].margin_by_task["b"].value == pytest.approx(1 / 2)
+    assert report.rows["trained"].mean.over_examples == (1.0, 1.0)
+
+
+def test_intervals_cover_as_often_as_they_say() -> None:
+    chance = np.random.default_rng(0)
+    covered = 0
+    for seed in range(200):
+        draws = {"generated": {t: (chance.random(60) < 0.6).astype(float) for t in "ab"}}
+        report = EvaluationReport.from_scores(draws, resampling=Resampling(0.8, 300, seed))
+        low, high = report.rows["generated"].mean.over_examples or (0, 0)
+        covered += low <= 0.6 <= high
+    assert 0.7 < covered / 200 < 0.9
+
+
+def test_differences_are_paired_and_task_intervals_are_wider() -> None:
+    chance = np.random.default_rng(1)
+    tasks = [f"t{i}" for i in range(6)]
+    base = {task: chance.random(40) + 3 * i for i, task in enumerate(tasks)}
+    report = EvaluationReport.from_scores({"base": base, "generated": {t: s + 0.01 for t, s in base.items()}})
+    margin, mean = report.rows["base"].margin, report.rows["base"].mean
+    assert margin is not None and margin.over_examples == pytest.approx((0.01, 0.01))
+    assert margin.over_tasks == pytest.approx((0.01, 0.01))
+    assert mean.over_examples is not None and mean.over_tasks is not None
+    assert np.ptp(mean.over_tasks) > 5 * np.ptp(mean.over_examples)
+    assert report.clearly_above("base") is False
+    assert EvaluationReport.from_scores(SCORES).clearly_above("trained") is False
+
+
+def test_undefined_figures_are_absent() -> None:
+    flat = {"base": {"a": [1, 1]}, "generated": {"a": [1, 0]}, "trained": {"a": [0, 1]}}
+    report = EvaluationReport.from_scores(flat)
+    assert report.share_of_gap_closed is None and report.conditioning_gain is None
+    single = EvaluationReport.from_scores({"base": {"a": [1.0], "b": [0.0]}})
+    assert single.rows["base"].mean.over_examples is None
+    assert single.rows["base"].mean.over_tasks == (0.0, 1.0)
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("scores", "what"),
+    [
+        ({}, "no scores"),
+        ({"base": {"a": [1, 2]}, "generated": {"b": [1, 2]}}, "same tasks"),
+        ({"base": {"a": [1, 2]}, "generated": {"a": [1]}}, "1 scores for task 'a'"),
+        ({"base": {"a": [float("nan")]}}, "not all finite"),
+    ],
+)
+def test_scores_that_do_not_belong_together(scores: dict[str, dict[str, list[float]]], what: str) -> None:
+    with pytest.raises(EvaluationError, match=what):
+        EvaluationReport.from_scores(scores)
+
+
+def test_saving_and_reading_back(tmp_path: Path) -> None:
+    report = EvaluationReport.from_scores(
+        SCORES, not_measured={"ridge": "why not"}, costs={"seconds_to_generate": 0.1}, settings={"x": [1, 2.5]}
+    )
+    report.save(tmp_path)
+    assert EvaluationReport.load(tmp_path) == report
+    assert "[1.0, 0.0, 1.0, 1.0]" in (tmp_path / "evaluation.json").read_text()
+    assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "evaluation.md").read_text()
+    assert "why not" in text and "| 10 |" in text
+    report.save(tmp_path, include_scores=False)
+    brief = EvaluationReport.load(tmp_path)
+    assert brief.scores is None and brief.rows == report.rows
+    with pytest.raises(EvaluationError, match="hold their per-example scores"):
+        EvaluationReport.merge([brief])
+
+
+def test_merging_equals_one_report_on_all() -> None:
+    def only(task: str) -> EvaluationReport:
+        return EvaluationReport.from_scores(
+            {row: {task: of[task]} for row, of in SCORES.items()}, costs={"seconds_to_generate": len(task)}
+        )
+
+    merged = EvaluationReport.merge([only("a"), only("b")])
+    assert merged.rows == EvaluationReport.from_scores(SCORES).rows
+    assert merged.costs["seconds_to_generate"] == 1
+    partly = EvaluationReport.from_scores({"base": {"c": [1, 0]}})
+    both = EvaluationReport.merge([only("a"), partly])
+    assert list(both.rows) == ["base"] and "some of the tasks" in both.not_measured["generated"]
+    with pytest.raises(EvaluationError, match="different tasks"):
+        EvaluationReport.merge([only("a"), only("a")])
+
+
+def test_the_model_card_shows_the_rows(generator_folder: Path, pairs: PromptCheckpointDataset, tmp_path: Path) -> None:
+    generator = PromptConditionedLoraGenerator.from_pretrained(generator_folder)
+    report = EvaluationReport.from_scores(SCORES, not_measured={"ridge": "why not"})
+    arguments = DnDTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, max_steps=1)
+    trainer = DnDTrainer(generator, arguments, train_dataset=pairs)
+    trainer.add_evaluation(report)
+    assert EvaluationReport.load(tmp_path) == report
+    generator.save_pretrained(tmp_path / "saved")
+    again = PromptConditionedLoraGenerator.from_pretrained(tmp_path / "saved")
+    for card in ((tmp_path / "README.md").read_text(), again.model_card()):
+        for row in report.rows.values():
+            low, high = row.mean.over_examples or (0, 0)
+            assert f"| {row.number} | {row.label} | {row.mean.value:.3f} [{low:.3f}, {high:.3f}] |" in card
+        assert report.share_of_gap_closed is not None
+        assert f"is closed: {report.share_of_gap_closed.value:.3f}" in card and "why not" in card
+    trainer.train()
+    assert "untouched base" not in generator.model_card()  # that was another generator's
+
+
+def test_ridge_is_sklearns(pairs: PromptCheckpointDataset, generator: PromptConditionedLoraGenerator) -> None:
+    encoder = generator.text_encoder
+    baseline = RidgeBaseline.fit(pairs, encoder)
+    prompts = ["what is the law of a river ?"]
+    x = np.stack([mean_embedding(encoder, pairs.prompts(task)) for task in pairs.tasks])
+    states = [pairs.mean_state_dict(task) for task in pairs.tasks]
+    strength = baseline.penalty * ((x - x.mean(0)) ** 2).sum() / len(x)
+    written = baseline.write(encoder, prompts).state_dict()
+    for key in written:
+        y = np.stack([state[key].flatten().numpy() for state in states]).astype(np.float64)
+        guess = Ridge(alpha=strength).fit(x, y).predict(mean_embedding(encoder, prompts)[None])[0]
+        assert written[key].flatten().numpy() == pytest.approx(guess, abs=1e-6)
+
+
+def test_ridge_chooses_its_penalty_by_what_it_predicts() -> None:
+    chance = np.random.default_rng(0)
+    x = chance.normal(size=(12, 5))
+    from peft_dnd.evaluation.baselines import _left_out_error, _products_of_scaled
+
+    linear = [{"w": torch.tensor(row @ np.ones((5, 7)) + row[0])} for row in x]
+    products = _products_of_scaled(linear)
+    assert _left_out_error(x, products, 1e-6) < 1e-3 * _left_out_error(x, products, None)
+    noise = _products_of_scaled([{"w": torch.tensor(chance.normal(size=7))} for _ in x])
+    assert _left_out_error(x, noise, 1e3) < _left_out_error(x, noise, 1e-6)
+
+
+def test_leave_one_out_refits_and_resumes(
+    pairs: PromptCheckpointDataset, generator: PromptConditionedLoraGenerator, base_model: nn.Module, tmp_path: Path
+) -> None:
+    fitted: list[str] = []
+
+    def fit(training: PromptCheckpointDataset, task: str) -> PromptConditionedLoraGenerator:
+        assert task not in training.tasks and len(training.tasks) == len(pairs.tasks) - 1
+        if len(fitted) == 2:
+            raise KeyboardInterrupt
+        fitted.append(task)
+        return generator
+
+    def evaluate(
+        fitted_generator: PromptConditionedLoraGenerator, training: PromptCheckpointDataset, task: str
+    ) -> EvaluationReport:
+        task_of = {task: HeldOutTask(pairs.prompts(task))}
+        return evaluate_generator(
+            fitted_generator, copy.deepcopy(base_model), training, task_of, scorer, skip=["ridge"], resamples=50
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        leave_one_out(pairs, fit, evaluate, folder=tmp_path)
+    fitted.insert(0, "so that the rest can be fitted")
+    fitted.append("and no interruption")
+    report = leave_one_out(pairs, fit, evaluate, folder=tmp_path)
+    assert fitted.count(pairs.tasks[0]) == 1 and fitted[-2:] == list(pairs.tasks[2:])
+    assert report.tasks == pairs.tasks
+    assert EvaluationReport.load(tmp_path) == report
+    assert set(report.rows["generated"].by_task) == set(pairs.tasks)
+    with pytest.raises(EvaluationError, match="other settings"):
+        leave_one_out(pairs, fit, evaluate, folder=tmp_path, settings={"steps": 3})
+
+
+def test_controls_are_reproducible() -> None:
+    assert junk_prompts(4, seed=1) == junk_prompts(4, seed=1) != junk_prompts(4, seed=2)
+    tasks = [str(i) for i in range(20)]
+    other = shuffled_tasks(tasks, seed=3)
+    assert sorted(other.values()) == sorted(tasks) and all(a != b for a, b in other.items())
+
+
+def test_peak_memory_is_seen() -> None:
+    with measured() as cost:
+        held = torch.ones(50_000_000)
+        del held
+    if cost.peak_bytes is not None:
+        assert 150e6 < cost.peak_bytes < 400e6
