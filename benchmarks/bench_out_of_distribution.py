@@ -109,7 +109,7 @@ def main() -> None:
     source.add_argument("--hub", action="store_true", help="take the labelled text from the Hub")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    encoder = SentenceTransformerTextEncoder.from_pretrained(str(get_model_path()))
+    encoder = SentenceTransformerTextEncoder.from_pretrained(str(get_model_path()), block_tokens=256)
     worlds = {"worked example": on_worked_example(encoder)}
     if options.data or options.hub:
         worlds["real text"] = on_real_text(encoder, options.data)

@@ -62,7 +62,7 @@ def main() -> None:
     source.add_argument("--hub", action="store_true", help="take the labelled text from the Hub")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    encoder = SentenceTransformerTextEncoder.from_pretrained(str(get_model_path()))
+    encoder = SentenceTransformerTextEncoder.from_pretrained(str(get_model_path()), block_tokens=256)
     pools = pools_of_real_text(options.data) if options.data or options.hub else pools_of_worked_example()
     by_pool = {}
     for name, (texts, labels) in pools.items():

@@ -29,8 +29,17 @@ import torch
 from distributed_fit import fit
 from safetensors.torch import load_file
 from torch import nn
+from transformers import HfArgumentParser
+from transformers.integrations import deepspeed
 
-from peft_dnd import PromptConditionedLoraGenerator, write_examples
+from peft_dnd import (
+    AdapterLayout,
+    DnDTrainingArguments,
+    PromptConditionedLoraGenerator,
+    PromptConditionedLoraGeneratorConfig,
+    write_examples,
+)
+from peft_dnd.decoders import DECODERS
 from peft_dnd.errors import GeneratorConfigError, WeightValueError
 from peft_dnd.files import read_json
 from peft_dnd.processes import agree, check_sharding, check_whole, is_first_process, loaded_whole
@@ -149,16 +158,12 @@ def test_accelerate_launch_with_the_example_configuration(world: Path, alone: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("mixed", [False, True], ids=["fp32", "bf16"])
 def test_fsdp_shards_resumes_and_saves_whole(world: Path, alone: Path, tmp_path: Path, mixed: bool) -> None:
-    settings = {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    }
-    precision = ["--bf16"] if mixed else []
-    fitting = (ON_CPU, EXAMPLE / "fit.py", *options_for(world, tmp_path), "--use_cpu", *precision)
-    launch(*fitting, **settings)
+    precision = "bf16" if mixed else "no"
+    flags = ("--num_processes", "2", "--mixed_precision", precision, "--config_file", EXAMPLE / "fsdp.yaml")
+    options = (*options_for(world, tmp_path), "--use_cpu", *(["--bf16"] if mixed else []))
+    fitting = (*flags, ON_CPU, EXAMPLE / "fit.py", *options)
+    launch(*fitting, launcher="accelerate.commands.launch")
+    assert (tmp_path / "checkpoint-3" / "pytorch_model_fsdp.bin").is_file()  # written by FSDP: it was in force
     assert losses_of(tmp_path) == pytest.approx(losses_of(alone), rel=1e-2 if mixed else 1e-5)
     assert_same_weights(alone, tmp_path, atol=2e-2 if mixed else 1e-3)
     whole = load_file(tmp_path / "model.safetensors")
@@ -174,7 +179,7 @@ def test_fsdp_shards_resumes_and_saves_whole(world: Path, alone: Path, tmp_path:
 
     shutil.rmtree(tmp_path / "checkpoint-6")
     (tmp_path / "model.safetensors").unlink()
-    launch(*fitting, "--resume_from_checkpoint", tmp_path / "checkpoint-3", **settings)
+    launch(*fitting, "--resume_from_checkpoint", "latest", launcher="accelerate.commands.launch")
     resumed = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
 
@@ -224,5 +229,35 @@ def test_one_process_is_the_first_and_agrees_with_itself() -> None:
     assert is_first_process()
     value = {"score": 1.0}
     assert agree(value) is value
-    with loaded_whole():
-        pass
+
+
+def test_text_encoders_are_loaded_whole_where_zero_3_would_shard_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SimpleNamespace(is_zero3=lambda: True)
+    monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", lambda: config)
+    assert deepspeed.is_deepspeed_zero3_enabled()
+    with pytest.raises(KeyboardInterrupt), loaded_whole():
+        assert not deepspeed.is_deepspeed_zero3_enabled()
+        raise KeyboardInterrupt
+    assert deepspeed.is_deepspeed_zero3_enabled()
+
+
+@pytest.mark.parametrize("decoder_type", sorted(DECODERS))
+def test_what_is_gathered_at_once_is_part_of_the_decoder(
+    layout: AdapterLayout, encoder_folder: Path, decoder_type: str
+) -> None:
+    config = PromptConditionedLoraGeneratorConfig.from_adapters(
+        layout, str(encoder_folder), num_prompts=2, max_prompt_length=8, decoder_type=decoder_type
+    )
+    with torch.device("meta"):
+        generator = PromptConditionedLoraGenerator(config)
+    assert generator._no_split_modules
+    assert set(generator._no_split_modules) <= {type(module).__name__ for module in generator.modules()}
+    assert generator.get_input_embeddings() is None
+
+
+def test_arguments_can_come_from_a_command_line(tmp_path: Path) -> None:
+    given = ["--output_dir", str(tmp_path), "--loss_weighting", "within_task", "--lr_scheduler_type", "linear"]
+    (arguments,) = HfArgumentParser(DnDTrainingArguments).parse_args_into_dataclasses([*given, "--use_cpu"])
+    assert (arguments.loss_weighting, arguments.lr_scheduler_type) == ("within_task", "linear")
+    (arguments,) = HfArgumentParser(DnDTrainingArguments).parse_args_into_dataclasses([*given[:2], "--use_cpu"])
+    assert arguments.lr_scheduler_type == "cosine"

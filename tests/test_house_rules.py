@@ -74,6 +74,7 @@ ROOMS = [
     "initialization",
     "pair_writer",
     "collection",
+    "task_slices",
     "published_files",
     "published",
     "data",

@@ -16,19 +16,23 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub.utils import validate_repo_id
 
-from peft_dnd import GeneratedAdapter
+from peft_dnd import AdapterLayout, GeneratedAdapter, PromptConditionedLoraGenerator
 from peft_dnd.evaluation import PROTOCOL_ROWS, EvaluationReport
 from peft_dnd.settings import PaperSettings, available_settings
 
@@ -48,8 +52,11 @@ def code() -> Iterator[SimpleNamespace]:
     names = [path.stem for path in FOLDER.glob("*.py")]
     sys.path.insert(0, str(FOLDER))
     try:
-        yield SimpleNamespace(**{name: __import__(name) for name in names})
+        modules = SimpleNamespace(**{name: __import__(name) for name in names})
+        gc.freeze()  # trainers collect garbage at every turn, and would go through all that was imported
+        yield modules
     finally:
+        gc.unfreeze()
         sys.path.remove(str(FOLDER))
         for name in names:
             sys.modules.pop(name, None)
@@ -95,6 +102,40 @@ def test_a_recipe_names_what_there_is(recipe_of: Any, name: str) -> None:
             "text_encoder", PaperSettings.load(recipe.settings).generator["text_encoder"]
         )
         validate_repo_id(encoder)
+
+
+@lru_cache
+def layout_of(settings: str) -> AdapterLayout:
+    return PaperSettings.load(settings).layout()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_fits_at_its_real_size(code: SimpleNamespace, recipe_of: Any, tmp_path: Path, name: str) -> None:
+    """Smoke runs are small. Here each variation's generator is built as large as it is, on the meta device."""
+    recipe = recipe_of(name)
+    settings = PaperSettings.load(recipe.settings)
+    here = replace(recipe, fitting={**recipe.fitting, "bf16": False, "optim": "adamw_torch", "use_cpu": True})
+    pairs = SimpleNamespace(layout=layout_of(recipe.settings))
+    widths = {"google-t5/t5-base": 768, "Qwen/Qwen2.5-7B-Instruct": 3584, "Qwen/Qwen2.5-0.5B-Instruct": 896}
+    for variation in recipe.variations:
+        asked = variation.generator
+        name_of_encoder = asked.get("text_encoder", settings.generator["text_encoder"])
+        width = 300 if variation.word_vectors else widths.get(name_of_encoder, 384)
+        encoder = SimpleNamespace(
+            name_or_path=None if variation.word_vectors else name_of_encoder,
+            layer=asked.get("text_encoder_layer"),
+            window_tokens=asked.get("window_tokens"),
+            embedding_size=width,
+        )
+        config = code.fitting.generator_config(recipe, variation, pairs, encoder)
+        assert config.condition_shape == (config.num_prompts, config.max_prompt_length, width)
+        with torch.device("meta"):
+            generator = PromptConditionedLoraGenerator(config)
+        assert sum(parameter.numel() for parameter in generator.parameters()) > 1e9
+        arguments = code.fitting.training_arguments(here, variation, tmp_path)
+        at_once = arguments.per_device_train_batch_size
+        assert at_once * arguments.gradient_accumulation_steps == settings.batch_size
+        assert variation.fitting.get("prompt_pool_size", 1e9) >= config.num_prompts
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -244,25 +285,41 @@ def test_a_column_that_is_not_there_is_named(code: SimpleNamespace, all_sets: di
         code.rows.to_example(all_sets["piqa"], {"question": "what ?"}, "piqa")
 
 
+@pytest.fixture(scope="module")
+def tuned_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the recipes on common sense share their tuned adapters."""
+    return tmp_path_factory.mktemp("tuned")
+
+
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
 )
 def test_a_recipe_runs(
-    code: SimpleNamespace, harness: Any, recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    code: SimpleNamespace,
+    harness: Any,
+    recipe_of: Any,
+    tuned_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL")
     arguments = [str(FOLDER / f"{name}.yaml"), "--output", str(tmp_path / "run"), "--smoke"]
-    code.run.main(arguments)
     recipe = recipe_of(name)
+    if "common-sense" in recipe.data:
+        arguments += ["--tuned", str(tuned_folder)]
+    code.run.main(arguments)
     for variation in recipe.variations:
         folder = tmp_path / "run" / "runs" / variation.name
         report = EvaluationReport.load(folder)
         expected = recipe.held_out[:2] if recipe.leave_one_out else variation.held_out
         assert list(report.tasks) == expected
+        assert not set(report.rows) & set(report.not_measured)
         assert set(report.rows) | set(report.not_measured) == set(PROTOCOL_ROWS)
-        assert {"base", "average_weights", "nearest", "generated", "junk", "constant"} <= set(report.rows)
+        assert {"base", "average_weights", "nearest", "generated", "constant"} <= set(report.rows)
+        assert ("junk" in report.rows) == (variation.word_vectors is None)  # of junk, word vectors know nothing
         if all(recipe.sets[task].answer for task in expected):
             assert "trained" in report.rows
         for task in expected:

@@ -16,8 +16,8 @@
     python benchmarks/hard_world/run.py --seed 0 --output hard_world_output
     python benchmarks/hard_world/curves.py --seed 0 --output hard_world_output
 
-Works with the pairs and held-out tasks that the first command made. What has been measured is kept: a second run starts
-from there.
+Works with the pairs and held-out tasks that the first command made. What has been measured is kept: a second run
+starts from there.
 """
 
 from __future__ import annotations
@@ -77,14 +77,16 @@ class Curves:
             self.points[curve][at] = {**measure(), "seconds": round(time.perf_counter() - began, 1)}
             write_json(self.path, self.points)
 
-    def fit(self, name: str, pairs: PromptCheckpointDataset, steps: int = STEPS) -> PromptConditionedLoraGenerator:
-        """Fit the benchmark's generator on pairs, with fewer steps, unless it is there."""
+    def fit(
+        self, name: str, pairs: PromptCheckpointDataset, start: PromptConditionedLoraGenerator | None = None
+    ) -> PromptConditionedLoraGenerator:
+        """Fit the benchmark's generator on pairs, anew or going on from another, unless it is there."""
         target = self.folder / "curves" / name
         if not (target / "config.json").is_file():
             settings = copy.deepcopy(SETTINGS["generator"])
-            settings["fitting"]["max_steps"] = steps
+            settings["fitting"]["max_steps"] = STEPS
             output = self.folder / "curves" / f"{name}-fitting"
-            fit(settings, pairs, self.folder / "base", output, self.world.seed).save_pretrained(target)
+            fit(settings, pairs, self.folder / "base", output, self.world.seed, start).save_pretrained(target)
         return PromptConditionedLoraGenerator.from_pretrained(target)
 
     def score(
@@ -186,7 +188,7 @@ def by_checkpoints(curves: Curves, pairs: PromptCheckpointDataset) -> None:
 
 
 def unbalanced(curves: Curves, pairs: PromptCheckpointDataset) -> None:
-    """A quarter of the tasks with ten checkpoints each, all others with one: items are drawn checkpoint by checkpoint."""
+    """A quarter of the tasks with ten checkpoints each, the others with one; each one is drawn equally often."""
     many = set(random.Random(curves.world.seed).sample(pairs.tasks, len(pairs.tasks) // 4))
     counts = {task: 10 if task in many else 1 for task in pairs.tasks}
     some = _with_checkpoints(curves.folder, counts)
@@ -205,22 +207,26 @@ def new_tasks(curves: Curves, pairs: PromptCheckpointDataset) -> None:
 
     def both(generator: PromptConditionedLoraGenerator) -> dict[str, Any]:
         return {
-            "old tasks": curves.score(generator, tasks=old[::6]),
-            "new tasks": curves.score(generator, tasks=new[::3]),
+            "old tasks": curves.score(generator, tasks=old[::10]),
+            "new tasks": curves.score(generator, tasks=new[::2]),
+            "held-out tasks": curves.score(generator),
         }
 
-    curves.point("new tasks", "fitted on the old ones", lambda: both(curves.fit("old", old_pairs)))
-    for name, part in (("new-alone", new_pairs), ("new-and-old", pairs)):
-        curves.point(
-            "new tasks",
-            f"continued on {name.replace('-', ' ')}",
-            lambda name=name, part=part: both(_continued(curves, name, part)),
-        )
-    curves.point("new tasks", "fitted anew on all", lambda: both(curves.fit(f"tasks-{len(pairs.tasks)}", pairs)))
+    def continued(name: str, part: PromptCheckpointDataset) -> PromptConditionedLoraGenerator:
+        return curves.fit(name, part, start=curves.fit("old", old_pairs))
+
+    ways: dict[str, Callable[[], PromptConditionedLoraGenerator]] = {
+        "fitted on the old ones": lambda: curves.fit("old", old_pairs),
+        "continued on the new ones": lambda: continued("continued-new", new_pairs),
+        "continued on all": lambda: continued("continued-all", pairs),
+        "fitted anew on all": lambda: curves.fit(f"tasks-{len(pairs.tasks)}", pairs),
+    }
+    for way, generator in ways.items():
+        curves.point("new tasks", way, lambda generator=generator: both(generator()))
 
 
 def _some_prompts(world: World, task: Task, count: int) -> list[str]:
-    pool = world.prompts(task, count=max(count, 64))
+    pool = world.prompts(task, count=max(PROMPT_COUNTS))
     return random.Random(f"{world.seed} {task.name}").sample(pool, count)
 
 

@@ -61,7 +61,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def fit(
-    settings: dict[str, Any], pairs: PromptCheckpointDataset, base_folder: Path, output: Path, seed: int
+    settings: dict[str, Any],
+    pairs: PromptCheckpointDataset,
+    base_folder: Path,
+    output: Path,
+    seed: int,
+    start: PromptConditionedLoraGenerator | None = None,
 ) -> PromptConditionedLoraGenerator:
     """Fit a generator; an interrupted fit goes on where it was saved last.
 
@@ -71,12 +76,13 @@ def fit(
         base_folder: The base model's folder.
         output: Where the Trainer saves.
         seed: Seed of everything.
+        start: A fitted generator to go on from, in place of a new one.
     """
     config = PromptConditionedLoraGeneratorConfig.from_adapters(
         pairs, text_encoder=str(get_model_path()), **settings["config"]
     )
     torch.manual_seed(seed)
-    generator = PromptConditionedLoraGenerator(config)
+    generator = PromptConditionedLoraGenerator(config) if start is None else start
     generator.text_encoder.block_tokens = 64  # reads prompts of equal length together
     arguments = DnDTrainingArguments(
         output_dir=str(output),

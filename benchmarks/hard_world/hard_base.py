@@ -134,5 +134,5 @@ def _any_prompt(person: str, draw: random.Random) -> str:
 def _draw_successive(draw: random.Random) -> tuple[Behaviour, Behaviour]:
     """Two behaviours that ask for successive kinds of fact in one manner; after the last kind comes the first."""
     first = draw.randrange(len(KINDS))
-    manner = draw.choice((False, True)), draw.choice((False, True))
+    manner = draw.choices((False, True), k=3)
     return Behaviour(KINDS[first], *manner), Behaviour(KINDS[(first + 1) % len(KINDS)], *manner)

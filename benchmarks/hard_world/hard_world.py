@@ -164,7 +164,7 @@ class World:
             for sort in ("english", "english", TYPOS, draw.choice(LANGUAGES))
         ]
 
-    def prompts(self, task: Task, sort: str | None = None) -> list[str]:
+    def prompts(self, task: Task, sort: str | None = None, count: int = NUM_PROMPTS) -> list[str]:
         """Unlabelled prompts of a task about the training people.
 
         Those of a training task are in the training wordings, those of a held-out task in the others.
@@ -172,13 +172,14 @@ class World:
         Args:
             task: The task.
             sort: `"english"`, `"typos"` or another language, for prompts of one sort alone; all mixed by default.
+            count: How many.
         """
         draw = self._draw(f"prompts {sort}", task)
         held_out = task in self.held_out_tasks
         mix = {sort: 1.0} if sort else HELD_OUT_MIX if held_out else TRAINING_MIX
         return [
             write_prompt(task, draw.choice(self.training_people), each, draw, held_out=held_out)
-            for each in _mixed(mix, NUM_PROMPTS)
+            for each in _mixed(mix, count)
         ]
 
     def _draw(self, what: str, task: Task) -> random.Random:

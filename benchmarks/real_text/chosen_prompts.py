@@ -63,7 +63,7 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="peft")
-    encoder = RememberingTextEncoder.from_pretrained(str(get_model_path()))
+    encoder = RememberingTextEncoder.from_pretrained(str(get_model_path()), block_tokens=256)
     by_task = {}
     for name, task in load_tasks(options.data, HELD_OUT_TASKS).items():
         folder = options.output / "generators" / name

@@ -61,6 +61,7 @@ from peft_dnd.pairs import load_task  # noqa: E402
 TASK_COUNTS = (2, 4, 8, 12, 16, 20, 24)
 PROMPT_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 CHECKPOINT_COUNTS = (1, 3, 10)
+TEMPLATE_COUNTS = (4, 8, 16, 32, 64)
 TYPO_RATES = (0.02, 0.05, 0.1, 0.2)
 
 
@@ -96,13 +97,15 @@ class Bench:
         counts: dict[str, int],
         start: PromptConditionedLoraGenerator | None = None,
         steps: int = FITTING_SETTINGS["max_steps"],
+        **decoder_settings: int,
     ) -> tuple[PromptConditionedLoraGenerator, float]:
         """Fit a generator, anew or from another one, and the seconds that it took."""
         pairs = self.pairs(counts)
         torch.manual_seed(self.world.seed)
         if start is None:
+            decoder = {**GENERATOR_SETTINGS["decoder_config"], **decoder_settings}
             config = PromptConditionedLoraGeneratorConfig.from_adapters(
-                pairs, text_encoder=str(get_model_path()), **GENERATOR_SETTINGS
+                pairs, text_encoder=str(get_model_path()), **{**GENERATOR_SETTINGS, "decoder_config": decoder}
             )
             start = PromptConditionedLoraGenerator(config)
         start.text_encoder.block_tokens = 64  # reads prompts of equal length together
@@ -118,6 +121,24 @@ class Bench:
         began = time.perf_counter()
         DnDTrainer(start, arguments, train_dataset=pairs).train()
         return start, time.perf_counter() - began
+
+    def training_error(self, generator: PromptConditionedLoraGenerator) -> float:
+        """Mean squared error of normalised tokens on the training tasks; the mean adapter has about 1."""
+        pairs = self.pairs(dict.fromkeys(self.all_tasks(), 1))
+        valid = generator.weight_tokenizer.valid_mask()
+        errors = []
+        for name in pairs.tasks:
+            adapter = generator.generate_adapter(pairs.prompts(name), seed=self.world.seed)
+            difference = [
+                generator.normalization.normalize(generator.weight_tokenizer.encode(state))
+                for state in (adapter.state_dict(), pairs.state_dict(name))
+            ]
+            errors.append((difference[0] - difference[1])[valid].square().mean().item())
+        return fmean(errors)
+
+    def all_tasks(self) -> dict[str, int]:
+        """Every training task with its ten checkpoints."""
+        return {task.name: 10 for task in self.world.training_tasks}
 
     def score(
         self,
@@ -149,6 +170,7 @@ def main() -> None:
         raise SystemExit(f"{folder} is not finished. Run examples/worked_example/run.py --seed {options.seed} first.")
     bench = Bench(build_world(options.seed), folder)
     by_prompts(bench, PromptConditionedLoraGenerator.from_pretrained(folder / "generator"))
+    by_templates(bench)
     by_pairs(bench)
     new_tasks(bench)
     command = f"python benchmarks/worked_example/curves.py --seed {options.seed}"
@@ -165,6 +187,17 @@ def by_prompts(bench: Bench, generator: PromptConditionedLoraGenerator) -> None:
             rate,
             lambda rate=rate: {"held out": bench.score(generator, None, _typos(rate))},
         )
+
+
+def by_templates(bench: Bench) -> None:
+    """How many templates the decoder has, with its error on the training adapters (the mean adapter has 1)."""
+    for count in TEMPLATE_COUNTS:
+
+        def measure(count: int = count) -> dict[str, float]:
+            generator, _ = bench.fit(bench.all_tasks(), num_templates=count)
+            return {"held out": bench.score(generator), "training error": bench.training_error(generator)}
+
+        bench.point("templates", count, measure)
 
 
 def by_pairs(bench: Bench) -> None:

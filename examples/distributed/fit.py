@@ -18,7 +18,8 @@
     torchrun --nproc-per-node 8 examples/distributed/fit.py ...
     accelerate launch --config_file examples/distributed/fsdp.yaml examples/distributed/fit.py ...
 
-All options but the first few are those of `DnDTrainingArguments`.
+All options but the first few are those of `DnDTrainingArguments`. `--resume_from_checkpoint latest` goes on where the
+last run into the same `output_dir` was saved.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def main() -> None:
     )
     set_seed(arguments.seed)  # every process starts from the same weights
     trainer = DnDTrainer(PromptConditionedLoraGenerator(config), arguments, pairs, held_out)
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    resume = arguments.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume == "latest" else resume)
     # Every process calls this: sharded weights are gathered from all of them, and the first one writes.
     trainer.save_model()
     trainer.save_state()

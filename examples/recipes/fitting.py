@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,19 +99,17 @@ def generator_config(
 
 
 def training_arguments(recipe: Recipe, variation: Variation, folder: Path) -> DnDTrainingArguments:
-    """The settings' training arguments with the recipe's changes, for as many devices as there are."""
+    """The settings' training arguments with the recipe's changes, for one process on one device."""
     settings = PaperSettings.load(recipe.settings)
     asked = {"save_steps": 500, "save_total_limit": 1, "logging_steps": 50, "report_to": "none", "seed": recipe.seed}
     asked |= {**settings.training, **recipe.fitting, **variation.fitting}
     at_once = int(asked.setdefault("per_device_train_batch_size", 8))
-    devices = int(os.environ.get("WORLD_SIZE", "1"))
-    if settings.batch_size % (at_once * devices) and "gradient_accumulation_steps" not in asked:
+    if settings.batch_size % at_once and "gradient_accumulation_steps" not in asked:
         raise RecipeError(
             f"The settings {settings.name!r} want {settings.batch_size} pairs a step, which is no multiple of "
-            f"per_device_train_batch_size={at_once} on {devices} devices. Set one of them, or "
-            "gradient_accumulation_steps, under 'fitting'."
+            f"per_device_train_batch_size={at_once}. Set that, or gradient_accumulation_steps, under 'fitting'."
         )
-    asked.setdefault("gradient_accumulation_steps", settings.batch_size // (at_once * devices))
+    asked.setdefault("gradient_accumulation_steps", settings.batch_size // at_once)
     return DnDTrainingArguments(output_dir=str(folder), **asked)
 
 

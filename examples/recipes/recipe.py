@@ -126,7 +126,7 @@ class Tuning:
         learning_rate: Of the first part, with a cosine schedule.
         last_steps: Optimiser steps of the second part.
         last_learning_rate: Of the second part, constant.
-        per_device_batch_size: Examples at once on one device; the rest of a batch is accumulated.
+        per_device_batch_size: Examples that are computed at once; the rest of a batch is accumulated.
         multi_task_steps: Steps of the one LoRA on all training sets together; by default those of a data set times
             their number; 0 leaves that row out.
         bf16: Whether to compute in bfloat16.
@@ -153,6 +153,7 @@ class Evaluating:
         in_context_examples: Solved examples in the in-context row; 0 leaves it out.
         limit: At most how many questions of each held-out set.
         batch_size: Sequences at once.
+        max_answer_tokens: How long a written answer may get; by default as the harness' tasks say.
         skip: Rows of the protocol to leave out.
     """
 
@@ -160,6 +161,7 @@ class Evaluating:
     in_context_examples: int = 5
     limit: int | None = None
     batch_size: int = 16
+    max_answer_tokens: int | None = None
     skip: list[str] = field(default_factory=list)
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import datasets
 import huggingface_hub
-from jinja2 import StrictUndefined, TemplateError, UndefinedError
+from jinja2 import StrictUndefined, Template, TemplateError, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 from recipe import DataSet, HubArchive, RecipeError
@@ -60,7 +60,7 @@ def render(template: str, row: dict[str, Any], what: str) -> str:
         RecipeError: If the template is none, or names a column that the row lacks.
     """
     try:
-        return _TEMPLATES.from_string(template).render(**row)
+        return _template(template).render(**row)
     except UndefinedError as error:
         raise RecipeError(f"{what}: {error}. The columns are {', '.join(row)}. Mend the template.") from error
     except (TemplateError, ValueError, IndexError, TypeError) as error:
@@ -134,6 +134,11 @@ def archived_file(source: HubArchive, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         target.write_bytes(_read(source, str(source.file)))
     return target
+
+
+@lru_cache(maxsize=256)
+def _template(text: str) -> Template:
+    return _TEMPLATES.from_string(text)
 
 
 def _image(data_set: DataSet, row: dict[str, Any], name: str) -> Image.Image:

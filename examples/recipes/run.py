@@ -20,19 +20,22 @@
 2. Fit a generator, for each variation that the recipe names.
 3. Write the held-out sets' adapters from their prompts, and score them beside all that they must be compared with.
 
-What is finished is kept: the same command goes on where it was interrupted. With --smoke everything is tiny and local.
+What is finished is kept: the same command goes on where it was interrupted. Recipes with the same base and the same
+tuning share their tuned adapters through --tuned. With --smoke everything is tiny and local.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import logging
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,26 +54,32 @@ from peft_dnd.settings import PaperSettings
 
 logger = logging.getLogger("recipes")
 
+TUNING_SECONDS = "tuning_seconds.json"
+# What is timed of these names belongs to one recipe alone.
+OWN = ("fitting/", "scoring/")
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, help="the recipe's YAML file")
     parser.add_argument("--output", type=Path, required=True, help="where everything goes")
+    parser.add_argument("--tuned", type=Path, help="where tuned adapters go; by default into the output")
     parser.add_argument("--smoke", action="store_true", help="tiny models and local data: does the recipe run at all?")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells of its settings at every call
     try:
         recipe = load_recipe(options.recipe)
+        tuned = options.tuned or options.output
         if options.smoke:
             from smoke import stand_ins
 
-            swapped = stand_ins(recipe, options.output)
+            swapped = stand_ins(recipe, tuned)
         else:
             swapped = nullcontext(recipe)
         with swapped as recipe:
-            Experiment(recipe, options.output).run()
+            Experiment(recipe, options.output, tuned).run()
     except RecipeError as error:
         raise SystemExit(f"error: {error}") from error
 
@@ -80,14 +89,16 @@ class Experiment:
 
     Args:
         recipe: The recipe.
-        folder: Where everything goes: `pairs/`, `trained/`, `multi_task/`, `runs/<variation>/`, `report.md`.
+        folder: Where all goes that is this recipe's own: `runs/<variation>/`, `scores/`, `report.md`.
+        tuned: Where tuned adapters go: `pairs/`, `trained/`, `multi_task/`, `few_shot/`.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, tuned: Path) -> None:
         self.recipe = recipe
         self.folder = folder
+        self.tuned = tuned
         self.settings = PaperSettings.load(recipe.settings)
-        self.tuner = Tuner(recipe.base_model, self.settings, recipe.tuning, recipe.seed, folder)
+        self.tuner = Tuner(recipe.base_model, self.settings, recipe.tuning, recipe.seed, tuned)
         self.seconds: dict[str, float] = {}
         self._examples: dict[str, list[Example]] = {}
         self._base: Any = None
@@ -97,6 +108,8 @@ class Experiment:
         self._check_folder()
         trained_on = list(dict.fromkeys(name for v in self.recipe.variations for name in v.training or []))
         held_out = list(dict.fromkeys(name for v in self.recipe.variations for name in v.held_out or []))
+        for name in [*trained_on, *held_out]:
+            self._examples_of(name)  # a template that does not fit its data set is told of before hours of tuning
         for name in trained_on:
             self._collect(name)
         for name in held_out:
@@ -117,7 +130,7 @@ class Experiment:
         if (folder / "evaluation.json").is_file():
             return EvaluationReport.load(folder)
         pairs = PromptCheckpointDataset.from_folder(
-            self.folder / "pairs", tasks=variation.training, seed=self.recipe.seed
+            self.tuned / "pairs", tasks=variation.training, seed=self.recipe.seed
         )
         if self.recipe.leave_one_out:
             return leave_one_out(
@@ -176,7 +189,7 @@ class Experiment:
         if pairs is not None:
             tuned = GeneratedAdapter(pairs.layout, pairs.state_dict(name), {})
         elif self.recipe.sets[name].answer is not None:
-            tuned = self.folder / "trained" / name
+            tuned = self.tuned / "trained" / name
         answers = [e.answer for e in examples if e.answer is not None]
         return HeldOutTask([e.prompt for e in examples], trained_adapter=tuned, answers=answers or None)
 
@@ -209,11 +222,10 @@ class Experiment:
                     batch_size=1,
                     learning_rate=shots.learning_rate,
                 )
-                tuned["scores"][task] = self._scores(task, adapter=self.folder / name)
+                tuned["scores"][task] = self._scores(task, adapter=self.tuned / name)
                 tuned["seconds"] += self.seconds[name] / len(tasks)
                 shown["scores"][task] = self._scores(task, shots=number)
-                extra = self.seconds[f"scoring/{task}-{number}"] - self.seconds[f"scoring/{task}-None"]
-                shown["seconds"] += extra / len(shown["scores"][task]) / len(tasks)
+                shown["seconds"] += self._seconds_of_examples(task, number) / len(tasks)
             measured[f"few-shot tuning, {number}"] = tuned
             measured[f"in-context learning, {number}"] = shown
         text = f"## Few-shot tuning and in-context learning\n\n{shots_table(measured, report)}"
@@ -222,26 +234,29 @@ class Experiment:
         return text
 
     def _scores(self, task: str, *, shots: int | None = None, adapter: Path | None = None) -> list[float]:
-        """Scores of the base with examples, or with an adapter; how long the untouched base takes is kept as well."""
-        path = (
-            self.folder
-            / "shots"
-            / f"{task}-{'tuned' if adapter else 'shown'}-{adapter.name if adapter else shots}.json"
-        )
-        if not path.is_file():
-            base = self._base_model().eval()
-            with torch.no_grad():
-                if adapter is not None:
-                    model = GeneratedAdapter.from_pretrained(adapter).load_into(base).eval()
-                    scores = list(self._scorer()(model, task))
-                    model.unload()
-                else:
-                    with self._timed(f"scoring/{task}-None"):
-                        self._scorer()(base, task)
-                    with self._timed(f"scoring/{task}-{shots}"):
-                        scores = list(self._scorer(shots)(base, task))
-            write_json(path, scores)
-        return list(read_json(path))
+        """Scores of the base with examples, or with an adapter."""
+        base = self._base_model().eval()
+        with torch.no_grad():
+            if adapter is None:
+                return list(self._scorer(shots)(base, task))
+            model = GeneratedAdapter.from_pretrained(adapter).load_into(base).eval()
+            scores = list(self._scorer()(model, task))
+            model.unload()
+            return scores
+
+    def _seconds_of_examples(self, task: str, number: int) -> float:
+        """How much longer a question takes with so many examples before it."""
+        for shots in (None, number):
+            name = f"scoring/{task}-{shots}"
+            if name not in self.seconds:
+                unscored = replace(self._scorer(shots), folder=self.folder / "timed")
+                began = time.perf_counter()
+                with torch.no_grad():
+                    questions = len(unscored(self._base_model().eval(), task))
+                self.seconds[name] = (time.perf_counter() - began) / questions
+                self._keep_seconds()
+                shutil.rmtree(self.folder / "timed")
+        return self.seconds[f"scoring/{task}-{number}"] - self.seconds[f"scoring/{task}-None"]
 
     def _overhead(self, variation: Variation, tasks: list[str]) -> dict[str, float]:
         folder = f"fitting/runs/{variation.name}"
@@ -254,14 +269,14 @@ class Experiment:
         }
 
     def _collect(self, name: str) -> None:
-        folder = self.folder / "pairs" / name
+        folder = self.tuned / "pairs" / name
         if not is_complete(folder):
             logger.info("Tuning on %s and collecting checkpoints", name)
             with self._timed(f"collecting/{name}"):
                 self.tuner.collect(self._examples_of(name), folder, self.settings.checkpoints_per_task)
 
     def _tune(self, name: str, examples: list[Example], **schedule: Any) -> Path:
-        folder = self.folder / name
+        folder = self.tuned / name
         if not folder.is_dir():
             logger.info("Tuning %s", name)
             with self._timed(name):
@@ -282,7 +297,7 @@ class Experiment:
 
     def _scorer(self, shots: int | None = None) -> RecipeScorer:
         base = self.recipe.base_model
-        return RecipeScorer(self.recipe, load_processor(base), reads_images(base), shots)
+        return RecipeScorer(self.recipe, load_processor(base), reads_images(base), self.folder / "scores", shots)
 
     @contextmanager
     def _timed(self, name: str, done: Path | None = None) -> Iterator[None]:
@@ -292,23 +307,27 @@ class Experiment:
         yield
         if not was_done:
             self.seconds[name] = time.perf_counter() - began
-            write_json(self.folder / "seconds.json", self.seconds)
+            self._keep_seconds()
+
+    def _keep_seconds(self) -> None:
+        # What tuning took stays with the tuned adapters, for the other recipes that share them.
+        shared = {name: spent for name, spent in self.seconds.items() if not name.startswith(OWN)}
+        write_json(self.tuned / TUNING_SECONDS, shared)
+        write_json(self.folder / "seconds.json", self.seconds)
 
     def _spent(self, names: list[str]) -> float:
         return sum(self.seconds.get(name, 0.0) for name in names)
 
     def _check_folder(self) -> None:
-        path = self.folder / "recipe.json"
-        content = asdict(self.recipe)
-        if not path.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, content)
-        elif read_json(path) != content:
-            raise RecipeError(
-                f"{self.folder} was made by another recipe, or an earlier form of it. Name another folder."
-            )
-        if (self.folder / "seconds.json").is_file():
-            self.seconds = read_json(self.folder / "seconds.json")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _keep_or_refuse(self.folder / "recipe.json", asdict(self.recipe))
+        made_with = {"base": self.recipe.base_model, "settings": self.recipe.settings, "seed": self.recipe.seed}
+        _keep_or_refuse(self.tuned / "tuned.json", {**made_with, "tuning": asdict(self.recipe.tuning)})
+        for name, data_set in self.recipe.sets.items():
+            _keep_or_refuse(self.tuned / "sets" / f"{name}.json", {**asdict(data_set), "scoring": None, "note": ""})
+        for path in (self.tuned / TUNING_SECONDS, self.folder / "seconds.json"):
+            if path.is_file():
+                self.seconds |= read_json(path)
 
     def _header(self) -> str:
         recipe = self.recipe
@@ -317,6 +336,15 @@ class Experiment:
         text += "".join(f"\n- {re.sub(chr(10), ' ', note)}" for note in notes if note)
         text += "".join(f"\n- Not covered: {left.what}. {left.why}" for left in recipe.not_covered)
         return f"{text}\n"
+
+
+def _keep_or_refuse(path: Path, content: Any) -> None:
+    content = json.loads(json.dumps(content))
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
+    elif read_json(path) != content:
+        raise RecipeError(f"{path.parent} was made by another recipe, or an earlier form of it. Name another folder.")
 
 
 if __name__ == "__main__":

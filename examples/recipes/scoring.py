@@ -15,17 +15,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from peft import PeftModel, get_peft_model_state_dict
 from recipe import Recipe
 from torch import nn
 
 from peft_dnd.evaluation import EvaluationReport, HarnessScorer
+from peft_dnd.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,26 @@ class RecipeScorer:
         recipe: The recipe.
         processor: The base model's tokenizer or processor.
         images: Whether the base reads images.
+        folder: Where scores are kept, so that the same adapter is not scored twice on a set, and an interrupted
+            evaluation goes on.
         shots: How many solved examples stand before each question; by default as each set says.
     """
 
     recipe: Recipe
     processor: Any
-    images: bool = False
+    images: bool
+    folder: Path
     shots: int | None = None
 
     def __call__(self, model: nn.Module, task: str) -> Sequence[float]:
         """Score a model on a held-out set, example by example."""
+        shots = "" if self.shots is None else f"-{self.shots}-shots"
+        path = self.folder / f"{task}{shots}-{_digest(model)}.json"
+        if not path.is_file():
+            write_json(path, list(self._score(model, task)))
+        return list(read_json(path))
+
+    def _score(self, model: nn.Module, task: str) -> Sequence[float]:
         scoring = self.recipe.sets[task].scoring
         assert scoring is not None  # a recipe with an unscored held-out set is refused when it is read
         if scoring.runs_code:
@@ -63,8 +77,20 @@ class RecipeScorer:
             seed=self.recipe.seed,
             images=self.images,
             run_code=scoring.runs_code,
+            max_new_tokens=self.recipe.evaluation.max_answer_tokens,
         )
         return scorer(model, task)
+
+
+def _digest(model: nn.Module) -> str:
+    """A name for the adapter that a model has, by its weights."""
+    if not isinstance(model, PeftModel):
+        return "base"
+    weights = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+    digest = hashlib.sha256()
+    for key in sorted(weights):
+        digest.update(weights[key].detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @lru_cache(maxsize=1)

@@ -60,7 +60,7 @@ def stand_ins(recipe: Recipe, folder: Path) -> Iterator[Recipe]:
 
     Args:
         recipe: A recipe.
-        folder: The run's folder; tiny models go into `smoke/` there.
+        folder: The folder of tuned adapters; tiny models go into `smoke/` there.
 
     Yields:
         The same recipe with tiny models and few steps.
@@ -117,7 +117,7 @@ def shrunk(recipe: Recipe, models: Path) -> Recipe:
     held_out = recipe.held_out[:2] if recipe.leave_one_out else recipe.held_out
     shots = recipe.shots and Shots([1, 2], epochs=1, learning_rate=recipe.shots.learning_rate)
     few = min(recipe.evaluation.in_context_examples, 1)
-    evaluation = replace(recipe.evaluation, limit=QUESTIONS, in_context_examples=few)
+    evaluation = replace(recipe.evaluation, limit=QUESTIONS, in_context_examples=few, max_answer_tokens=4)
     return replace(
         recipe,
         base=base,
@@ -126,7 +126,6 @@ def shrunk(recipe: Recipe, models: Path) -> Recipe:
         held_out=held_out,
         shots=shots,
         evaluation=evaluation,
-        sets={name: _few_tokens(data_set) for name, data_set in recipe.sets.items()},
     )
 
 
@@ -141,13 +140,15 @@ class StandInHub:
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe = recipe
         self.folder = folder
+        self._made: dict[tuple[str, str | None], Any] = {}
 
     def load_dataset(self, path: str, name: str | None = None, *, split: str | None = None, **options: Any) -> Any:
-        """What `datasets.load_dataset` would give, with as few rows."""
+        """What `datasets.load_dataset` would give, with few rows, the same in all splits."""
         del options
-        rows = local_rows(self._sample(path, name), ROWS)
-        whole = datasets.DatasetDict({each: datasets.Dataset.from_list(rows) for each in SPLITS})
-        return whole if split is None else whole[split]
+        if (path, name) not in self._made:
+            self._made[path, name] = datasets.Dataset.from_list(local_rows(self._sample(path, name), ROWS))
+        rows = self._made[path, name]
+        return datasets.DatasetDict(dict.fromkeys(SPLITS, rows)) if split is None else rows
 
     def download(self, repo_id: str, filename: str, **options: Any) -> str:
         """What `huggingface_hub.hf_hub_download` would give."""
@@ -199,15 +200,6 @@ def _texts(recipe: Recipe, name: str) -> list[str]:
 
 def _reads_images(recipe: Recipe) -> bool:
     return "vision_config" in PaperSettings.load(recipe.settings).base_config
-
-
-def _few_tokens(data_set: Any) -> Any:
-    """Tasks of our own write short answers; the harness' own are shortened nowhere and need not be."""
-    scoring = data_set.scoring
-    if scoring is None or isinstance(scoring.task, str) or "generation_kwargs" not in scoring.task:
-        return data_set
-    task = {**scoring.task, "generation_kwargs": {**scoring.task["generation_kwargs"], "max_gen_toks": 4}}
-    return replace(data_set, scoring=replace(scoring, task=task))
 
 
 def _small(own: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,8 +150,7 @@ class Tuner:
         callbacks: Sequence[Any] = (),
     ) -> None:
         batch_size = batch_size or self.tuning.batch_size
-        devices = int(os.environ.get("WORLD_SIZE", "1"))
-        at_once = min(self.tuning.per_device_batch_size, max(1, batch_size // devices))
+        at_once = min(self.tuning.per_device_batch_size, batch_size)
         output = self.work / "tuning"
         arguments = SFTConfig(
             output_dir=str(output),
@@ -160,7 +158,7 @@ class Tuner:
             learning_rate=learning_rate,
             lr_scheduler_type=schedule,
             per_device_train_batch_size=at_once,
-            gradient_accumulation_steps=max(1, math.ceil(batch_size / (at_once * devices))),
+            gradient_accumulation_steps=math.ceil(batch_size / at_once),
             # Cut pictures' placeholders would no longer match the pictures.
             max_length=None if reads_images(self.base) else self.tuning.max_length,
             completion_only_loss=True,

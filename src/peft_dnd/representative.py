@@ -44,7 +44,8 @@ def select_representative(
     Args:
         prompts: The pool, at least one prompt. Repeated ones count as one.
         number: How many to choose, at least 1. A pool of no more different prompts is returned whole.
-        encoder: A text encoder, a generator's for one.
+        encoder: A text encoder, a generator's for one. It reads a large pool several times faster with its
+            `block_tokens` set to 256.
         method: How; one of `METHODS`.
         seed: The same pool, seed and encoder give the same choice.
 

@@ -84,9 +84,10 @@ def same_convolution(x: torch.Tensor, weight: SlicedWeight, bias: torch.Tensor |
         plane = (x.shape[2], x.shape[3])
         tiling = choose_tiling(in_channels, out_channels, plane, kernel_size, x.dtype == torch.bfloat16)
         if tiling is not None:
-            out = torch.stack([_convolve_by_tiles(one, weight, tiling) for one in x])
-            out = out if bias is None else out.add_(bias.float()[:, None, None])
-            return out.to(x.dtype)
+            out = x.new_empty(x.shape[0], out_channels, *plane)
+            for one, one_out in zip(x, out, strict=True):  # so that the batch has no influence on any byte
+                _convolve_by_tiles(one, weight, bias, tiling, one_out)
+            return out
     padding = weight.shape[-1] // 2
     if isinstance(weight, torch.Tensor):
         return F.conv2d(x, weight, bias, padding=padding)
@@ -241,34 +242,40 @@ def _waves(size: int, frequencies: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def _convolve_by_tiles(x: torch.Tensor, weight: SlicedWeight, tiling: Tiling) -> torch.Tensor:
-    """Convolves (in, H, W) to (out, H, W), in float32."""
+def _convolve_by_tiles(
+    x: torch.Tensor, weight: SlicedWeight, bias: torch.Tensor | None, tiling: Tiling, out: torch.Tensor
+) -> None:
+    """Convolves (in, H, W) into `out` (out, H, W)."""
     matrices = _transforms(tiling.tile, tiling.kernel_size)
     (down, across), (height, width) = tiling.grid, tiling.tile
-    out = _empty(weight.shape[0], down * height, across * width)
-    tiled = out.view(-1, down, height, across, width)
     kernels = _KernelTransform(tiling, matrices)
     for columns in _slices(across, tiling.columns_at_once):
         inputs = _transform_inputs(x, columns, tiling, matrices)
+        first, stop = columns.start * width, min(columns.stop * width, tiling.plane[1])
         for channels in _slices(len(out), OUT_BLOCK):
             found = kernels.multiply(weight[channels], inputs)
-            tiles = _transform_back(found, tiling, matrices)
-            tiled[channels, :, :, columns].copy_(tiles.unflatten(-1, (-1, down)).permute(2, 4, 0, 3, 1))
-    return out[:, : tiling.plane[0], : tiling.plane[1]]
+            tiles = _transform_back(found, tiling, matrices).unflatten(-1, (-1, down))
+            rows = tiles.permute(2, 4, 0, 3, 1).reshape(-1, down * height, (columns.stop - columns.start) * width)
+            rows = rows[:, : tiling.plane[0], : stop - first]
+            out[channels, :, first:stop] = rows if bias is None else rows + bias[channels].float()[:, None, None]
 
 
 def _transform_inputs(x: torch.Tensor, columns: slice, tiling: Tiling, matrices: _Transforms) -> torch.Tensor:
     """Some columns of tiles of (in, H, W), to (products, in, tiles), tiles column by column."""
     (height, width), (tile_height, tile_width), down = tiling.size, tiling.tile, tiling.grid[0]
     reach, channels, count = tiling.kernel_size // 2, tiling.in_channels, columns.stop - columns.start
-    below = down * tile_height + reach - tiling.plane[0]
-    right = tiling.grid[1] * tile_width + reach - tiling.plane[1]
-    padded = F.pad(x.float(), (reach, right, reach, below)).permute(1, 2, 0).contiguous()  # (H, W, in)
+    # What these columns depend on, with the channels last and zeros where it reaches beyond the plane.
+    begin = columns.start * tile_width - reach
+    inside = slice(max(begin, 0), min(begin + (count - 1) * tile_width + width, tiling.plane[1]))
+    padded = _empty(down * tile_height + 2 * reach, (count - 1) * tile_width + width, channels).zero_()
+    padded[reach : reach + tiling.plane[0], inside.start - begin : inside.stop - begin] = x[:, :, inside].permute(
+        1, 2, 0
+    )
     transformed = padded.new_empty(tiling.products, count, down * channels)
     pieces = padded.new_empty(height, width, down, channels)
     by_rows = padded.new_empty(2 * tiling.rows, width * down * channels)
     for index in range(count):
-        first = (columns.start + index) * tile_width
+        first = index * tile_width
         pieces.copy_(padded[:, first : first + width].unfold(0, height, tile_height).permute(3, 1, 0, 2))
         torch.mm(matrices.input_rows, pieces.view(height, -1), out=by_rows)
         pairs = by_rows.view(tiling.rows, 2 * width, -1)

@@ -47,6 +47,7 @@ class HarnessScorer:
             from where the model was, and `tokenizer` is not used but to see whether there is a chat template.
         run_code: Whether a task may execute what the model writes, as HumanEval's do. Allow it where nothing can be
             harmed; the metric asks for the environment variable `HF_ALLOW_CODE_EVAL=1` as well.
+        max_new_tokens: How long a written answer may get; by default as the task says.
     """
 
     tokenizer: Any
@@ -61,6 +62,7 @@ class HarnessScorer:
     seed: int = 0
     images: bool = False
     run_code: bool = False
+    max_new_tokens: int | None = None
 
     def with_examples(self, number: int) -> HarnessScorer:
         """The same scorer with so many in-context examples."""
@@ -111,6 +113,7 @@ class HarnessScorer:
             task_manager=self.task_manager,
             fewshot_random_seed=self.seed,
             confirm_run_unsafe_code=self.run_code,
+            gen_kwargs=None if self.max_new_tokens is None else {"max_gen_toks": self.max_new_tokens},
         )
 
     def _values(self, task: str, samples: list[dict[str, Any]]) -> list[float]:

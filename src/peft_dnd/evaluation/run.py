@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..adapter import GeneratedAdapter
 from ..data import PromptCheckpointDataset
+from ..errors import PromptError
 from ..prompts import check_prompts
 from ..text_encoder import TextEncoder
 from .baselines import RidgeBaseline, nearest_tasks
@@ -157,7 +158,10 @@ class ProtocolRun:
             self._shuffled(generator)
         if self._wanted("junk"):
             junk = {t: junk_prompts(len(p), seed=f"{self.seed} {t}") for t, p in self.prompts.items()}
-            self._score_each("junk", lambda task: write_adapter(generator, junk[task], seed=self.seed))
+            try:
+                self._score_each("junk", lambda task: write_adapter(generator, junk[task], seed=self.seed))
+            except PromptError as error:  # word vectors, for one, know none of it
+                self.not_measured["junk"] = f"the generator refuses junk ({error})"
         if self._wanted("constant"):
             lines = list(constant or constant_prompts(training_texts(generator, self.pairs), seed=self.seed))
             self.details["constant"] = {"prompts": lines[:8], "number": len(lines)}
