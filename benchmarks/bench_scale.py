@@ -56,7 +56,6 @@ from peft_dnd.files import write_json
 
 
 SETTINGS = {"0.5b": "common-sense-0.5b", "1.5b": "math-1.5b", "7b": "math-7b"}
-SET_TRANSFORMER = {"hidden_size": 512, "num_layers": 4, "num_latents": 64, "num_heads": 8}
 WAYS = {"streamed": StreamedLoraGenerator, "loaded": PromptConditionedLoraGenerator}
 PROMPT = (
     "Question {number}: a shop sells {number} boxes of pens, each with {number} pens in it, and gives one pen in five "
@@ -103,7 +102,7 @@ def _child(options: argparse.Namespace, size: str, *child: str) -> dict[str, Any
 
 
 def generator_config(size: str, decoder: str) -> PromptConditionedLoraGeneratorConfig:
-    """The paper's setting for a base, or for the set transformer one that reads as many prompts."""
+    """The paper's setting for a base, or for the set transformer its own defaults and as many prompts."""
     settings = PaperSettings.load(SETTINGS[size])
     if decoder == "hyper_convolution":
         return PromptConditionedLoraGeneratorConfig.from_settings(SETTINGS[size], text_encoder=str(get_model_path()))
@@ -112,7 +111,6 @@ def generator_config(size: str, decoder: str) -> PromptConditionedLoraGeneratorC
         str(get_model_path()),
         num_prompts=settings.generator["num_prompts"],
         decoder_type=decoder,
-        decoder_config=SET_TRANSFORMER,
     )
 
 
@@ -144,8 +142,8 @@ def write_generator(size: str, decoder: str, dtype: torch.dtype, folder: Path) -
 
 
 def _draw(name: str, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if name == "normalization.fitted":
-        return torch.tensor(True)
+    if not like.dtype.is_floating_point:  # whether statistics were taken, for instance
+        return torch.ones(like.shape, dtype=like.dtype)
     if name.startswith("normalization."):
         return torch.ones(like.shape) if name.endswith("scale") else torch.zeros(like.shape)
     if like.dim() < 2 or ".norm." in name or name.endswith("norm.weight"):

@@ -14,7 +14,7 @@
 """How large adapters and generators become for bases up to 70B, worked out on the meta device: nothing is allocated.
 
 For each base: the adapter of rank 16 on all linear layers, its tokens, and two decoders that read 16 prompts of 64
-tokens: the cascade that is derived where none is given, and the set transformer.
+tokens, both with their default settings: the cascade that is derived where none is given, and the set transformer.
 
 python benchmarks/bench_scale_arithmetic.py
 """
@@ -56,10 +56,7 @@ SIZE_NAMES = (
     "vocab_size",
     "tie_word_embeddings",
 )
-DECODERS: dict[str, dict[str, Any]] = {
-    "hyper_convolution": {},
-    "set_transformer": {"hidden_size": 512, "num_layers": 4, "num_latents": 64, "num_heads": 8},
-}
+DECODERS = ("hyper_convolution", "set_transformer")
 
 
 def main() -> None:
@@ -80,13 +77,12 @@ def figures(name: str) -> dict[str, Any]:
         "adapter_parameters": layout.num_parameters,
         "adapter_mib_float32": round(4 * layout.num_parameters / 2**20),
     }
-    for decoder_type, settings in DECODERS.items():
+    for decoder_type in DECODERS:
         config = PromptConditionedLoraGeneratorConfig(
             layout=layout,
             num_prompts=16,
             chunk_width=BASES[name].get("chunk_width"),
             decoder_type=decoder_type,
-            decoder_config=settings,
         )
         with torch.device("meta"):
             generator = PromptConditionedLoraGenerator(config).requires_grad_(False)
