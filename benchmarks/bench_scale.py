@@ -173,21 +173,20 @@ def measure(size: str, decoder: str, dtype: torch.dtype, folder: Path, way: str)
     step("load the text encoder", generator.load_text_encoder)
     prompts = [PROMPT.format(number=number) for number in range(2, generator.config.num_prompts + 2)]
     states, mask = step("encode the prompts", lambda: generator.encode_prompts(prompts))
-    adapter = step("generate", lambda: generator.generate_adapter(prompts))
+    tokens = step("decode", lambda: generator(states[None], mask[None])[0])
+    layout, tokenizer = generator.config.adapter_layout, generator.weight_tokenizer
+    adapter = step(
+        "tokens to an adapter",
+        lambda: GeneratedAdapter(layout, tokenizer.decode(generator.normalization.denormalize(tokens))),
+    )
     with tempfile.TemporaryDirectory() as written:
         step("write the adapter", lambda: adapter.save_pretrained(written))
         step("read the adapter", lambda: GeneratedAdapter.from_pretrained(written))
         steps["write the adapter"]["mib"] = round(sum(f.stat().st_size for f in Path(written).iterdir()) / 2**20)
     state = adapter.state_dict()
-    tokenizer = generator.weight_tokenizer
-    grid = step("tokenise an adapter", lambda: tokenizer.encode(state))
-    step("tokens to an adapter", lambda: tokenizer.decode(grid))
+    step("tokenise an adapter", lambda: tokenizer.encode(state))
     base = weightless(settings.base_skeleton())
     step("load into the model", lambda: adapter.load_into(base))
-    steps["decode"] = {
-        "seconds": round(steps["generate"]["seconds"] - steps["encode the prompts"]["seconds"], 3),
-        "note": "generate, less reading the prompts once more",
-    }
     with FlopCounterMode(display=False) as counter:
         generator.encode_prompts(prompts[:1])
     digest = hashlib.sha256()
@@ -203,13 +202,14 @@ def measure(size: str, decoder: str, dtype: torch.dtype, folder: Path, way: str)
     }
 
 
-# Tokenising and the base model are no part of it.
+# What it takes to make an adapter; tokenising one, and the base model, are no part of that.
 _GENERATING = (
     "start",
     "open the generator",
     "load the text encoder",
     "encode the prompts",
-    "generate",
+    "decode",
+    "tokens to an adapter",
     "write the adapter",
 )
 

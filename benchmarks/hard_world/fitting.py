@@ -31,7 +31,8 @@ from peft_dnd import (
 )
 
 
-# Chosen on worlds of seeds from 100 on, which are not among those that are reported.
+# Chosen on the world of seed 100, which is not among those that are reported, by how well such a reader tells what an
+# unseen combination of words means; no generator has been fitted with them yet. Large sets are learnt by heart.
 SETTINGS: dict[str, dict[str, Any]] = {
     "generator": {
         "config": {

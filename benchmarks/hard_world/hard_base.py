@@ -84,7 +84,7 @@ def build_base(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=96,
+        max_position_embeddings=256,
         # Small weights take many steps to tell one person from another.
         initializer_range=0.1,
         bos_token_id=None,

@@ -69,7 +69,9 @@ CHECKPOINTS = 10
 MULTI_TASK: dict[str, Any] = {**ADAPTERS, "steps": 2000, "batch_size": 32}
 
 STAGES = {
-    "base": Stage("pretraining the base", ("base",), ("pairs", "trained", "multi_task", "generator", "paper")),
+    "base": Stage(
+        "pretraining the base", ("base",), ("pairs", "trained", "multi_task", "generator", "paper", "evaluation")
+    ),
     "pairs": Stage("training adapters and collecting checkpoints", ("pairs",), ("generator", "paper", "evaluation")),
     "trained": Stage("training on the held-out tasks", ("trained",), ("evaluation",)),
     "multi_task": Stage("training one LoRA on all training tasks", ("multi_task",), ("evaluation",)),
