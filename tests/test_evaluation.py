@@ -194,21 +194,6 @@ def test_what_was_not_given_is_named_not_faked(
     assert "no trained_adapter" in report.to_markdown()
 
 
-def test_a_generator_that_refuses_junk_is_evaluated_without_it(
-    generator: PromptConditionedLoraGenerator, fresh_base: Callable[[], nn.Module]
-) -> None:
-    class Refusing:
-        def generate_adapter(self, prompts: list[str], *, seed: int = 0) -> GeneratedAdapter:
-            if not all(prompt in HELD_OUT["law"] for prompt in prompts):
-                raise PromptError("no token is known")
-            return generator.generate_adapter(prompts, seed=seed)
-
-    one = {"new law": HeldOutTask(HELD_OUT["law"])}
-    report = evaluate_generator(Refusing(), fresh_base(), None, one, scorer, constant_prompt_set=HELD_OUT["law"])
-    assert list(report.rows) == ["base", "generated", "constant"]
-    assert report.not_measured["junk"] == "the generator refuses junk (no token is known)"
-
-
 def test_a_generator_that_reads_answers_gets_them(
     generator: PromptConditionedLoraGenerator, base_model: nn.Module
 ) -> None:

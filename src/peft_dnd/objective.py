@@ -16,7 +16,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +37,8 @@ LOSSES = ("weight_loss", "mean_adapter_loss", "task_loss", "mean_adapter_task_lo
 """What [`FittingObjective.item_losses`] gives for each item, column by column."""
 
 
-class Supervision(NamedTuple):
+@dataclass(frozen=True)
+class Supervision:
     """What a batch says of the adapters that should come out.
 
     Attributes:
@@ -125,7 +127,7 @@ class FittingObjective:
         weight_loss, task_loss = self._weights(step)
         # In the graph whatever follows: by chance no item of a batch may have a checkpoint.
         loss = tokens.sum() * 0.0
-        targets, known, examples = supervision
+        targets, known, examples = supervision.targets, supervision.has_target, supervision.examples
         if weight_loss > 0 and targets is not None:
             if known is not None:
                 tokens_with_target, targets = tokens[known], targets[known]
@@ -148,7 +150,7 @@ class FittingObjective:
         Returns:
             (B, 4), float32, the columns as in `LOSSES`; NaN for what there is not.
         """
-        targets, known, examples = supervision
+        targets, known, examples = supervision.targets, supervision.has_target, supervision.examples
         losses = torch.full((len(tokens), len(LOSSES)), torch.nan, device=tokens.device)
         mean = torch.zeros_like(tokens)
         if targets is not None:
