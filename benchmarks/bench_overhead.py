@@ -65,11 +65,13 @@ from peft_dnd import (
     PromptConditionedLoraGenerator,
 )
 from peft_dnd.evaluation import AnswerScorer
+from peft_dnd.files import read_json, write_json
 
 
 SHOTS = (1, 16, 64, 256)
 ALL = "all"
 LONGEST_ANSWER = 8
+FEW_STEPS = 8
 
 
 @dataclass
@@ -154,15 +156,15 @@ def get_adapters(generator: PromptConditionedLoraGenerator, world: World, folder
     ways["generated"](world.held_out_tasks[0])  # warms up
     train(folder, world, world.held_out_tasks[0], 1, steps=2)
 
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    accuracy: dict[str, list[float]] = {name: [] for name in ways}
+    # A round, all ways of one task in turn, is kept as soon as it is measured.
+    path = folder / "overhead.json"
+    rounds: dict[str, Any] = read_json(path) if path.is_file() else {}
     for task in world.held_out_tasks:
-        for name, get in ways.items():
-            began = time.perf_counter()
-            model = get(task)
-            seconds[name].append(time.perf_counter() - began)
-            accuracy[name].append(score(model, tokenizer, world.scored_examples(task)))
-            print(f"{task.name} {name}: {seconds[name][-1]:.2f} s, {accuracy[name][-1]:.0%}", file=sys.stderr)
+        if task.name not in rounds:
+            rounds[task.name] = {name: _got(get, task, tokenizer, world) for name, get in ways.items()}
+            write_json(path, rounds)
+    seconds = {name: [of_task[name]["seconds"] for of_task in rounds.values()] for name in ways}
+    accuracy = {name: [of_task[name]["accuracy"] for of_task in rounds.values()] for name in ways}
     costs = {"generated": cost_of_generating(generator, world)}
     for shots in (*SHOTS, ALL):
         costs[f"lora_{shots}_shots"] = cost_of_training(folder, world, shots)
@@ -176,6 +178,13 @@ def get_adapters(generator: PromptConditionedLoraGenerator, world: World, folder
         }
         for name in ways
     }
+
+
+def _got(get: Callable[[Task], nn.Module], task: Task, tokenizer: Any, world: World) -> dict[str, float]:
+    began = time.perf_counter()
+    model = get(task)
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "accuracy": score(model, tokenizer, world.scored_examples(task))}
 
 
 def labelled(way: str, world: World) -> int:
@@ -209,11 +218,11 @@ def few(world: World, task: Task, shots: int | str) -> list[Example]:
 
 def cost_of_training(folder: Path, world: World, shots: int | str) -> Cost:
     """Of one held-out task's LoRA: operations of a few steps for all of them, tokens counted."""
-    task, few_steps = world.held_out_tasks[0], 4
+    task = world.held_out_tasks[0]
     with FlopCounterMode(display=False) as counter:
         counted = TokenCounter()
-        train(folder, world, task, shots, steps=few_steps, callbacks=[counted])
-    return Cost(counted.tokens, counter.get_total_flops() / 1e9).times(SETTINGS["steps"] / few_steps)
+        train(folder, world, task, shots, steps=FEW_STEPS, callbacks=[counted])
+    return Cost(counted.tokens, counter.get_total_flops() / 1e9).times(SETTINGS["steps"] / FEW_STEPS)
 
 
 def cost_of_generating(generator: PromptConditionedLoraGenerator, world: World) -> Cost:
@@ -234,10 +243,11 @@ def cost_of_one_off(
 ) -> dict[str, Any]:
     """Of collecting on all training tasks, and of fitting."""
     collecting = cost_of_training(folder, world, ALL).times(len(pairs.tasks))
-    one, two = (cost_of_fitting(generator, pairs, steps) for steps in (1, 2))
-    step = two.gflop - one.gflop
-    read = sum(len(generator.text_encoder.encode_tokens(pairs.prompts(task)).flat) for task in pairs.tasks)
-    fitting = Cost(read, one.gflop + (FITTING_SETTINGS["max_steps"] - 1) * step)
+    # The operations of a step depend on how many prompts its items draw, so they are those of several.
+    first, more = (cost_of_fitting(generator, pairs, steps) for steps in (1, 1 + FEW_STEPS))
+    steps = (more.gflop - first.gflop) / FEW_STEPS * FITTING_SETTINGS["max_steps"]
+    reading = cost_of_reading(generator, pairs)
+    fitting = Cost(reading.tokens, reading.gflop + steps)
     spent = {
         name: progress.seconds[STAGES[stage].seconds]
         for name, stage in (("collecting", "pairs"), ("fitting", "generator"))
@@ -248,21 +258,28 @@ def cost_of_one_off(
     return {"training_tasks": len(pairs.tasks), **found, "together": together}
 
 
+def cost_of_reading(generator: PromptConditionedLoraGenerator, pairs: PromptCheckpointDataset) -> Cost:
+    """Of having the text encoder read the prompts of all training tasks, from those of one."""
+    with FlopCounterMode(display=False) as counter:
+        states = generator.text_encoder.encode_tokens(pairs.prompts(pairs.tasks[0]))
+    return Cost(len(states.flat), counter.get_total_flops() / 1e9).times(len(pairs.tasks))
+
+
 def cost_of_fitting(generator: PromptConditionedLoraGenerator, pairs: PromptCheckpointDataset, steps: int) -> Cost:
-    """Of the first steps of a fit like the generator's, with all that comes before them. Tokens are not counted."""
+    """Of the first steps of a fit like the generator's on two of its tasks, with all that comes before them."""
     fresh = PromptConditionedLoraGenerator(copy.deepcopy(generator.config), generator.text_encoder)
     with tempfile.TemporaryDirectory() as output:
         arguments = DnDTrainingArguments(
             output_dir=output,
             save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
             logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
             **{**FITTING_SETTINGS, "max_steps": steps},
         )
         with FlopCounterMode(display=False) as counter:
-            DnDTrainer(fresh, arguments, train_dataset=pairs).train()
+            DnDTrainer(fresh, arguments, train_dataset=pairs.split(pairs.tasks[:2])[1]).train()
     return Cost(0, counter.get_total_flops() / 1e9)
 
 
