@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import zipfile
 from pathlib import Path
@@ -128,7 +129,9 @@ def make_base(folder: Path, tokenizer: PreTrainedTokenizerFast, *, images: bool,
     )
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
     pictures = Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=56 * 56)
-    PicturesOnlyProcessor(pictures, tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(folder)
+    # Saving a processor marks its tokenizer as part of it, which the text encoders' is not.
+    own = copy.deepcopy(tokenizer)
+    PicturesOnlyProcessor(pictures, own, chat_template=CHAT_TEMPLATE).save_pretrained(folder)
 
 
 def make_encoder(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
