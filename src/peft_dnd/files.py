@@ -79,6 +79,7 @@ def staged_directory(path: PathLike) -> Iterator[Path]:
         yield staged
         for file in _files_below(staged):
             _flush_to_disk(file)
+            file.chmod(0o666 & ~_current_umask())  # safetensors makes files that only their owner may read
         staged.chmod(0o777 & ~_current_umask())
         if target.exists():
             for file in _files_below(staged):
