@@ -297,29 +297,42 @@ def pays_after(one_off: dict[str, float], way: dict[str, Any], ways: dict[str, A
 
 
 def in_context(world: World, folder: Path) -> dict[str, Any]:
-    """What the untouched base makes of examples before each question, and what a question then costs."""
+    """What the untouched base makes of examples before each question, and what a question then costs.
+
+    More examples than its context holds are not asked of it: for these only the tokens are counted.
+    """
     model, tokenizer = load_base(folder / "base")
     questions = {task.name: _as_pairs(world.scored_examples(task)) for task in world.held_out_tasks}
     training = {task.name: _as_pairs(world.training_examples(task)) for task in world.held_out_tasks}
     plain = AnswerScorer(tokenizer, questions, max_new_tokens=LONGEST_ANSWER, normalize=str)
-    asked = sum(map(len, questions.values()))
     found = {}
     for shots in (0, *SHOTS):
         scorer = plain.with_examples(training, shots, seed=world.seed)
-        with counting(model, tokenizer.pad_token_id) as counted:
-            began = time.perf_counter()
-            accuracy = fmean(fmean(scorer(model, task)) for task in questions)
-            seconds = time.perf_counter() - began
-        with FlopCounterMode(display=False) as counter:
-            scorer(model, next(iter(questions)))
+        texts = [scorer.text(task, question) for task, asked in questions.items() for question, _ in asked]
+        lengths = [len(ids) for ids in tokenizer(texts).input_ids]
+        fits = max(lengths) + LONGEST_ANSWER <= model.config.max_position_embeddings
         found[f"{shots}_shots"] = {
-            "accuracy": round(accuracy, 4),
-            "seconds_a_question": round(seconds / asked, 5),
-            "tokens_a_question": round(counted[0] / asked, 1),
-            "gflop_a_question": round(counter.get_total_flops() / 1e9 / (asked / len(questions)), 4),
-            "fits_the_context": counted[0] / asked <= model.config.max_position_embeddings,
+            "fits_the_context": fits,
+            "prompt_tokens_a_question": round(fmean(lengths), 1),
+            **(_answered(scorer, model, questions, tokenizer.pad_token_id) if fits else {}),
         }
     return found
+
+
+def _answered(scorer: AnswerScorer, model: nn.Module, questions: dict[str, Any], padding: int) -> dict[str, float]:
+    asked = sum(map(len, questions.values()))
+    with counting(model, padding) as counted:
+        began = time.perf_counter()
+        accuracy = fmean(fmean(scorer(model, task)) for task in questions)
+        seconds = time.perf_counter() - began
+    with FlopCounterMode(display=False) as counter:
+        scorer(model, next(iter(questions)))
+    return {
+        "accuracy": round(accuracy, 4),
+        "seconds_a_question": round(seconds / asked, 5),
+        "tokens_a_question": round(counted[0] / asked, 1),
+        "gflop_a_question": round(counter.get_total_flops() / 1e9 / (asked / len(questions)), 4),
+    }
 
 
 @contextmanager

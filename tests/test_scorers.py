@@ -75,10 +75,10 @@ def test_examples_stand_before_each_question(tokenizer: PreTrainedTokenizerFast)
     shots = scorer.with_examples(pool, 2, seed=1)
     assert shots.shots == scorer.with_examples(pool, 2, seed=1).shots
     (first, second) = (shots.shots or {})["t"]
-    text = shots._text("t", "what is sky ?")
+    text = shots.text("t", "what is sky ?")
     assert text == f"{first[0]}\n{first[1]}\n{second[0]}\n{second[1]}\nwhat is sky ?\n"
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-    text = shots._text("t", "what is sky ?")
+    text = shots.text("t", "what is sky ?")
     assert text == (
         f"<user>{first[0]}<assistant>{first[1]}<user>{second[0]}<assistant>{second[1]}<user>what is sky ?<assistant>"
     )

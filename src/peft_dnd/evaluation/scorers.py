@@ -103,13 +103,14 @@ class AnswerScorer:
         pairs = list(self.examples[task])
         answers: list[str] = []
         for start in range(0, len(pairs), self.batch_size):
-            answers += self._answer(model, [self._text(task, q) for q, _ in pairs[start : start + self.batch_size]])
+            answers += self._answer(model, [self.text(task, q) for q, _ in pairs[start : start + self.batch_size]])
         return [
             float(self.normalize(written) == self.normalize(right))
             for written, (_, right) in zip(answers, pairs, strict=True)
         ]
 
-    def _text(self, task: str, question: str) -> str:
+    def text(self, task: str, question: str) -> str:
+        """What the model reads for a question: solved examples before it, if any, and all in the chat template."""
         shots = (self.shots or {}).get(task, ())
         if getattr(self.tokenizer, "chat_template", None) is None:
             solved = "".join(f"{q}{self.separator}{a}{self.separator}" for q, a in shots)
