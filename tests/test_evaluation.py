@@ -303,6 +303,18 @@ def test_controls_are_reproducible() -> None:
     assert sorted(other.values()) == sorted(tasks) and all(a != b for a, b in other.items())
 
 
+def test_prompts_are_exchanged_with_another_kind() -> None:
+    kinds = {"a1": "a", "a2": "a", "a3": "a", "b1": "b", "b2": "b"}
+    tasks = [*kinds, "c"]
+    for seed in range(20):
+        other = shuffled_tasks(tasks, seed=seed, kinds=kinds)
+        assert sorted(other.values()) == sorted(tasks)
+        assert all(kinds.get(one, one) != kinds.get(another, another) for one, another in other.items())
+    assert len({tuple(sorted(shuffled_tasks(tasks, seed=seed, kinds=kinds).items())) for seed in range(20)}) > 1
+    with pytest.raises(EvaluationError, match="3 of 5 held-out tasks are of the kind 'a'"):
+        shuffled_tasks(list(kinds), kinds=kinds)
+
+
 def test_peak_memory_is_seen() -> None:
     with measured() as cost:
         held = torch.ones(50_000_000)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import random
 import string
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from ..errors import EvaluationError
@@ -51,15 +52,16 @@ def junk_prompts(count: int, *, seed: int | str = 0, kind: str = "mixed") -> lis
     return [kinds[kind][i % len(kinds[kind])](chance) for i in range(count)]
 
 
-def shuffled_tasks(tasks: Sequence[str], *, seed: int = 0) -> dict[str, str]:
+def shuffled_tasks(tasks: Sequence[str], *, seed: int = 0, kinds: Mapping[str, str] | None = None) -> dict[str, str]:
     """Give each task another one, each once: a random cycle through all of them (Sattolo's algorithm).
 
     Args:
         tasks: At least two tasks.
         seed: Which cycle.
+        kinds: Task -> what it wants, for tasks that share that with others; each then gets a task of another kind.
 
     Raises:
-        EvaluationError: If there are fewer than two.
+        EvaluationError: If there are fewer than two, or more than half of them are of one kind.
 
     Example:
         >>> shuffled_tasks(["law", "tax"])
@@ -72,7 +74,19 @@ def shuffled_tasks(tasks: Sequence[str], *, seed: int = 0) -> dict[str, str]:
     for i in range(len(order) - 1, 0, -1):
         j = int(chance.random() * i)
         order[i], order[j] = order[j], order[i]
-    return dict(zip(tasks, order, strict=True))
+    if not kinds:
+        return dict(zip(tasks, order, strict=True))
+    # Kind by kind in a row, a step as long as the largest kind leads from each task to one of another kind.
+    kind_of = {task: kinds.get(task, task) for task in order}
+    places = {kind: place for place, kind in enumerate(dict.fromkeys(kind_of.values()))}
+    order.sort(key=lambda task: places[kind_of[task]])
+    kind, step = Counter(kind_of.values()).most_common(1)[0]
+    if 2 * step > len(order):
+        raise EvaluationError(
+            f"{step} of {len(order)} held-out tasks are of the kind {kind!r}, so not each can get the prompts of "
+            "another kind. At most half may be of one kind."
+        )
+    return {task: order[(place + step) % len(order)] for place, task in enumerate(order)}
 
 
 def constant_prompts(training: Mapping[str, Sequence[str]], *, seed: int = 0) -> list[str]:

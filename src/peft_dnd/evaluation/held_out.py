@@ -46,11 +46,14 @@ class HeldOutTask:
         trained_adapter: An adapter trained on the task itself, the ceiling; it may be of another layout.
         answers: The prompts' answers, one each, only for generators that read them (see
             `PromptConditionedLoraGeneratorConfig.condition_text`).
+        kind: A name shared by held-out tasks that want the same of an adapter, if some do: the prompts of one are then
+            no wrong prompts for another, and `shuffled` takes those of another kind.
     """
 
     prompts: Sequence[str]
     trained_adapter: AdapterSource | None = None
     answers: Sequence[str] | None = None
+    kind: str | None = None
 
 
 def held_out_texts(generator: AdapterGenerator, tasks: Mapping[str, HeldOutTask], *, seed: int) -> Texts:

@@ -74,6 +74,10 @@ class ProtocolRun:
         self.prompts = {
             task: check_prompts(held_out.prompts, f"the prompts of task {task!r}") for task, held_out in tasks.items()
         }
+        # Now rather than when its turn comes: tasks that cannot be exchanged should fail before hours of scoring.
+        kinds = {name: task.kind for name, task in tasks.items() if task.kind is not None}
+        exchange = len(tasks) > 1 and "shuffled" not in skip
+        self.exchanged = shuffled_tasks(list(tasks), seed=seed, kinds=kinds) if exchange else {}
         self.scores: dict[str, dict[str, tuple[float, ...]]] = {}
         self.not_measured: dict[str, str] = {}
         self.costs: dict[str, Any] = {}
@@ -181,7 +185,7 @@ class ProtocolRun:
         texts = held_out_texts(generator, self.tasks, seed=self.seed)
         training = training_texts(generator, self.pairs)
         if len(self.tasks) > 1:
-            from_task = shuffled_tasks(list(self.tasks), seed=self.seed)
+            from_task = self.exchanged
         elif training:
             # The task's name goes into the draw, so that over a leave-one-out it is not always the same other task.
             (task,) = self.tasks
