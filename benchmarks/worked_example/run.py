@@ -26,7 +26,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -38,6 +37,7 @@ sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "hard_world"), str(EXAMPLE)]
 from fitting import fit  # noqa: E402
 from judging import judge  # noqa: E402
 from record import write_result  # noqa: E402
+from rivals import RIVALS  # noqa: E402
 from tasks import SETTINGS, train_adapter  # noqa: E402
 from world import World, build_world  # noqa: E402
 
@@ -47,39 +47,6 @@ from peft_dnd.files import read_json, staged_directory, write_json  # noqa: E402
 
 # Four times the steps and twice the rank of one task's adapter: it has to serve 24 tasks.
 MULTI_TASK = {**SETTINGS, "rank": 8, "alpha": 16, "steps": 320}
-
-# The paper's decoder twice: as this library derives it where nothing is said, with the paper's kernel; and as small as
-# it was found to compose best on the world of seed 100, with as many steps as the generator of the example.
-RIVALS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "config": {
-            "decoder_type": "hyper_convolution",
-            "num_prompts": 8,
-            "max_prompt_length": 24,
-            "decoder_config": {"kernel_size": 9},
-        },
-        "fitting": {
-            "max_steps": 300,
-            "per_device_train_batch_size": 16,
-            "learning_rate": 1e-3,
-            "weight_decay": 0.01,
-        },
-    },
-    "paper_small": {
-        "config": {
-            "decoder_type": "hyper_convolution",
-            "num_prompts": 8,
-            "max_prompt_length": 24,
-            "decoder_config": {"kernel_size": 3, "cascade": [[8, 24, 384], [8, 4, 128], [34, 4, 64]]},
-        },
-        "fitting": {
-            "max_steps": 300,
-            "per_device_train_batch_size": 16,
-            "learning_rate": 3e-3,
-            "weight_decay": 0.01,
-        },
-    },
-}
 
 
 def main() -> None:
