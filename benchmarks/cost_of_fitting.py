@@ -111,9 +111,8 @@ def main() -> None:
             if name != "generator"
         },
     }
-    command = (
-        f"python benchmarks/cost_of_fitting.py --world {options.world} --folder {Path(*options.folder.parts[-2:])}"
-    )
+    output = "demo_output" if options.world == "worked_example" else f"{options.world}_output"
+    command = f"python benchmarks/cost_of_fitting.py --world {options.world} --folder {output}/{options.folder.name}"
     write_result(f"fitting_{options.world}", result, command)
 
 
