@@ -83,7 +83,12 @@ GENERATOR: dict[str, Any] = {
 }
 # The paper's layers, kernel and loss.
 PAPER: dict[str, Any] = {
-    "config": {"num_prompts": 16, "max_prompt_length": 24, "decoder_config": {"kernel_size": 9}},
+    "config": {
+        "decoder_type": "hyper_convolution",
+        "num_prompts": 16,
+        "max_prompt_length": 24,
+        "decoder_config": {"kernel_size": 9},
+    },
     "fitting": {
         "max_steps": 60,
         "per_device_train_batch_size": 4,
