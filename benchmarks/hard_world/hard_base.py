@@ -24,13 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from base import as_question, collate_examples
+from base import as_question, build_base, collate_examples, save_base, word_tokenizer
 from hard_world import BEHAVIOURS, KINDS, LANGUAGES, TASKS, TYPOS, Behaviour, World, write_prompt
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from peft_dnd.files import staged_directory
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 PRETRAINING: dict[str, Any] = {"steps": 600, "batch_size": 128, "learning_rate": 1e-2}
@@ -41,16 +38,14 @@ def make_base(world: World, folder: Path) -> None:
     """Pretrain the base model and save it, with its tokenizer, as an ordinary transformers folder."""
     torch.manual_seed(world.seed)
     tokenizer = build_tokenizer(world)
-    model = build_base(tokenizer)
+    # Questions are longer than in the worked example; small weights take many steps to tell one person from another.
+    model = build_base(tokenizer, max_position_embeddings=256, initializer_range=0.1, tie_word_embeddings=False)
     pretrain(model, tokenizer, world)
-    with staged_directory(folder) as staged:
-        model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
+    save_base(model, tokenizer, folder)
 
 
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     """A tokenizer with one token for every word of the world, the space before it included; none for typos."""
-    splitter = pre_tokenizers.Split(Regex(r"\n| ?[\w-]+| ?[^\w\s]"), behavior="isolated")
     draw = random.Random(world.seed)
     texts = [world.answer(behaviour, person) for behaviour in BEHAVIOURS for person in world.people]
     texts += [f" {person}" for person in world.people]
@@ -61,37 +56,7 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
                     write_prompt(task, world.people[0], sort, draw, held_out=held_out)
                     for _ in range(_PROMPTS_READ_FOR_WORDS)
                 ]
-    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(text)}
-    vocabulary = ["<pad>", "</s>", "<unk>", "\n", *sorted(words)]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = splitter
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def build_base(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 2 layers and width 64, freshly initialised, for the vocabulary of `tokenizer`."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        # Small weights take many steps to tell one person from another.
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config)
+    return word_tokenizer(r"\n| ?[\w-]+| ?[^\w\s]", texts)
 
 
 def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: World) -> None:

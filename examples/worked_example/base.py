@@ -22,6 +22,7 @@ ends up knowing every fact in every format, and answers with a random one. What 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ def make_base(world: World, folder: Path) -> None:
     tokenizer = build_tokenizer(world)
     model = build_base(tokenizer)
     pretrain(model, tokenizer, world)
+    save_base(model, tokenizer, folder)
+
+
+def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save both, whole or not at all."""
     with staged_directory(folder) as staged:
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
@@ -64,9 +70,14 @@ def load_base(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     """A tokenizer with one token for every word and sign of the world, a space among them. Decoding is exact."""
-    splitter = pre_tokenizers.Split(Regex(r"\n| |[\w]+|[^\w\s]"), behavior="isolated")
     texts = [question for person in world.people for question in world.questions(person)]
     texts += [world.answer(task, person) for task in TASKS for person in world.people]
+    return word_tokenizer(r"\n| |[\w]+|[^\w\s]", texts)
+
+
+def word_tokenizer(pattern: str, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token for everything in `texts` that the pattern matches; the rest is unknown to it."""
+    splitter = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     words = {word for text in texts for word, _ in splitter.pre_tokenize_str(text)}
     vocabulary = ["<pad>", "</s>", "<unk>", "\n", *sorted(words)]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>"))
@@ -82,22 +93,27 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     )
 
 
-def build_base(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 2 layers and width 64, freshly initialised, for the vocabulary of `tokenizer`."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config)
+def build_base(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> LlamaForCausalLM:
+    """A Llama of 2 layers and width 64, freshly initialised, for the vocabulary of `tokenizer`.
+
+    Args:
+        tokenizer: Its tokenizer.
+        settings: Of `LlamaConfig`, in place of those that stand here.
+    """
+    config = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.05,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**config, **settings}))
 
 
 def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: World) -> None:
