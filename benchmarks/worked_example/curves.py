@@ -59,7 +59,7 @@ from peft_dnd.pairs import load_task  # noqa: E402
 
 
 TASK_COUNTS = (2, 4, 8, 12, 16, 20, 24)
-PROMPT_COUNTS = (1, 2, 4, 8, 16, 32, 64)
+PROMPT_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CHECKPOINT_COUNTS = (1, 3, 10)
 TEMPLATE_COUNTS = (4, 8, 16, 32, 64)
 TYPO_RATES = (0.02, 0.05, 0.1, 0.2)
@@ -144,14 +144,14 @@ class Bench:
         self,
         generator: PromptConditionedLoraGenerator,
         tasks: Sequence[Task] | None = None,
-        change: Callable[[Sequence[str]], Sequence[str]] = list,
+        prompts: Callable[[Task], Sequence[str]] | None = None,
     ) -> float:
-        """Mean exact match of adapters generated for tasks, by default the held-out ones, from changed prompts."""
+        """Mean exact match of adapters generated from prompts of tasks, by default all those of the held-out ones."""
         chosen = self.world.held_out_tasks if tasks is None else tasks
         model, tokenizer = load_base(self.folder / "base")
         scores = []
         for task in chosen:
-            adapter = generator.generate_adapter(change(self.world.prompts(task)), seed=self.world.seed)
+            adapter = generator.generate_adapter((prompts or self.world.prompts)(task), seed=self.world.seed)
             model = adapter.load_into(model)
             scores.append(score(model, tokenizer, self.world.scored_examples(task)))
         return fmean(scores)
@@ -179,13 +179,20 @@ def main() -> None:
 
 def by_prompts(bench: Bench, generator: PromptConditionedLoraGenerator) -> None:
     """How many prompts the example's generator is given, and how badly they are typed."""
+    prompts = bench.world.prompts
     for count in PROMPT_COUNTS:
-        bench.point("prompts", count, lambda count=count: {"held out": bench.score(generator, None, _some(count))})
+
+        def some(task: Task, count: int = count) -> Sequence[str]:
+            return prompts(task, count)
+
+        bench.point("prompts", count, lambda some=some: {"held out": bench.score(generator, None, some)})
     for rate in TYPO_RATES:
+
+        def mistyped(task: Task, rate: float = rate) -> Sequence[str]:
+            return _mistype(prompts(task), rate)
+
         bench.point(
-            "share of letters mistyped",
-            rate,
-            lambda rate=rate: {"held out": bench.score(generator, None, _typos(rate))},
+            "share of letters mistyped", rate, lambda some=mistyped: {"held out": bench.score(generator, None, some)}
         )
 
 
@@ -243,24 +250,16 @@ def new_tasks(bench: Bench) -> None:
         bench.point("new tasks", name, lambda way=way: scores(*way()))
 
 
-def _some(count: int) -> Callable[[Sequence[str]], Sequence[str]]:
-    return lambda prompts: prompts[:count]
-
-
-def _typos(rate: float) -> Callable[[Sequence[str]], Sequence[str]]:
+def _mistype(prompts: Sequence[str], rate: float) -> list[str]:
     """Replaces a share of the letters by others."""
-
-    def mistype(prompts: Sequence[str]) -> list[str]:
-        chance = random.Random(f"typos {rate}")
-        return [
-            "".join(
-                chance.choice("abcdefghijklmnopqrstuvwxyz") if letter.isalpha() and chance.random() < rate else letter
-                for letter in prompt
-            )
-            for prompt in prompts
-        ]
-
-    return mistype
+    chance = random.Random(f"typos {rate}")
+    return [
+        "".join(
+            chance.choice("abcdefghijklmnopqrstuvwxyz") if letter.isalpha() and chance.random() < rate else letter
+            for letter in prompt
+        )
+        for prompt in prompts
+    ]
 
 
 if __name__ == "__main__":

@@ -266,10 +266,10 @@ class World:
             for person in self.people
         ]
 
-    def prompts(self, task: Task) -> list[str]:
+    def prompts(self, task: Task, count: int = NUM_PROMPTS) -> list[str]:
         """Unlabelled prompts of a task: some of its training questions, without their answers."""
         draw = random.Random(f"prompts {self.seed} {task.name}")
-        return [example.prompt for example in draw.sample(self.training_examples(task), NUM_PROMPTS)]
+        return [example.prompt for example in draw.sample(self.training_examples(task), count)]
 
     def questions(self, person: str) -> list[str]:
         """Every way to ask anything about a person, in any format."""

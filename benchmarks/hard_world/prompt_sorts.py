@@ -1,0 +1,106 @@
+# Copyright 2026 The peft_dnd authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What every benchmark needs: contestants that take turns, their median and spread, and a record of where they ran."""
+
+"""How the hard world's generator does with prompts of one sort, with few and with many.
+
+    python benchmarks/hard_world/run.py --seed 0
+    python benchmarks/hard_world/prompt_sorts.py --seed 0
+
+Works with what the first command left. All prompts are in wordings that no training task has; the questions on which
+an adapter is scored are the same for all, of every sort.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+import torch
+import transformers
+
+
+BENCHMARKS = Path(__file__).parent.parent
+sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "examples" / "worked_example")]
+
+from base import load_base  # noqa: E402
+from hard_world import LANGUAGES, TYPOS, World, build_world  # noqa: E402
+from record import write_result  # noqa: E402
+from tasks import score  # noqa: E402
+
+from peft_dnd import PromptConditionedLoraGenerator  # noqa: E402
+
+
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+COUNT_OF_A_SORT = 64
+
+
+def main() -> None:
+    """Measure, print and keep the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="the world's seed")
+    parser.add_argument("--output", type=Path, default=Path("hard_world_output"), help="the benchmark's folder")
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    folder = options.output / f"seed-{options.seed}"
+    if not (folder / "generator" / "config.json").is_file():
+        raise SystemExit(f"{folder} is not finished. Run benchmarks/hard_world/run.py --seed {options.seed} first.")
+    world = build_world(options.seed)
+    generator = PromptConditionedLoraGenerator.from_pretrained(folder / "generator")
+    prompts = {task.name: world.prompts(task, count=max(COUNTS)) for task in world.held_out_tasks}
+    result = {
+        "seed": options.seed,
+        "prompts, all sorts mixed": {
+            count: score_with(
+                generator, world, folder, {task: _spread(texts, count) for task, texts in prompts.items()}
+            )
+            for count in COUNTS
+        },
+        f"{COUNT_OF_A_SORT} prompts of one sort": {
+            sort: score_with(
+                generator,
+                world,
+                folder,
+                {task.name: world.prompts(task, sort, COUNT_OF_A_SORT) for task in world.held_out_tasks},
+            )
+            for sort in ("english", TYPOS, *LANGUAGES)
+        },
+    }
+    command = f"python benchmarks/hard_world/prompt_sorts.py --seed {options.seed}"
+    write_result(f"hard_world_prompts_seed_{options.seed}", result, command)
+
+
+def score_with(
+    generator: PromptConditionedLoraGenerator, world: World, folder: Path, prompts: dict[str, Sequence[str]]
+) -> float:
+    """Mean exact match on the held-out tasks of the adapters that such prompts give."""
+    model, tokenizer = load_base(folder / "base")
+    scores = []
+    for task in world.held_out_tasks:
+        model = generator.generate_adapter(prompts[task.name], seed=world.seed).load_into(model)
+        scores.append(score(model, tokenizer, world.scored_examples(task)))
+    return round(fmean(scores), 4)
+
+
+def _spread(texts: Sequence[str], count: int) -> list[str]:
+    """So many of them, evenly from all: they stand sort by sort."""
+    return [texts[place * len(texts) // count] for place in range(count)]
+
+
+if __name__ == "__main__":
+    main()
