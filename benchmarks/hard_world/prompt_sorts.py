@@ -11,7 +11,6 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What every benchmark needs: contestants that take turns, their median and spread, and a record of where they ran."""
 
 """How the hard world's generator does with prompts of one sort, with few and with many.
 
