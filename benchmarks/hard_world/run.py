@@ -70,13 +70,20 @@ MULTI_TASK: dict[str, Any] = {**ADAPTERS, "steps": 2000, "batch_size": 32}
 
 STAGES = {
     "base": Stage(
-        "pretraining the base", ("base",), ("pairs", "trained", "multi_task", "generator", "paper", "evaluation")
+        "pretraining the base",
+        ("base",),
+        ("pairs", "trained", "multi_task", "generator", "paper", "paper_small", "evaluation"),
     ),
-    "pairs": Stage("training adapters and collecting checkpoints", ("pairs",), ("generator", "paper", "evaluation")),
+    "pairs": Stage(
+        "training adapters and collecting checkpoints", ("pairs",), ("generator", "paper", "paper_small", "evaluation")
+    ),
     "trained": Stage("training on the held-out tasks", ("trained",), ("evaluation",)),
     "multi_task": Stage("training one LoRA on all training tasks", ("multi_task",), ("evaluation",)),
     "generator": Stage("fitting the generator", ("generator-fitting", "generator"), ("evaluation",)),
     "paper": Stage("fitting the paper's decoder", ("paper-fitting", "paper"), ("evaluation",)),
+    "paper_small": Stage(
+        "fitting the paper's decoder, small", ("paper_small-fitting", "paper_small"), ("evaluation",)
+    ),
     "evaluation": Stage("judging", ("evaluation",)),
 }
 
