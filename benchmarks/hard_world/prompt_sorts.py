@@ -11,8 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-
-"""How the hard world's generator does with prompts of one sort, with few and with many.
+"""How the hard world's generator does with prompts of one sort, with few and with many, picked and at random.
 
     python benchmarks/hard_world/run.py --seed 0
     python benchmarks/hard_world/prompt_sorts.py --seed 0
@@ -24,10 +23,12 @@ an adapter is scored are the same for all, of every sort.
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 import transformers
@@ -41,11 +42,14 @@ from hard_world import LANGUAGES, TYPOS, World, build_world  # noqa: E402
 from record import write_result  # noqa: E402
 from tasks import score  # noqa: E402
 
-from peft_dnd import PromptConditionedLoraGenerator  # noqa: E402
+from peft_dnd import PromptConditionedLoraGenerator, select_representative  # noqa: E402
+from peft_dnd.representative import METHODS  # noqa: E402
 
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 COUNT_OF_A_SORT = 64
+PICKS = (1, 2, 4, 8)
+RANDOM_PICKS = 5
 
 
 def main() -> None:
@@ -62,7 +66,7 @@ def main() -> None:
     world = build_world(options.seed)
     generator = PromptConditionedLoraGenerator.from_pretrained(folder / "generator")
     prompts = {task.name: world.prompts(task, count=max(COUNTS)) for task in world.held_out_tasks}
-    result = {
+    result: dict[str, Any] = {
         "seed": options.seed,
         "prompts, all sorts mixed": {
             count: score_with(
@@ -80,6 +84,16 @@ def main() -> None:
             for sort in ("english", TYPOS, *LANGUAGES)
         },
     }
+    for count in PICKS:
+        result[f"{count} prompts picked of {max(COUNTS)}"] = {
+            **{
+                method: score_with(generator, world, folder, representative(prompts, count, method, generator))
+                for method in METHODS
+            },
+            "at random": [
+                score_with(generator, world, folder, at_random(prompts, count, pick)) for pick in range(RANDOM_PICKS)
+            ],
+        }
     command = f"python benchmarks/hard_world/prompt_sorts.py --seed {options.seed}"
     write_result(f"hard_world_prompts_seed_{options.seed}", result, command)
 
@@ -94,6 +108,19 @@ def score_with(
         model = generator.generate_adapter(prompts[task.name], seed=world.seed).load_into(model)
         scores.append(score(model, tokenizer, world.scored_examples(task)))
     return round(fmean(scores), 4)
+
+
+def representative(
+    prompts: dict[str, list[str]], count: int, method: str, generator: PromptConditionedLoraGenerator
+) -> dict[str, Sequence[str]]:
+    """Each task's prompts that stand for all of them."""
+    encoder = generator.text_encoder
+    return {task: select_representative(texts, count, encoder, method=method) for task, texts in prompts.items()}
+
+
+def at_random(prompts: dict[str, list[str]], count: int, pick: int) -> dict[str, Sequence[str]]:
+    """Some of each task's prompts."""
+    return {task: random.Random(f"{pick} {task}").sample(texts, count) for task, texts in prompts.items()}
 
 
 def _spread(texts: Sequence[str], count: int) -> list[str]:
