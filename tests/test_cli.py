@@ -76,3 +76,41 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
         assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_prompts_in_another_encoding_are_named(
+    generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / name).write_bytes("the café".encode("latin-1"))
+    assert main(["generate", str(generator_folder), str(tmp_path / name), str(tmp_path / "adapter")]) == 1
+    found = capsys.readouterr().err
+    assert name in found and "UTF-8" in found
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(generator_folder: Path, tmp_path: Path) -> None:
+    written = []
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "prompts.txt").write_text("what is the law ?", encoding=encoding)
+        assert main(["generate", str(generator_folder), str(tmp_path / "prompts.txt"), str(tmp_path / "adapter")]) == 0
+        written.append(GeneratedAdapter.from_pretrained(tmp_path / "adapter").provenance["prompts_sha256"])
+    assert written[0] == written[1]
+
+
+def test_a_folder_in_place_of_prompts(
+    generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(generator_folder), str(tmp_path), str(tmp_path / "adapter")]) == 1
+    assert "is a folder" in capsys.readouterr().err
+
+
+def test_an_interrupted_command_ends_without_a_traceback(
+    generator_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peft_dnd.cli.PromptConditionedLoraGeneratorConfig.from_pretrained", interrupt)
+    assert main(["show", str(generator_folder)]) == 130
+    assert capsys.readouterr().err == "peft-dnd: interrupted.\n"

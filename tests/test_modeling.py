@@ -277,7 +277,7 @@ def test_folder_problems_are_named(generator_folder: Path, tmp_path: Path) -> No
 
     broken = edited(generator_folder, tmp_path / "broken")
     (broken / "config.json").write_text('{"model_type": ')
-    with pytest.raises(GeneratorNotFoundError, match="broken"):
+    with pytest.raises(CorruptFileError, match="broken"):
         load(broken)
 
     bare = edited(generator_folder, tmp_path / "bare")

@@ -39,11 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name; `None` reads the real one.
 
     Returns:
-        0, or 1 with a message on standard error if something is wrong with the input.
+        0; 1 with a message on standard error if something is wrong with the input; 130 if it was interrupted.
     """
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
+    except KeyboardInterrupt:
+        print("peft-dnd: interrupted.", file=sys.stderr)
+        return 130
     except (PeftDndError, OSError) as error:
         print(f"peft-dnd: {error}", file=sys.stderr)
         return 1
@@ -158,7 +161,7 @@ def _import_adapters(options: argparse.Namespace) -> None:
 
 def _read_answers(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = _read_text(path).split("\n")
         return [json.loads(line)["answer"] for line in lines if line.strip()]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise PromptError(
@@ -167,10 +170,24 @@ def _read_answers(path: Path) -> list[str]:
         ) from error
 
 
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise PromptError(
+            f"The prompts' file {str(path)!r} {what}. Give a text file with one prompt a line, or a .jsonl."
+        )
+    try:
+        return path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the first prompt
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"The prompts' file {str(path)!r} is not in UTF-8 ({error}). Save it in UTF-8, or give another file."
+        ) from error
+
+
 def _read_prompts(path: Path) -> list[str]:
     if path.suffix == ".json":
         return read_published_prompts(path)
-    text = path.read_text(encoding="utf-8")
+    text = _read_text(path)
     lines = [line for line in text.split("\n") if line.strip()]
     if path.suffix != ".jsonl":
         return [line.rstrip("\r") for line in lines]

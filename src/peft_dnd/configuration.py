@@ -20,18 +20,21 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from transformers import PretrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from .condition_text import check_condition_text
 from .errors import FormatVersionError, GeneratorConfigError, GeneratorNotFoundError
-from .files import PathLike
+from .files import PathLike, read_json
+from .hub import generator_name, what_it_is_instead
 from .layout import AdapterLayout
 from .published_tokenizer import PublishedTokenizer
 from .sentence_transformer import SentenceTransformerTextEncoder
 from .settings import PaperSettings
-from .text_encoder import TextEncoder
+from .text_encoder import TextEncoder, check_text_encoder
 from .tokenizer import WeightTokenizer
 
 
@@ -132,6 +135,8 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(format_version, int):
+            raise GeneratorConfigError(f"format_version must be an integer, got {format_version!r}.")
         if format_version > FORMAT_VERSION:
             raise FormatVersionError(
                 f"This generator is of format version {format_version}; this version of peft_dnd reads up to "
@@ -154,8 +159,8 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         self.token_format = token_format
         self.normalization = normalization
         self.decoder_type = decoder_type
-        self.decoder_config = dict(decoder_config or {})
-        self.measured = dict(measured or {})
+        self.decoder_config = _as_dict("decoder_config", decoder_config)
+        self.measured = _as_dict("measured", measured)
         self.format_version = format_version
         self._check_values()
         _refuse_misspelt(kwargs, own=[name for name in vars(self) if not name.startswith("_")])
@@ -211,12 +216,18 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
             TextEncoderError: If the text encoder cannot be loaded.
             GeneratorConfigError: If a value is impossible.
         """
+        if not hasattr(adapters, "layout") and not isinstance(adapters, AdapterLayout):
+            raise GeneratorConfigError(
+                f"from_adapters takes a PromptCheckpointDataset or an AdapterLayout, got {adapters!r}. A pairs folder "
+                "is read by PromptCheckpointDataset.from_folder."
+            )
         if isinstance(text_encoder, str):
             name: str | None = text_encoder
             encoder: TextEncoder = SentenceTransformerTextEncoder.from_pretrained(
                 text_encoder, revision=text_encoder_revision, layer=text_encoder_layer, window_tokens=window_tokens
             )
         else:
+            check_text_encoder(text_encoder)
             encoder, name = text_encoder, text_encoder.name_or_path
             check_how_it_reads(encoder, text_encoder_layer, window_tokens)
         if condition_text != "prompts" and hasattr(adapters, "with_condition"):
@@ -280,20 +291,25 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
 
         Raises:
             GeneratorNotFoundError: If there is none, or it is another kind of model's.
+            CorruptFileError: If it is no JSON, for instance cut short.
         """
-        name = str(pretrained_model_name_or_path)
+        name = generator_name(pretrained_model_name_or_path)
         try:
             config_dict, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         except OSError as error:
+            file = Path(name, kwargs.get("subfolder") or "", CONFIG_NAME)
+            if file.is_file():
+                read_json(file)  # says what is wrong with it; of a damaged file transformers says that there is none
             raise GeneratorNotFoundError(
                 f"There is no generator at {name!r}: expected a folder that "
                 "PromptConditionedLoraGenerator.save_pretrained has written, or a Hub id. Check the spelling, the "
                 f"network and your access token. ({error})"
             ) from error
-        if config_dict.get("model_type") != cls.model_type:
+        found = config_dict.get("model_type") if isinstance(config_dict, dict) else None
+        if found != cls.model_type:
+            what = "no generator" if found is None else f"a model of type {found!r}, no generator"
             raise GeneratorNotFoundError(
-                f"{name!r} is a model of type {config_dict.get('model_type')!r}, no generator; expected "
-                f"{cls.model_type!r}."
+                f"{name!r} is {what}; expected a {CONFIG_NAME} of type {cls.model_type!r}.{what_it_is_instead(name)}"
             )
         return config_dict, rest
 
@@ -365,6 +381,12 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
                 "Tokens of the format 'published' carry their own scales: set normalization='none', not "
                 f"{self.normalization!r}, or use token_format='chunks'."
             )
+
+
+def _as_dict(name: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise GeneratorConfigError(f"{name} must be a dictionary, got {value!r}.")
+    return dict(value or {})
 
 
 def condition_size(encoder: TextEncoder, condition: str) -> int:

@@ -80,7 +80,7 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         self.keep_in_memory = keep_in_memory
         self._tasks = {task.name: task for task in tasks}
         self._layout = next((task.layout for task in tasks if task.layout is not None), layout)
-        visits = max(1, *(len(task.checkpoints) for task in tasks))
+        visits = max([1, *(len(task.checkpoints) for task in tasks)])
         self._items = [(task, path) for task in tasks for path in (task.checkpoints or (None,) * visits)]
         self._kept: dict[Path, dict[str, torch.Tensor]] = {}
         # In shared memory, so that worker processes that outlive an epoch see the next one.
@@ -113,6 +113,8 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
             LayoutError: If adapters differ in their layouts, or from the given one; the first difference is named.
             FormatVersionError: If a newer version of the library wrote it.
         """
+        if layout is not None and not isinstance(layout, AdapterLayout):
+            raise LayoutError(f"layout must be an AdapterLayout, got {layout!r}. AdapterLayout.from_folder reads one.")
         folders = find_tasks(path, None if tasks is None else _names(tasks)).values()
         read = [load_task(folder) for folder in with_progress(folders, "Checking pairs")]
         check_alike(read)
@@ -232,8 +234,8 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
             PromptError: If a task has no answers, and they are needed.
             PairsFolderError: If the texts are in another form than the prompts already.
         """
-        if prompt_pool_size is not None and prompt_pool_size < 1:
-            raise GeneratorConfigError(f"prompt_pool_size must be at least 1, got {prompt_pool_size}.")
+        if prompt_pool_size is not None and (not isinstance(prompt_pool_size, int) or prompt_pool_size < 1):
+            raise GeneratorConfigError(f"prompt_pool_size must be at least 1, got {prompt_pool_size!r}.")
         tasks = list(self._tasks.values())
         formed = [_with_texts(task, condition_text, answer_ratio, prompt_pool_size, self.seed) for task in tasks]
         if all(new is old for new, old in zip(formed, tasks, strict=True)):
@@ -383,7 +385,11 @@ def _mean(state_dicts: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Ten
 
 
 def _names(names: Iterable[str]) -> set[str]:
-    return {names} if isinstance(names, str) else set(names)
+    found = {names} if isinstance(names, str) else set(names) if isinstance(names, Iterable) else {names}
+    wrong = [name for name in found if not isinstance(name, str)]
+    if wrong:
+        raise PairsFolderError(f"Tasks are named by strings, got {wrong[0]!r}.")
+    return found
 
 
 _Item = TypeVar("_Item")

@@ -169,6 +169,8 @@ class DnDConfig(LoraConfig):
         self.prompts = list(check_prompts(self.prompts))
         if not isinstance(self.seed, int):
             raise GeneratorConfigError(f"DnDConfig's seed must be an integer, got {self.seed!r}.")
+        if self.lora_alpha is not None and not isinstance(self.lora_alpha, (int, float)):
+            raise GeneratorConfigError(f"DnDConfig's lora_alpha must be a number, got {self.lora_alpha!r}.")
         check_action(self.out_of_distribution, self.threshold)
         config = self._read_generator_config()
         # The texts themselves are formed when they are read; here what they lack is said, before a model is touched.

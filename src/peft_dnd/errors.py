@@ -40,6 +40,14 @@ class CorruptFileError(PeftDndError, ValueError):
     """A file is there but cannot be read as what it should be."""
 
 
+class MissingFileError(PeftDndError, FileNotFoundError):
+    """A file that must be there is not."""
+
+
+class DestinationError(PeftDndError, NotADirectoryError):
+    """Nothing can be saved where it was to be saved: a file is in the way of the folder."""
+
+
 class FormatVersionError(PeftDndError, ValueError):
     """A folder was written in a newer format than this version of the library reads."""
 

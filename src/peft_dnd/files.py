@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .errors import CorruptFileError
+from .errors import CorruptFileError, DestinationError, MissingFileError
 
 
 PathLike = str | os.PathLike[str]
@@ -72,7 +72,12 @@ def staged_directory(path: PathLike) -> Iterator[Path]:
     """
     target = Path(path)
     if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"Cannot save to {str(target)!r}: it is a file. Name a folder, or remove the file.")
+        raise DestinationError(f"Cannot save to {str(target)!r}: it is a file. Name a folder, or remove the file.")
+    for parent in target.parents:
+        if parent.exists() and not parent.is_dir():
+            raise DestinationError(
+                f"Cannot save to {str(target)!r}: {str(parent)!r} is a file. Name another folder, or remove the file."
+            )
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=target.parent))
     try:
@@ -151,7 +156,7 @@ def read_safetensors_shapes(path: PathLike) -> dict[str, tuple[int, ...]]:
 @contextmanager
 def _opened(path: PathLike) -> Iterator[Any]:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+        raise MissingFileError(f"There is no file {str(path)!r}.")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file

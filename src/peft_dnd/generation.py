@@ -25,7 +25,7 @@ import torch
 from .adapter import GeneratedAdapter
 from .conditioning import PromptReadingMixin
 from .configuration import PromptedAdapters
-from .errors import NotFittedError, OutOfDistributionError, WeightValueError
+from .errors import NotFittedError, OutOfDistributionError, PromptError, PromptTypeError, WeightValueError
 from .out_of_distribution import (
     FEWEST_TASKS,
     REFERENCE_NAME,
@@ -143,6 +143,7 @@ class AdapterWritingMixin(PromptReadingMixin):
             threshold: As for one task.
         """
         self._check_ready(out_of_distribution, threshold)
+        _check_pools(prompts, answers)
         paired = {task: (lines, None if answers is None else answers.get(task)) for task, lines in prompts.items()}
         checked = {
             task: self.condition_texts(*lines, seed=seed, what=f"the prompts of task {task!r}")
@@ -240,6 +241,21 @@ class AdapterWritingMixin(PromptReadingMixin):
             "seed": seed,
             "peft_dnd_version": __version__,
         }
+
+
+def _check_pools(prompts: object, answers: object) -> None:
+    for what, pools in (("prompts", prompts), ("answers", answers)):
+        if not isinstance(pools, Mapping) and not (what == "answers" and pools is None):
+            raise PromptTypeError(
+                f"The {what} of many tasks are a dictionary, task name -> list of strings; got a "
+                f"{type(pools).__name__}. For a single task call generate_adapter."
+            )
+    unknown = [task for task in cast(Pools, answers or {}) if task not in cast(Pools, prompts)]
+    if unknown:
+        raise PromptError(
+            f"There are answers for task {unknown[0]!r}, and no prompts. Tasks with prompts: "
+            f"{', '.join(map(repr, cast(Pools, prompts))) or 'none'}. Name both alike."
+        )
 
 
 def _act(score: float, action: str, threshold: float, *, what: str) -> float:

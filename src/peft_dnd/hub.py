@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from transformers.utils import CONFIG_NAME
 
 from .errors import CorruptFileError, GeneratorNotFoundError
@@ -50,6 +52,7 @@ def resolve_generator(
     commit = None
     folder = Path(name)
     if not folder.is_dir():
+        _refuse_what_is_no_hub_id(name)
         try:
             snapshot = snapshot_download(
                 name,
@@ -63,8 +66,9 @@ def resolve_generator(
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             raise GeneratorNotFoundError(
                 f"There is no generator at {name!r}: it is no folder here, and the Hub gave none "
-                f"({type(error).__name__}: {error}). Check the spelling, the revision {revision!r}, the network and "
-                "your access token."
+                f"({type(error).__name__}: {error}). Check the spelling, "
+                + (f"the revision {revision!r}, " if revision else "")
+                + "the network and your access token."
             ) from error
         folder = Path(snapshot)
         commit = folder.name
@@ -72,9 +76,45 @@ def resolve_generator(
     if not (folder / CONFIG_NAME).is_file():
         raise GeneratorNotFoundError(
             f"{str(folder)!r} holds no {CONFIG_NAME}, so it is no generator's folder. Expected what "
-            "PromptConditionedLoraGenerator.save_pretrained writes."
+            f"PromptConditionedLoraGenerator.save_pretrained writes.{what_it_is_instead(folder)}"
         )
     return folder, commit
+
+
+def generator_name(name: object) -> str:
+    """The name of a generator, given as text or as a path.
+
+    Raises:
+        GeneratorNotFoundError: If it is neither, or empty.
+    """
+    if not isinstance(name, (str, os.PathLike)) or not str(name):
+        raise GeneratorNotFoundError(f"A generator is named by its folder or its Hub id, a string; got {name!r}.")
+    return str(os.fspath(name))
+
+
+def what_it_is_instead(folder: PathLike) -> str:
+    """Of a folder without a generator, what else of this library's is in it, as a sentence for an error's end."""
+    folder = Path(folder)
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        return " This one holds an adapter: load it with peft.PeftModel.from_pretrained(base_model, folder)."
+    if any(folder.glob("*/task.json")):
+        return " This one holds pairs, to which a generator is fitted: PromptCheckpointDataset.from_folder reads it."
+    return ""
+
+
+def _refuse_what_is_no_hub_id(name: str) -> None:
+    if Path(name).exists():
+        raise GeneratorNotFoundError(
+            f"There is no generator at {name!r}: it is a file. Expected a folder that "
+            "PromptConditionedLoraGenerator.save_pretrained has written, or a Hub id."
+        )
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise GeneratorNotFoundError(
+            f"There is no generator at {name!r}: there is no such folder, and a Hub id has the form 'org/generator'. "
+            "Check the spelling, and from where the path is counted."
+        ) from error
 
 
 def hub_id(name_or_path: str | None) -> str | None:

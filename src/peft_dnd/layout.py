@@ -28,7 +28,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from .errors import LayoutError
+from .errors import LayoutError, MissingFileError
 from .files import PathLike, read_safetensors_shapes
 from .lora import (
     ADAPTER_CONFIG_NAME,
@@ -156,7 +156,7 @@ class AdapterLayout:
         """
         weights = Path(folder) / ADAPTER_WEIGHTS_NAME
         if not weights.is_file():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"There is no {ADAPTER_WEIGHTS_NAME} in {str(folder)!r}. Expected the folder of a LoRA adapter as "
                 "PEFT's save_pretrained writes it, in safetensors format."
             )

@@ -27,7 +27,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from .errors import LayoutError, WeightValueError
+from .errors import BaseModelMismatchError, LayoutError, WeightValueError
 from .layout import AdapterLayout
 from .lora import check_supported, check_tensor, live_matrices, lora_layers, matrix_keys
 from .matching import (
@@ -95,6 +95,16 @@ def load_matrices(
         BaseModelMismatchError: If the adapter does not fit the base model, which is left untouched.
         LayoutError: If there is an adapter of that name and it differs in more than its weights.
     """
+    if not isinstance(model, nn.Module):
+        raise BaseModelMismatchError(
+            f"An adapter is put into a loaded model, got {model!r}. Load the base model first, for instance with "
+            "AutoModelForCausalLM.from_pretrained."
+        )
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise LayoutError(
+            f"An adapter's name must be a string, not empty and without a full stop, as a module's name is; got "
+            f"{adapter_name!r}."
+        )
     model, names = attach_adapter(model, adapter_name, layout)
     fill_adapter(model, adapter_name, layout, state_dict, names)
     return model

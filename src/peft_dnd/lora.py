@@ -28,7 +28,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from .errors import LayoutError, WeightValueError
+from .errors import LayoutError, MissingFileError, WeightValueError
 from .files import PathLike, read_json
 
 
@@ -99,7 +99,7 @@ def read_lora_config(path: PathLike) -> LoraConfig:
         LayoutError: If it describes something other than LoRA.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"There is no {Path(path).name} in {str(Path(path).parent)!r}. Expected the folder of a LoRA adapter as "
             "PEFT's save_pretrained writes it."
         )

@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,12 +33,13 @@ from .decoders import Decoder, build_decoder
 from .errors import CorruptFileError, GeneratorNotFoundError
 from .files import PathLike, staged_directory
 from .generation import AdapterWritingMixin
-from .hub import check_loading_info, hub_id, name_for_others, resolve_generator
+from .hub import check_loading_info, generator_name, hub_id, name_for_others, resolve_generator
 from .model_card import CARD_NAME, generator_card, may_write_card
 from .out_of_distribution import REFERENCE_NAME, PromptReference
 from .positions import token_positions
 from .processes import check_whole
-from .text_encoder import TextEncoder
+from .stored_weights import floating_dtype
+from .text_encoder import TextEncoder, check_text_encoder
 from .tokenizer import WeightNormalization, WeightTokenizer
 
 
@@ -73,6 +73,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
 
     def __init__(self, config: PromptConditionedLoraGeneratorConfig, text_encoder: TextEncoder | None = None) -> None:
         super().__init__(config)
+        check_text_encoder(text_encoder, or_none=True)
         self.weight_tokenizer: WeightTokenizer = config.weight_tokenizer()
         token_shape = self.weight_tokenizer.grid_shape
         positions = token_positions(self.weight_tokenizer)
@@ -157,8 +158,14 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
             GeneratorNotFoundError: If there is no generator there.
             FormatVersionError: If it was saved by a newer version of the library.
             CorruptFileError: If a file is cut short, or weights are missing.
+            GeneratorConfigError: If there is no floating-point type of the name `dtype`.
+            TextEncoderError: If `text_encoder` is none.
         """
-        name = os.fspath(pretrained_model_name_or_path)
+        name = generator_name(pretrained_model_name_or_path)
+        check_text_encoder(text_encoder, or_none=True)
+        for option in {"dtype", "torch_dtype"} & set(kwargs):
+            if kwargs[option] not in (None, "auto"):
+                kwargs[option] = floating_dtype(kwargs[option])
         folder, commit = resolve_generator(
             name,
             revision=revision,
@@ -169,6 +176,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
             local_files_only=local_files_only,
         )
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.pop("ignore_mismatched_sizes", None)
         config = kwargs.pop("config", None) or PromptConditionedLoraGeneratorConfig.from_pretrained(folder)
         try:
             loaded: Any = super().from_pretrained(
@@ -178,6 +186,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
                 output_loading_info=True,
                 local_files_only=True,
                 use_safetensors=True,  # a pickle is never read
+                ignore_mismatched_sizes=True,  # check_loading_info refuses them by name
                 **kwargs,
             )
         except OSError as error:

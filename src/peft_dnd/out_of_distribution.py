@@ -188,7 +188,7 @@ def check_action(action: str, threshold: float) -> None:
     """
     if action not in ACTIONS:
         raise GeneratorConfigError(f"out_of_distribution must be one of {ACTIONS}, got {action!r}.")
-    if not 0 <= threshold < 1:
+    if not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
         raise GeneratorConfigError(f"A threshold is at least 0 and less than 1, got {threshold!r}.")
 
 

@@ -134,8 +134,17 @@ def find_tasks(pairs: PathLike, names: Collection[str] | None = None) -> dict[st
         )
     if (pairs / TASK_NAME).is_file():
         raise PairsFolderError(f"{str(pairs)!r} is the folder of one task. Pass the folder that it lies in.")
+    if names is not None and not names:
+        raise PairsFolderError(f"No task of {str(pairs)!r} is asked for: tasks is empty. Name some, or leave it out.")
     found: dict[str, Path] = {}
-    for folder in sorted(path for path in pairs.iterdir() if path.is_dir()):
+    folders = sorted(path for path in pairs.iterdir() if path.is_dir())
+    if not any((folder / TASK_NAME).is_file() for folder in folders):
+        # Whoever named another kind of folder must not be told to remove what is in it.
+        raise PairsFolderError(
+            f"{str(pairs)!r} is no pairs folder: there is no task at all in it, that is, no folder with a "
+            f"{TASK_NAME}. Expected one folder for each task, as CheckpointCollector writes it; found none."
+        )
+    for folder in folders:
         hidden = folder.name == INITIALIZATION_FOLDER or folder.name.startswith(".")
         if hidden or (names is not None and not (folder / TASK_NAME).is_file()):
             continue
@@ -356,7 +365,10 @@ def _shared_layout(folder: Path, checkpoints: Sequence[Path]) -> AdapterLayout:
     for path in checkpoints[1:]:
         other_shapes = read_safetensors_shapes(path)
         if other_shapes != shapes:
-            other = AdapterLayout.from_shapes(other_shapes, config, source=str(path))
+            try:
+                other = AdapterLayout.from_shapes(other_shapes, config, source=str(path))
+            except LayoutError as error:
+                raise LayoutError(f"{str(path)!r}: {error} Collect the task again.") from error
             raise LayoutError(
                 f"{str(checkpoints[0])!r} and {str(path)!r}, of one task, have different layouts: "
                 f"{layout.difference(other)}. Collect the task again."

@@ -22,6 +22,7 @@ How a pool of prompts becomes a condition:
 from __future__ import annotations
 
 import hashlib
+import numbers
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -228,6 +229,8 @@ def draw_prompt_set(pool_size: int, num_prompts: int, generator: torch.Generator
 def _seed_of(generator: torch.Generator | int) -> int:
     if isinstance(generator, torch.Generator):
         return int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    if not isinstance(generator, numbers.Integral):
+        raise GeneratorConfigError(f"A seed must be an integer, got {generator!r}.")
     if generator < 0:
         # Python's generator drops the sign, so that -1 would silently be 1.
         raise GeneratorConfigError(f"A seed must be at least 0, not {generator}.")

@@ -15,13 +15,14 @@
 
 from __future__ import annotations
 
+import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from .errors import CorruptFileError, PromptError
+from .errors import CorruptFileError, MissingFileError, PromptError
 from .files import PathLike, read_json, read_safetensors
 from .layout import natural_key
 
@@ -45,7 +46,7 @@ def read_tensors(path: PathLike) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+        raise MissingFileError(f"There is no file {str(path)!r}.")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     try:
@@ -56,7 +57,9 @@ def read_tensors(path: PathLike) -> dict[str, torch.Tensor]:
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
-        reason = str(error).partition("\n")[0]
+        # torch's own words would advise to load the file as code.
+        unsafe = isinstance(error, pickle.UnpicklingError)
+        reason = "more or other than tensors" if unsafe else str(error).partition("\n")[0]
         raise CorruptFileError(
             f"{str(path)!r} cannot be read as tensors saved by torch.save ({type(error).__name__}: {reason:.200}). It "
             "was cut short, is another kind of file, or holds more than tensors, which may be code and is not loaded."

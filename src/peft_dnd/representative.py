@@ -22,7 +22,7 @@ import numpy as np
 
 from .errors import GeneratorConfigError
 from .prompts import check_prompts
-from .text_encoder import TextEncoder
+from .text_encoder import TextEncoder, check_text_encoder
 
 
 METHODS = ("kmeans", "diverse")
@@ -58,12 +58,13 @@ def select_representative(
         GeneratorConfigError: If the number or the method is impossible.
     """
     distinct = list(dict.fromkeys(check_prompts(prompts)))
-    if number < 1 or method not in METHODS:
+    if not isinstance(number, int) or number < 1 or method not in METHODS:
         raise GeneratorConfigError(
             f"At least 1 prompt is chosen, by one of the methods {METHODS}; got {number} and {method!r}."
         )
     if number >= len(distinct):
         return tuple(distinct)
+    check_text_encoder(encoder)
     embeddings = encoder.encode_sentences(distinct).detach().cpu().double().numpy()
     return tuple(distinct[i] for i in representative_indices(embeddings, number, method=method, seed=seed))
 

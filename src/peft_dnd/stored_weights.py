@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .errors import CorruptFileError
+from .errors import CorruptFileError, GeneratorConfigError
 from .files import read_json
 
 
@@ -148,3 +148,20 @@ def _cut_short(path: Path) -> str:
         f"{str(path)!r} is shorter than its header says. It was cut short in writing or downloading: save the model "
         "again, or fetch it again with force_download=True."
     )
+
+
+def floating_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The floating-point type that is meant, given itself or by its name.
+
+    >>> floating_dtype("bfloat16")
+    torch.bfloat16
+
+    Raises:
+        GeneratorConfigError: If there is none of that name.
+    """
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise GeneratorConfigError(
+            f"dtype must be a floating-point torch.dtype or its name, such as 'float32' or 'bfloat16'; got {dtype!r}."
+        )
+    return found

@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,12 +24,12 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from .configuration import PromptConditionedLoraGeneratorConfig
-from .errors import GeneratorNotFoundError, WeightValueError
+from .errors import GeneratorConfigError, GeneratorNotFoundError, WeightValueError
 from .files import PathLike
-from .hub import check_loading_info, resolve_generator
+from .hub import check_loading_info, generator_name, resolve_generator
 from .modeling import PromptConditionedLoraGenerator
-from .stored_weights import StoredTensor, stored_tensors
-from .text_encoder import TextEncoder
+from .stored_weights import StoredTensor, floating_dtype, stored_tensors
+from .text_encoder import TextEncoder, check_text_encoder
 
 
 # Parameters up to this size are held all the time: reading each of them anew would take longer than it is worth.
@@ -112,7 +111,7 @@ class StreamedLoraGenerator(PromptConditionedLoraGenerator):
         force_download: bool = False,
         local_files_only: bool = False,
         text_encoder: TextEncoder | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
     ) -> StreamedLoraGenerator:
         """Find a generator in a folder or on the Hub. Of its decoder only the files' headers and small parts are read.
@@ -133,8 +132,13 @@ class StreamedLoraGenerator(PromptConditionedLoraGenerator):
             GeneratorNotFoundError: If there is no generator there.
             FormatVersionError: If it was saved by a newer version of the library.
             CorruptFileError: If a file is cut short, or weights are missing.
+            GeneratorConfigError: If there is no such floating-point type, or no such device.
+            TextEncoderError: If `text_encoder` is none.
         """
-        name = os.fspath(pretrained_model_name_or_path)
+        name = generator_name(pretrained_model_name_or_path)
+        check_text_encoder(text_encoder, or_none=True)
+        dtype = None if dtype is None else floating_dtype(dtype)
+        _check_device(device)
         folder, commit = resolve_generator(
             name,
             revision=revision,
@@ -234,6 +238,16 @@ class StreamedLoraGenerator(PromptConditionedLoraGenerator):
                 yield
             finally:
                 self._bar = None
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch has all three for a device that is not there
+        reason = str(error).partition("\n")[0]
+        raise GeneratorConfigError(
+            f"The device {device!r} cannot be used ({reason}). Pass one that torch has here, 'cpu' for one."
+        ) from error
 
 
 def _read_around_forward(module: nn.Module, name: str, weight: StreamedWeight) -> None:

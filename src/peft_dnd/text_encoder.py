@@ -79,6 +79,20 @@ class TextEncoder(Protocol):
         """Save the encoder into a folder of its own."""
 
 
+def check_text_encoder(encoder: object, *, or_none: bool = False) -> None:
+    """Make sure that a loaded text encoder is one, and not, for instance, the name of one.
+
+    Raises:
+        TextEncoderError: If it is none.
+    """
+    if (encoder is None and or_none) or hasattr(encoder, "encode_tokens"):
+        return
+    raise TextEncoderError(
+        f"A loaded text encoder is expected, got {encoder!r}. Load one by its folder or Hub id: "
+        "peft_dnd.sentence_transformer.SentenceTransformerTextEncoder.from_pretrained(name)."
+    )
+
+
 class PromptEmbeddingCache:
     """Encodes each distinct pool of prompts once and keeps the result in RAM, on the CPU.
 

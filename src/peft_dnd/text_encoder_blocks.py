@@ -119,10 +119,12 @@ def check_token_limits(max_length: int | None, window_tokens: int | None, least:
     for name, number in named.items():
         # Windows lift the bound of the position embeddings from the whole text.
         bound = None if name == "max_length" and window_tokens is not None else most
-        if number is not None and (number < least or (bound is not None and number > bound)):
+        if number is not None and (
+            not isinstance(number, int) or number < least or (bound is not None and number > bound)
+        ):
             raise GeneratorConfigError(
                 f"{name} of the text encoder must be from {least} (its special tokens and one more) to "
-                f"{bound or 'any number'} (its position embeddings), not {number}."
+                f"{bound or 'any number'} (its position embeddings), not {number!r}."
             )
 
 

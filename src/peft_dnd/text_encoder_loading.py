@@ -99,6 +99,11 @@ def load_word_vectors(path: str | os.PathLike[str], *, max_words: int | None = N
             f"{file!r} is no file of word vectors: expected one word and its numbers a line, with blanks between "
             f"them. The cause: {type(error).__name__}: {error}"
         ) from error
+    if words.get_embedding_dimension() < 1:
+        raise TextEncoderError(
+            f"{file!r} is no file of word vectors: its first line has no number. Expected one word and its numbers a "
+            "line, with blanks between them."
+        )
     return SentenceTransformer(modules=[words, Pooling(words.get_embedding_dimension())], device="cpu")
 
 
@@ -175,10 +180,10 @@ def layer_from_front(config: PretrainedConfig, layer: int) -> int:
         GeneratorConfigError: If there is no such layer.
     """
     count = config.get_text_config().num_hidden_layers
-    if not -count - 1 <= layer <= count:
+    if not isinstance(layer, int) or not -count - 1 <= layer <= count:
         raise GeneratorConfigError(
-            f"There is no layer {layer}: the text encoder has {count}, so that layer must be from 0 (the embeddings) "
-            f"to {count} (its output), or from -1 back to {-count - 1}."
+            f"There is no layer {layer!r}: the text encoder has {count}, so that layer must be from 0 (the "
+            f"embeddings) to {count} (its output), or from -1 back to {-count - 1}."
         )
     return layer % (count + 1)
 
@@ -219,6 +224,7 @@ def _checked_source(name_or_path: str | os.PathLike[str]) -> str:
             raise TextEncoderError(
                 f"The folder {source!r} holds no text encoder: it has neither modules.json nor config.json. {mend}"
             )
+        _refuse_generator(Path(source))
         return source
     is_path = isinstance(name_or_path, os.PathLike) or os.path.isabs(source) or source.startswith(".")
     if os.path.exists(source):
@@ -226,6 +232,15 @@ def _checked_source(name_or_path: str | os.PathLike[str]) -> str:
     if is_path or source.count("/") > 1 or (os.path.sep != "/" and os.path.sep in source):
         raise TextEncoderError(f"There is no text encoder at {source!r}: no such folder. {mend}")
     return source
+
+
+def _refuse_generator(folder: Path) -> None:
+    config = folder / "config.json"
+    if config.is_file() and '"prompt_conditioned_lora_generator"' in config.read_text("utf-8", errors="replace"):
+        raise TextEncoderError(
+            f"{str(folder)!r} is a generator, no text encoder. If it carries one, that is "
+            f"{str(folder / 'text_encoder')!r}."
+        )
 
 
 def _loading_failed(

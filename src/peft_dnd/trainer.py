@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from .collator import PromptCheckpointCollator
 from .conditioning import TEXT_ENCODER_FOLDER
 from .data import PromptCheckpointDataset
 from .decoders import SetTransformerDecoder
+from .errors import GeneratorConfigError, PairsFolderError
 from .evaluation import EvaluationReport, score_generated
 from .examples import ExampleCollator, ExamplesBesidePairs
 from .files import write_text
@@ -110,6 +112,7 @@ class DnDTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = DnDTrainingArguments(output_dir="generator") if args is None else args
+        _check_kinds(model, args, train_dataset, eval_dataset)
         train_dataset = _as_asked(train_dataset, args, model, args.prompt_pool_size)
         eval_dataset = _as_asked(eval_dataset, args, model)
         for what, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
@@ -335,6 +338,25 @@ class EpochSampler(Sampler[tuple[int, int]]):
         order = torch.Generator().manual_seed(self.seed + self.epoch)
         epoch = self.epoch
         return ((epoch, i) for i in torch.randperm(self.size, generator=order).tolist())
+
+
+def _check_kinds(model: object, args: object, *datasets: object) -> None:
+    if not isinstance(model, PromptConditionedLoraGenerator):
+        raise GeneratorConfigError(
+            f"DnDTrainer fits a PromptConditionedLoraGenerator, got {model!r}. Build one from a configuration, or "
+            "load one with PromptConditionedLoraGenerator.from_pretrained."
+        )
+    if not isinstance(args, DnDTrainingArguments):
+        raise GeneratorConfigError(
+            f"DnDTrainer needs DnDTrainingArguments, got {type(args).__name__}. They take all that TrainingArguments "
+            "takes."
+        )
+    for dataset in datasets:
+        if isinstance(dataset, (str, os.PathLike)):
+            raise PairsFolderError(
+                f"DnDTrainer needs a data set, got the name {str(dataset)!r}. Read the pairs folder with "
+                "PromptCheckpointDataset.from_folder."
+            )
 
 
 def _as_asked(
