@@ -37,7 +37,8 @@ from peft_dnd.errors import (
 )
 from peft_dnd.files import read_safetensors, write_safetensors
 from peft_dnd.layout import AdapterLayout
-from peft_dnd.pairs import checkpoint_path, read_prompts, read_task, write_prompts, write_task
+from peft_dnd.pairs import checkpoint_path, read_prompts, read_task, write_task
+from peft_dnd.prompt_pool import write_prompts
 
 
 @pytest.fixture

@@ -67,6 +67,17 @@ def test_wrong_generator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "typo" in capsys.readouterr().err
 
 
+def test_a_decoder_that_is_not_here_is_not_shown_as_if_it_were(
+    generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((generator_folder / "config.json").read_text(encoding="utf-8"))
+    for decoder_type in ("of_tomorrow", ["x"]):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"decoder_type": decoder_type}), encoding="utf-8")
+        assert main(["show", str(tmp_path)]) == 1
+        shown = capsys.readouterr()
+        assert f"Unknown decoder_type {decoder_type!r}" in shown.err and "upgrade" in shown.err and not shown.out
+
+
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--version"])

@@ -204,6 +204,10 @@ def test_a_file_in_the_way_and_a_folder_without_files(
         with pytest.raises(DestinationError, match="is a file"):
             generator.generate_adapter(PROMPTS).save_pretrained(tmp_path / target)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    for model in (generator, generator.text_encoder, generator.generate_adapter(PROMPTS)):
+        for nowhere in ("", None):
+            with pytest.raises(DestinationError, match="needs a place"):
+                model.save_pretrained(nowhere)
     with pytest.raises(MissingFileError, match="nowhere"):
         GeneratedAdapter.from_pretrained(tmp_path / "nowhere")
 
@@ -214,11 +218,28 @@ def test_other_kinds_of_folders_are_no_pairs(generator_folder: Path, pairs_folde
     assert "remove" not in str(caught.value)
     with pytest.raises(PairsFolderError, match="tasks is empty"):
         PromptCheckpointDataset.from_folder(pairs_folder, tasks=[])
-    for tasks in ([1], 3):
+    for nothing in (None, "", 3):
+        with pytest.raises(PairsFolderError, match="named by a string"):
+            PromptCheckpointDataset.from_folder(nothing)  # type: ignore[arg-type]
+    for tasks in ([1], 3, [["law"]], [None]):
         with pytest.raises(PairsFolderError, match="named by strings"):
             PromptCheckpointDataset.from_folder(pairs_folder, tasks=tasks)  # type: ignore[arg-type]
     with pytest.raises(LayoutError, match="must be an AdapterLayout"):
         PromptCheckpointDataset.from_folder(pairs_folder, layout="x")  # type: ignore[arg-type]
+
+
+def test_what_pairs_cannot_be_split_by(pairs: PromptCheckpointDataset) -> None:
+    for names in (None, 3, 0.5, [["law"]], [{}]):
+        with pytest.raises(PairsFolderError, match="named by strings"):
+            pairs.split(names)  # type: ignore[arg-type]
+    for names in ("typo", ["law", "typo"]):
+        with pytest.raises(PairsFolderError, match=r"no task 'typo'.*'law'"):
+            pairs.split(names)
+    for names in ([], pairs.tasks):
+        with pytest.raises(PairsFolderError, match="one of the two parts empty"):
+            pairs.split(names)
+    with pytest.raises(PairsFolderError, match="no task"):
+        pairs.prompts(["law"])  # type: ignore[arg-type]
 
 
 def test_a_checkpoint_that_is_no_lora_names_its_file(pairs_folder: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,28 @@ def test_text_encoder_can_be_fitted_too_and_is_carried(
     )
     for (name, first), second in zip(generator.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.allclose(first, second, atol=1e-6), name
+
+
+def test_a_fit_that_was_interrupted_in_a_step_resumes_to_the_same_bytes(
+    pairs: PromptCheckpointDataset, make_generator: Callable[..., PromptConditionedLoraGenerator], tmp_path: Path
+) -> None:
+    whole, cut, resumed = make_generator(), make_generator(), make_generator()
+    DnDTrainer(whole, arguments(tmp_path / "whole"), pairs).train()
+
+    settings = arguments(tmp_path / "cut", save_strategy="steps", save_steps=2)
+    steps = 0
+
+    def interrupt_the_fourth(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    with cut.decoder.register_forward_hook(interrupt_the_fourth), pytest.raises(KeyboardInterrupt):
+        DnDTrainer(cut, settings, pairs).train()
+    DnDTrainer(resumed, settings, pairs).train(resume_from_checkpoint=True)
+    found = resumed.state_dict()
+    assert all(torch.equal(tensor, found[key]) for key, tensor in whole.state_dict().items())
 
 
 def test_scores_held_out_tasks_beside_shuffled_prompts(

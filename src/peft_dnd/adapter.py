@@ -175,6 +175,10 @@ class GeneratedAdapter:
 
         Args:
             save_directory: The folder.
+
+        Raises:
+            DestinationError: If `save_directory` names no place, or a file is in its way.
+            SavingError: If writing fails, on a full disk for instance.
         """
         with staged_directory(save_directory) as staged:
             write_json(staged / ADAPTER_CONFIG_NAME, self._saved_config())

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .configuration import PromptConditionedLoraGeneratorConfig
+from .decoders import check_decoder_type
 from .errors import PeftDndError, PromptError
 from .modeling import PromptConditionedLoraGenerator
 from .out_of_distribution import ACTIONS
@@ -39,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name; `None` reads the real one.
 
     Returns:
-        0; 1 with a message on standard error if something is wrong with the input; 130 if it was interrupted.
+        0; 1 with a message on standard error if something is wrong with the input, or it cannot be saved; 130 if it
+        was interrupted.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -124,6 +126,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _show(options: argparse.Namespace) -> None:
     config = PromptConditionedLoraGeneratorConfig.from_pretrained(options.generator, revision=options.revision)
+    check_decoder_type(config.decoder_type)  # what would not load must not be shown as if it were fine
     layout = config.adapter_layout
     facts = {
         "base_model": config.base_model_name_or_path,

@@ -22,7 +22,8 @@ from typing import Any, Protocol
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from .data import PromptCheckpointDataset, with_progress
+from .data import PromptCheckpointDataset
+from .progress import with_progress
 from .prompts import TokenStates, draw_prompt_set, select_prompts
 from .tokenizer import WeightTokenizer
 

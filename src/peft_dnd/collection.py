@@ -77,6 +77,7 @@ class CheckpointCollector(TrainerCallback):
         LayoutError: When training begins, if the adapter is no plain LoRA, is sharded, or has another layout than the
             common initialisation.
         WeightValueError: While training, if the adapter has come to hold NaN or infinity.
+        SavingError: While training, if writing fails, on a full disk for instance.
 
     Example:
         ```python

@@ -23,12 +23,12 @@ import torch
 from torch import nn
 
 from .condition_text import condition_texts
-from .configuration import PromptConditionedLoraGeneratorConfig, check_how_it_reads, condition_size
+from .configuration import PromptConditionedLoraGeneratorConfig
 from .errors import TextEncoderError
 from .padded_states import padded_token_states
 from .prompts import TokenStates, draw_prompt_set, select_prompts
 from .sentence_transformer import SentenceTransformerTextEncoder
-from .text_encoder import TextEncoder
+from .text_encoder import TextEncoder, check_how_it_reads, condition_size
 
 
 TEXT_ENCODER_FOLDER = "text_encoder"

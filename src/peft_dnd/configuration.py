@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from .layout import AdapterLayout
 from .published_tokenizer import PublishedTokenizer
 from .sentence_transformer import SentenceTransformerTextEncoder
 from .settings import PaperSettings
-from .text_encoder import TextEncoder, check_text_encoder
+from .text_encoder import TextEncoder, check_how_it_reads, check_text_encoder, condition_size, longest_prompt
 from .tokenizer import WeightTokenizer
 
 
@@ -42,8 +41,6 @@ FORMAT_VERSION = 1
 CONDITIONS = ("token_states", "sentence_embeddings", "padded_token_states")
 NORMALIZATIONS = ("per_tensor", "none")
 TOKEN_FORMATS = ("chunks", "published")
-_PROMPTS_LOOKED_AT = 64
-_LENGTH_STEP = 8
 
 
 @runtime_checkable
@@ -236,8 +233,10 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         if condition == "sentence_embeddings":
             max_prompt_length = 1
         elif max_prompt_length is None:
-            max_prompt_length = 64 if isinstance(adapters, AdapterLayout) else _longest_prompt(adapters, encoder)
-            max_prompt_length = min(max_prompt_length, encoder.max_length or max_prompt_length)
+            longest = 64
+            if not isinstance(adapters, AdapterLayout):
+                longest = longest_prompt(encoder, map(adapters.prompts, adapters.tasks))
+            max_prompt_length = min(longest, encoder.max_length or longest)
         return cls(
             layout=layout,
             text_encoder=name,
@@ -387,33 +386,6 @@ def _as_dict(name: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
     if value is not None and not isinstance(value, Mapping):
         raise GeneratorConfigError(f"{name} must be a dictionary, got {value!r}.")
     return dict(value or {})
-
-
-def condition_size(encoder: TextEncoder, condition: str) -> int:
-    """The width of what a text encoder gives in the form of a condition, one of `CONDITIONS`."""
-    return encoder.sentence_embedding_size if condition == "sentence_embeddings" else encoder.embedding_size
-
-
-def check_how_it_reads(encoder: TextEncoder, layer: int | None, window_tokens: int | None) -> None:
-    """Check that a loaded text encoder reads the layer, and in the windows, that are asked for.
-
-    Raises:
-        GeneratorConfigError: If it does not.
-    """
-    for name, wanted in (("layer", layer), ("window_tokens", window_tokens)):
-        found = getattr(encoder, name, None)
-        if wanted is not None and wanted != found:
-            raise GeneratorConfigError(
-                f"{name}={wanted} is asked for, and the loaded text encoder has {name}={found}. Load it with "
-                f"SentenceTransformerTextEncoder.from_pretrained(..., {name}={wanted}), or ask for what it has."
-            )
-
-
-def _longest_prompt(adapters: PromptedAdapters, encoder: TextEncoder) -> int:
-    longest = 1
-    for task in adapters.tasks:
-        longest = max(longest, *encoder.count_tokens(adapters.prompts(task)[:_PROMPTS_LOOKED_AT]))
-    return math.ceil(longest / _LENGTH_STEP) * _LENGTH_STEP
 
 
 def _refuse_misspelt(kwargs: Mapping[str, Any], own: list[str]) -> None:

@@ -17,15 +17,14 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from torch.utils.data import Dataset
-from transformers.utils import logging as transformers_logging
 
 from .condition_text import condition_texts
 from .errors import GeneratorConfigError, LayoutError, PairsFolderError
@@ -34,13 +33,13 @@ from .factor_losses import canonical_state_dict
 from .files import PathLike, read_safetensors
 from .layout import AdapterLayout, natural_key
 from .lora import ADAPTER_CONFIG_NAME
-from .pairs import CHECKPOINTS_FOLDER, PROMPTS_NAME, TASK_NAME, Task, check_alike, find_tasks, load_task
-from .processes import is_first_process
+from .pairs import CHECKPOINTS_FOLDER, TASK_NAME, Task, check_alike, find_tasks, load_task
+from .progress import with_progress
+from .prompt_pool import PROMPTS_NAME
 from .prompts import select_prompts
 
 
 _KEPT_IN_MEMORY = 2**30
-_WORTH_A_BAR = 8
 
 
 class PromptCheckpointDataset(Dataset[dict[str, Any]]):
@@ -320,7 +319,7 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         }
 
     def _task(self, name: str) -> Task:
-        if name not in self._tasks:
+        if not isinstance(name, str) or name not in self._tasks:
             raise PairsFolderError(f"There is no task {name!r}. The tasks: {', '.join(map(repr, self._tasks))}.")
         return self._tasks[name]
 
@@ -385,18 +384,8 @@ def _mean(state_dicts: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Ten
 
 
 def _names(names: Iterable[str]) -> set[str]:
-    found = {names} if isinstance(names, str) else set(names) if isinstance(names, Iterable) else {names}
+    found = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
     wrong = [name for name in found if not isinstance(name, str)]
     if wrong:
         raise PairsFolderError(f"Tasks are named by strings, got {wrong[0]!r}.")
-    return found
-
-
-_Item = TypeVar("_Item")
-
-
-def with_progress(items: Collection[_Item], what: str) -> Iterable[_Item]:
-    """Go through items under a progress bar, if there are so many that it may take a while."""
-    hidden = len(items) < _WORTH_A_BAR or not is_first_process()
-    progress: Iterable[_Item] = transformers_logging.tqdm(items, desc=what, disable=hidden)
-    return progress
+    return set(found)

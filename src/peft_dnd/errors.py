@@ -45,7 +45,18 @@ class MissingFileError(PeftDndError, FileNotFoundError):
 
 
 class DestinationError(PeftDndError, NotADirectoryError):
-    """Nothing can be saved where it was to be saved: a file is in the way of the folder."""
+    """Nothing can be saved where it was to be saved: no place is named, or a file is in the way of the folder."""
+
+
+class SavingError(PeftDndError, OSError):
+    """Writing failed where something was to be saved: a full disk, a place that may not be written to.
+
+    `errno` says why, and `filename` is what was to be written.
+    """
+
+    def __str__(self) -> str:
+        # With errno and filename set, OSError would show those two in place of the message.
+        return str(self.args[0]) if self.args else ""
 
 
 class FormatVersionError(PeftDndError, ValueError):

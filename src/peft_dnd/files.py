@@ -19,12 +19,14 @@ do in one step.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .errors import CorruptFileError, DestinationError, MissingFileError
+from .errors import CorruptFileError, DestinationError, MissingFileError, PeftDndError, SavingError
 
 
 PathLike = str | os.PathLike[str]
 _STAGING_PREFIX = ".peft_dnd_staging_"
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# What goes wrong in writing and in nothing else: such an error is one of saving, even where it names no file.
+_ONLY_IN_WRITING = (*_NO_SPACE, errno.EFBIG, errno.EROFS)
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors and tokenizers, written in Rust, tell the errno
+_UNTOUCHED = "What was there before is untouched."
 
 
 @contextmanager
@@ -45,19 +53,28 @@ def staged_file(path: PathLike) -> Iterator[Path]:
 
     Args:
         path: The destination. Its parent folders are made where missing.
+
+    Raises:
+        DestinationError: If `path` names no place, or a file is where a parent folder should be.
+        SavingError: If writing fails. What was at `path` is untouched.
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=_STAGING_PREFIX, suffix=target.suffix, dir=target.parent)
-    os.close(handle)
+    target = _destination(path)
+    with _errors_of_saving(target):
+        _check_parents(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=_STAGING_PREFIX, suffix=target.suffix, dir=target.parent)
+        os.close(handle)
     staged = Path(name)
     try:
-        yield staged
-        _flush_to_disk(staged)
-        staged.chmod(0o666 & ~_current_umask())
-        os.replace(staged, target)
+        with errors_of_writing_below(staged, target):
+            yield staged
+        with _errors_of_saving(target):
+            _flush_to_disk(staged)
+            staged.chmod(0o666 & ~_current_umask())
+            os.replace(staged, target)
     finally:
-        staged.unlink(missing_ok=True)
+        with suppress(OSError):  # it must not hide why saving failed
+            staged.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -69,32 +86,51 @@ def staged_directory(path: PathLike) -> Iterator[Path]:
 
     Args:
         path: The destination folder.
+
+    Raises:
+        DestinationError: If `path` names no place, or a file is where it or a parent folder should be.
+        SavingError: If writing fails. Nothing of it is at `path` then, unless the message says so.
     """
-    target = Path(path)
-    if target.exists() and not target.is_dir():
-        raise DestinationError(f"Cannot save to {str(target)!r}: it is a file. Name a folder, or remove the file.")
-    for parent in target.parents:
-        if parent.exists() and not parent.is_dir():
-            raise DestinationError(
-                f"Cannot save to {str(target)!r}: {str(parent)!r} is a file. Name another folder, or remove the file."
-            )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=target.parent))
+    target = _destination(path)
+    with _errors_of_saving(target):
+        if target.exists() and not target.is_dir():
+            raise DestinationError(f"Cannot save to {str(target)!r}: it is a file. Name a folder, or remove the file.")
+        _check_parents(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=target.parent))
     try:
-        yield staged
-        for file in _files_below(staged):
-            _flush_to_disk(file)
-            file.chmod(0o666 & ~_current_umask())  # safetensors makes files that only their owner may read
-        staged.chmod(0o777 & ~_current_umask())
-        if target.exists():
+        with errors_of_writing_below(staged, target):
+            yield staged
+        with _errors_of_saving(target):
             for file in _files_below(staged):
-                destination = target / file.relative_to(staged)
-                destination.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, destination)
+                _flush_to_disk(file)
+                file.chmod(0o666 & ~_current_umask())  # safetensors makes files that only their owner may read
+            staged.chmod(0o777 & ~_current_umask())
+        if target.exists():
+            _move_into(target, staged)
         else:
-            os.replace(staged, target)
+            with _errors_of_saving(target):
+                os.replace(staged, target)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+@contextmanager
+def errors_of_writing_below(staged: Path, target: Path) -> Iterator[None]:
+    """Where the block fails in writing to `staged`, name `target` instead, which is what users know of.
+
+    Whatever else the block raises passes unchanged.
+
+    Raises:
+        SavingError: If the block fails in writing.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _errno_of_writing_below(staged, error)
+        if number is None:
+            raise
+        raise _saving_error(target, number) from error
 
 
 def write_text(path: PathLike, text: str) -> None:
@@ -165,6 +201,65 @@ def _opened(path: PathLike) -> Iterator[Any]:
             f"{str(path)!r} is not a readable safetensors file ({error}). It may have been cut short in writing or "
             "copying: restore it, or write it again."
         ) from error
+
+
+def _destination(path: PathLike) -> Path:
+    # An empty name would be the current folder, which nobody means by it.
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise DestinationError(f"What is saved needs a place, named by a string or a path; got {path!r}.")
+    return Path(path)
+
+
+def _check_parents(target: Path) -> None:
+    for parent in target.parents:
+        if parent.exists() and not parent.is_dir():
+            raise DestinationError(
+                f"Cannot save to {str(target)!r}: {str(parent)!r} is a file. Name another folder, or remove the file."
+            )
+
+
+def _move_into(target: Path, staged: Path) -> None:
+    with _errors_of_saving(target, left="Some of its files may be new by now and others old: save again."):
+        for file in _files_below(staged):
+            destination = target / file.relative_to(staged)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, destination)
+
+
+@contextmanager
+def _errors_of_saving(target: Path, left: str = _UNTOUCHED) -> Iterator[None]:
+    """For what this file does itself: there any `OSError` is one of saving."""
+    try:
+        yield
+    except PeftDndError:
+        raise
+    except OSError as error:
+        raise _saving_error(target, error.errno or errno.EIO, left) from error
+
+
+def _errno_of_writing_below(staged: Path, error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        if error.filename is None:
+            return error.errno if error.errno in _ONLY_IN_WRITING else None
+        return error.errno if staged.name in str(error.filename) else None
+    found = _RUST_ERROR.search(str(error))
+    return int(found[1]) if found and int(found[1]) in _ONLY_IN_WRITING else None
+
+
+def _saving_error(target: Path, number: int, left: str = _UNTOUCHED) -> SavingError:
+    reason = os.strerror(number)
+    error = SavingError(
+        f"Cannot save to {str(target)!r}: writing failed with {reason!r} (errno {number}). {left} {_mend(number)}, or "
+        "save elsewhere."
+    )
+    error.errno, error.strerror, error.filename = number, reason, str(target)
+    return error
+
+
+def _mend(number: int) -> str:
+    if number in _NO_SPACE:
+        return "Free some space"
+    return "Raise the limit on a file's size" if number == errno.EFBIG else "Make it a place that you can write to"
 
 
 def _files_below(folder: Path) -> list[Path]:

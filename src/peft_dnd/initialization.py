@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from .errors import LayoutError
-from .files import PathLike, read_safetensors, staged_directory
+from .files import PathLike, errors_of_writing_below, read_safetensors, staged_directory
 from .layout import AdapterLayout
 from .lora import ADAPTER_WEIGHTS_NAME, live_state_dict
 from .pairs import INITIALIZATION_FOLDER, adapter_digest, write_matrices
@@ -100,11 +100,12 @@ def _create_initialization(folder: Path, layout: AdapterLayout, matrices: Mappin
     layout.check_state_dict(matrices, source="The adapter that is to be the common initialisation")
     mine = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     try:
-        with staged_directory(mine) as staged:
-            write_matrices(staged / ADAPTER_WEIGHTS_NAME, matrices)
-            layout.lora_config().save_pretrained(str(staged))
-        # Renaming a folder over one that holds files fails: that is how only the first process gets through.
-        os.rename(mine, folder)
+        with errors_of_writing_below(mine, folder):
+            with staged_directory(mine) as staged:
+                write_matrices(staged / ADAPTER_WEIGHTS_NAME, matrices)
+                layout.lora_config().save_pretrained(str(staged))
+            # Renaming a folder over one that holds files fails: that is how only the first process gets through.
+            os.rename(mine, folder)
         logger.info("Created the common initialisation in %s.", folder)
     except OSError:
         if not folder.is_dir():

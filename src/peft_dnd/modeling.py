@@ -236,6 +236,10 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
             repo_id: Hub id to push to; `None` takes the folder's name.
             token: Access token for the Hub.
             kwargs: What any transformers model takes, `max_shard_size` for one.
+
+        Raises:
+            DestinationError: If `save_directory` names no place, or a file is in its way.
+            SavingError: If writing fails, on a full disk for instance.
         """
         if is_main_process:
             carry = self.config.carries_text_encoder(include_text_encoder)

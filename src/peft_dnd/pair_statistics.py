@@ -19,10 +19,11 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from .data import PromptCheckpointDataset, with_progress
+from .data import PromptCheckpointDataset
 from .factor_losses import delta_weight_distances
 from .layout import AdapterLayout
 from .losses import SpreadAccumulator, TokenSpread
+from .progress import with_progress
 from .tokenizer import WeightNormalization, WeightTokenizer
 
 

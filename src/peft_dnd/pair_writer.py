@@ -41,9 +41,9 @@ from .pairs import (
     remove_checkpoints,
     stored_steps,
     write_matrices,
-    write_prompts,
     write_task,
 )
+from .prompt_pool import write_prompts
 from .prompts import check_prompts
 
 

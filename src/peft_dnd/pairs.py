@@ -28,8 +28,8 @@ Every file is written whole or not at all, and `task.json` says that a task is c
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -40,9 +40,11 @@ import torch
 
 from .errors import CorruptFileError, FormatVersionError, LayoutError, PairsFolderError
 from .examples import EXAMPLES_NAME, TaskExamples
-from .files import PathLike, read_json, read_safetensors_shapes, write_json, write_safetensors, write_text
+from .files import PathLike, read_json, read_safetensors_shapes, write_json, write_safetensors
 from .layout import AdapterLayout, natural_key
 from .lora import ADAPTER_CONFIG_NAME, read_lora_config
+from .prompt_pool import PROMPTS_NAME, read_answers, read_prompts
+from .prompt_pool import write_prompts as write_prompts  # for those who look for it here
 from .prompts import check_prompts
 from .version import __version__
 
@@ -51,7 +53,6 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 TASK_NAME = "task.json"
-PROMPTS_NAME = "prompts.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
 INITIALIZATION_FOLDER = "initialization"
 
@@ -126,6 +127,8 @@ def find_tasks(pairs: PathLike, names: Collection[str] | None = None) -> dict[st
         FormatVersionError: If a newer version of the library wrote a task.
         CorruptFileError: If a `task.json` is unreadable.
     """
+    if not isinstance(pairs, (str, os.PathLike)) or not os.fspath(pairs):
+        raise PairsFolderError(f"A pairs folder is named by a string or a path; got {pairs!r}.")
     pairs = Path(pairs)
     if not pairs.is_dir():
         raise PairsFolderError(
@@ -287,58 +290,6 @@ def read_task(folder: PathLike) -> TaskRecord:
         ) from error
 
 
-def write_prompts(folder: PathLike, prompts: Sequence[str], answers: Sequence[str] | None = None) -> None:
-    """Write a task's pool of prompts, and their answers if there are any, whole or not at all."""
-    rows: list[dict[str, str]] = [{"prompt": prompt} for prompt in prompts]
-    if answers is not None:
-        rows = [{**row, "answer": answer} for row, answer in zip(rows, answers, strict=True)]
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    write_text(Path(folder) / PROMPTS_NAME, "\n".join(lines) + "\n")
-
-
-def read_prompts(folder: PathLike) -> tuple[str, ...]:
-    """Read a task's pool of prompts.
-
-    Raises:
-        PairsFolderError: If there is no such file, or no prompt in it.
-        CorruptFileError: If a line is not as `write_prompts` writes it.
-    """
-    path = Path(folder) / PROMPTS_NAME
-    if not path.is_file():
-        raise PairsFolderError(
-            f"Task {Path(folder).name!r} has no {PROMPTS_NAME}. Write its unlabelled prompts to {str(path)!r}, one "
-            '{"prompt": "..."} a line, or collect the task again.'
-        )
-    prompts = tuple(_text_of(line, "prompt", number, path) for number, line in _rows(path))
-    if not prompts:
-        raise PairsFolderError(
-            f"Task {Path(folder).name!r} has no prompts: {str(path)!r} is empty. Write its unlabelled prompts there, "
-            'one {"prompt": "..."} a line, or collect the task again.'
-        )
-    return prompts
-
-
-def read_answers(folder: PathLike) -> tuple[str, ...] | None:
-    """Read the answers to a task's prompts; `None` if there are none.
-
-    Raises:
-        PairsFolderError: If some prompts have an answer and others have none.
-        CorruptFileError: If a line is not as `write_prompts` writes it.
-    """
-    path = Path(folder) / PROMPTS_NAME
-    rows = _rows(path)
-    answered = [number for number, line in rows if b'"answer"' in line and "answer" in json.loads(line)]
-    if not answered:
-        return None
-    if len(answered) < len(rows):
-        without = next(number for number, _ in rows if number not in answered)
-        raise PairsFolderError(
-            f"Line {without} of {str(path)!r} has no answer, and {len(answered)} of its {len(rows)} lines have one. "
-            "Give all prompts an answer, or none."
-        )
-    return tuple(_text_of(line, "answer", number, path) for number, line in rows)
-
-
 def write_matrices(path: PathLike, state_dict: Mapping[str, torch.Tensor]) -> None:
     """Write an adapter's matrices in float32 to a safetensors file, whole or not at all."""
     write_safetensors(path, {key: tensor.detach().to("cpu", torch.float32) for key, tensor in state_dict.items()})
@@ -395,18 +346,3 @@ def _typed(value: Any, kind: type) -> Any:
     if not isinstance(value, kind):
         raise TypeError(f"expected {kind.__name__}, found {value!r}")
     return value
-
-
-def _rows(path: Path) -> list[tuple[int, bytes]]:
-    # Not splitlines: a prompt may hold any of the other characters that it takes for the end of a line.
-    return [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
-
-
-def _text_of(line: bytes, field: str, number: int, path: Path) -> str:
-    try:
-        return str(_typed(json.loads(line)[field], str))
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptFileError(
-            f'Line {number} of {str(path)!r} is not {{"{field}": "..."}} ({error!r}). The file may have been cut '
-            "short or edited by hand: mend that line, or collect the task again."
-        ) from error

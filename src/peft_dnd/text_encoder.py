@@ -16,8 +16,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -28,6 +29,8 @@ from .prompts import TokenStates, check_prompts, prompts_digest
 
 
 logger = logging.getLogger(__name__)
+_PROMPTS_LOOKED_AT = 64
+_LENGTH_STEP = 8
 
 
 class TextEncoder(Protocol):
@@ -91,6 +94,34 @@ def check_text_encoder(encoder: object, *, or_none: bool = False) -> None:
         f"A loaded text encoder is expected, got {encoder!r}. Load one by its folder or Hub id: "
         "peft_dnd.sentence_transformer.SentenceTransformerTextEncoder.from_pretrained(name)."
     )
+
+
+def condition_size(encoder: TextEncoder, condition: str) -> int:
+    """The width of what a text encoder gives in the form of a condition, one of `configuration.CONDITIONS`."""
+    return encoder.sentence_embedding_size if condition == "sentence_embeddings" else encoder.embedding_size
+
+
+def check_how_it_reads(encoder: TextEncoder, layer: int | None, window_tokens: int | None) -> None:
+    """Check that a loaded text encoder reads the layer, and in the windows, that are asked for.
+
+    Raises:
+        GeneratorConfigError: If it does not.
+    """
+    for name, wanted in (("layer", layer), ("window_tokens", window_tokens)):
+        found = getattr(encoder, name, None)
+        if wanted is not None and wanted != found:
+            raise GeneratorConfigError(
+                f"{name}={wanted} is asked for, and the loaded text encoder has {name}={found}. Load it with "
+                f"SentenceTransformerTextEncoder.from_pretrained(..., {name}={wanted}), or ask for what it has."
+            )
+
+
+def longest_prompt(encoder: TextEncoder, pools: Iterable[Sequence[str]]) -> int:
+    """How many tokens the longest of up to 64 prompts of each pool has, rounded up to a multiple of 8."""
+    longest = 1
+    for prompts in pools:
+        longest = max(longest, *encoder.count_tokens(prompts[:_PROMPTS_LOOKED_AT]))
+    return math.ceil(longest / _LENGTH_STEP) * _LENGTH_STEP
 
 
 class PromptEmbeddingCache:

@@ -43,6 +43,7 @@ __all__ = [
     "SetTransformerDecoder",
     "TokenPositions",
     "build_decoder",
+    "check_decoder_type",
     "derive_cascade",
 ]
 
@@ -67,6 +68,20 @@ DECODERS: dict[str, type[nn.Module]] = {
 }
 
 
+def check_decoder_type(decoder_type: object) -> None:
+    """Makes sure that there is a decoder of a type.
+
+    Raises:
+        GeneratorConfigError: there is none.
+    """
+    if not isinstance(decoder_type, str) or decoder_type not in DECODERS:
+        raise GeneratorConfigError(
+            f"Unknown decoder_type {decoder_type!r}. Known: {', '.join(map(repr, sorted(DECODERS)))}. If a newer "
+            "version of peft_dnd wrote the generator, upgrade: pip install --upgrade peft-dnd. A decoder of your own "
+            "has to be entered in peft_dnd.decoders.DECODERS first."
+        )
+
+
 def build_decoder(
     decoder_type: str,
     condition_shape: tuple[int, int, int],
@@ -86,10 +101,7 @@ def build_decoder(
     Raises:
         GeneratorConfigError: the type or a setting is unknown, or the decoder refuses a value.
     """
-    if decoder_type not in DECODERS:
-        raise GeneratorConfigError(
-            f"Unknown decoder_type {decoder_type!r}. Known: {', '.join(map(repr, sorted(DECODERS)))}."
-        )
+    check_decoder_type(decoder_type)
     decoder_class = DECODERS[decoder_type]
     parameters = inspect.signature(decoder_class).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
