@@ -35,7 +35,7 @@ from transformers import (
 
 from peft_dnd.errors import CorruptFileError, LayoutError, WeightValueError
 from peft_dnd.layout import AdapterLayout, LoraModule, natural_key
-from peft_dnd.lora import live_state_dict, lora_layers
+from peft_dnd.lora import inject_on_meta, live_state_dict, lora_layers
 
 
 def gpt2() -> nn.Module:
@@ -234,3 +234,21 @@ def test_not_a_pair_of_matrices() -> None:
 def test_missing_adapter_name_lists_those_there(trained_like: Callable[[int], nn.Module]) -> None:
     with pytest.raises(LayoutError, match=r"'typo'.*default"):
         AdapterLayout.from_model(trained_like(0), "typo")
+
+
+class QuantisedParameter(nn.Parameter):
+    """Like bitsandbytes' `Params4bit`: what PEFT reads from it when it wraps the layer."""
+
+    quant_type: str
+
+
+def test_a_quantised_weight_says_on_the_meta_device_too_how_it_was_quantised() -> None:
+    base = llama()
+    weight = base.model.layers[0].self_attn.q_proj.weight
+    quantised = QuantisedParameter(weight.detach(), requires_grad=False)
+    quantised.quant_type = "nf4"
+    base.model.layers[0].self_attn.q_proj.weight = quantised
+    skeleton = inject_on_meta(LoraConfig(r=2, target_modules=["q_proj"]), base)
+    found = skeleton.model.layers[0].self_attn.q_proj.base_layer.weight
+    assert found.device.type == "meta" and found.quant_type == "nf4"
+    assert quantised.device.type == "cpu"

@@ -94,7 +94,8 @@ class AdapterWritingMixin(PromptReadingMixin):
 
         Args:
             prompts: A list of unlabelled prompts of one task, or a dictionary of such lists.
-            seed: Decides which prompts are read when there are not just `config.num_prompts`.
+            seed: Decides which prompts are read when a decoder of the paper's family gets more or fewer than
+                `config.num_prompts`, or one that reads sets more than 1024.
             answers: The prompts' answers, one each, for a generator that reads them (see `config.condition_text`); for
                 a dictionary of prompts a dictionary.
             out_of_distribution: What to do where the adapter's `out_of_distribution`, the score of

@@ -204,7 +204,10 @@ def inject_on_meta(lora_config: LoraConfig, base_model: nn.Module) -> nn.Module:
     # deepcopy takes what its memo already has for an object, so that it finds an empty stand-in for every tensor.
     memo: dict[int, Any] = {}
     for parameter in base_model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        stand_in = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        # PEFT reads from quantised weights how they were quantised.
+        vars(stand_in).update(vars(parameter))
+        memo[id(parameter)] = stand_in
     for buffer in base_model.buffers():
         memo[id(buffer)] = buffer.to("meta")
     skeleton: Any = inject_adapter_in_model(config, copy.deepcopy(base_model, memo), "default", low_cpu_mem_usage=True)
