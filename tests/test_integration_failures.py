@@ -34,7 +34,6 @@ from torch import nn
 
 from peft_dnd import integration
 from peft_dnd.adapter import GeneratedAdapter
-from peft_dnd.configuration import PromptConditionedLoraGeneratorConfig
 from peft_dnd.dnd_config import DnDConfig
 from peft_dnd.errors import BaseModelMismatchError, GeneratorConfigError, PeftDndError
 from peft_dnd.layout import AdapterLayout
@@ -149,35 +148,6 @@ def test_a_generator_is_loaded_once_until_its_folder_changes(
     gc.collect()
     model.add_adapter("later", DnDConfig(generator=folder, prompts=PROMPTS))
     assert len(loads) == 3
-
-
-def test_a_generator_from_the_hub_is_read_at_one_commit(
-    generator: PromptConditionedLoraGenerator, fresh_base: FreshBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-
-    def read_config(name: str, *, revision: str) -> PromptConditionedLoraGeneratorConfig:
-        asked.append(("config", name, revision))
-        config = copy.deepcopy(generator.config)
-        config._commit_hash = "0123abc" if revision == "v1" else None
-        return config
-
-    def load(name: str, *, revision: str | None) -> PromptConditionedLoraGenerator:
-        asked.append(("weights", name, revision))
-        return generator
-
-    monkeypatch.setattr(PromptConditionedLoraGeneratorConfig, "from_pretrained", read_config)
-    monkeypatch.setattr(PromptConditionedLoraGenerator, "from_pretrained", load)
-    config = DnDConfig(generator="org/generator", generator_revision="v1", prompts=PROMPTS)
-    model = get_peft_model(fresh_base(), config)
-    model.add_adapter("other", DnDConfig(generator="org/generator", prompts=PROMPTS))
-    assert asked == [
-        ("config", "org/generator", "v1"),
-        ("weights", "org/generator", "0123abc"),  # the branch may have moved since
-        ("config", "org/generator", "main"),
-        ("weights", "org/generator", None),
-    ]
-    integration.release_generator()
 
 
 def test_a_generator_that_changed_its_layout_meanwhile_is_refused(

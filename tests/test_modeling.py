@@ -33,7 +33,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 import peft_dnd.hub
-import peft_dnd.modeling
 from peft_dnd import (
     AdapterLayout,
     GeneratedAdapter,
@@ -419,7 +418,7 @@ class HubStub:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubStub:
     stub = HubStub(tmp_path / "hub")
     monkeypatch.setattr(peft_dnd.hub, "snapshot_download", stub.snapshot_download)
-    monkeypatch.setattr(peft_dnd.modeling, "HfApi", lambda token=None: stub)
+    monkeypatch.setattr(peft_dnd.hub, "HfApi", lambda token=None: stub)
     return stub
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from .adapter import GeneratedAdapter
 from .configuration import PromptConditionedLoraGeneratorConfig
 from .dnd_config import DnDConfig
-from .integration import install
+from .integration import install, release_generator
 from .layout import AdapterLayout
 from .modeling import PromptConditionedLoraGenerator
 from .published_tokenizer import PublishedTokenizer
@@ -83,6 +83,7 @@ __all__ = [
     "import_published_adapters",
     "load_published_generator",
     "published_token_weights",
+    "release_generator",
     "select_representative",
     "write_examples",
     "write_task_without_checkpoints",

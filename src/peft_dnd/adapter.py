@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +23,13 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, HfApi, ModelCardData
+from huggingface_hub import CommitInfo, ModelCardData
 from peft import LoraConfig
 from torch import nn
 
 from .errors import GeneratorConfigError
 from .files import PathLike, read_json, read_safetensors, staged_directory, write_json, write_safetensors
-from .hub import hub_id, name_for_others
+from .hub import hub_id, name_for_others, resolve_adapter, upload
 from .layout import AdapterLayout
 from .loading import load_matrices
 from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
@@ -188,22 +187,49 @@ class GeneratedAdapter:
                 (staged / CARD_NAME).write_text(self._card(), encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, folder: PathLike) -> GeneratedAdapter:
-        """Read an adapter from the folder that [`save_pretrained`][GeneratedAdapter.save_pretrained] or PEFT wrote.
+    def from_pretrained(
+        cls,
+        name_or_path: PathLike,
+        *,
+        revision: str | None = None,
+        subfolder: str = "",
+        token: str | bool | None = None,
+        cache_dir: PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> GeneratedAdapter:
+        """Read an adapter that [`save_pretrained`][GeneratedAdapter.save_pretrained], `push_to_hub` or PEFT wrote.
 
         Args:
-            folder: The folder.
+            name_or_path: Folder or Hub id.
+            revision: Branch, tag or commit on the Hub.
+            subfolder: Folder inside the repository or folder.
+            token: Access token for the Hub.
+            cache_dir: Where downloads are kept.
+            force_download: Whether to download anew what is there already.
+            local_files_only: Whether to do without the network.
 
         Raises:
-            FileNotFoundError: If the configuration or the weights are missing.
+            FileNotFoundError: If there is no such folder or repository, or the configuration or the weights are
+                missing.
             CorruptFileError: If a file is unreadable, for instance cut short.
             LayoutError: If it is no plain LoRA adapter.
         """
+        folder = resolve_adapter(
+            name_or_path,
+            (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, PROVENANCE_NAME),
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
         layout = AdapterLayout.from_folder(folder)
-        provenance = Path(folder) / PROVENANCE_NAME
+        provenance = folder / PROVENANCE_NAME
         return cls(
             layout,
-            read_safetensors(Path(folder) / ADAPTER_WEIGHTS_NAME),
+            read_safetensors(folder / ADAPTER_WEIGHTS_NAME),
             read_json(provenance) if provenance.is_file() else None,
         )
 
@@ -215,6 +241,7 @@ class GeneratedAdapter:
         token: str | bool | None = None,
         revision: str | None = None,
         commit_message: str = "Upload generated LoRA adapter",
+        commit_description: str | None = None,
         create_pr: bool = False,
     ) -> CommitInfo:
         """Save the adapter and upload it to the Hub.
@@ -228,24 +255,25 @@ class GeneratedAdapter:
             token: Access token; `None` takes the one that is logged in.
             revision: Branch to commit to; made where missing. `None` is the main branch.
             commit_message: What the commit says.
+            commit_description: And its longer text.
             create_pr: Whether to open a pull request rather than commit.
 
         Returns:
             The Hub's description of the commit.
+
+        Raises:
+            HfHubHTTPError: The Hub's own, if you may not write there.
         """
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self._for_others().save_pretrained(folder)
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=commit_message,
-                revision=revision,
-                create_pr=create_pr,
-            )
+        return upload(
+            self._for_others().save_pretrained,
+            repo_id,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
 
     def _for_others(self) -> GeneratedAdapter:
         base = name_for_others(

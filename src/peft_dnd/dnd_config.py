@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
@@ -28,6 +28,7 @@ from .condition_text import condition_texts
 from .configuration import PromptConditionedLoraGeneratorConfig
 from .errors import GeneratorConfigError
 from .generation import THRESHOLD
+from .hub import resolve_generator
 from .layout import AdapterLayout
 from .modeling import PromptConditionedLoraGenerator
 from .out_of_distribution import check_action
@@ -40,6 +41,7 @@ SENTINEL = "dnd"
 _OWN_FIELDS = (
     "generator",
     "generator_revision",
+    "generator_kwargs",
     "prompts",
     "answers",
     "seed",
@@ -69,6 +71,25 @@ _FREE_FIELDS = (
     "runtime_config",
 )
 _PEFT_OWN_FIELDS = ("peft_type", "auto_mapping", "peft_version")
+# Of generator_kwargs, what bears on where the configuration is read; and what cannot be among them.
+_FINDING = ("subfolder", "token", "cache_dir", "force_download", "local_files_only")
+_REFUSED_OPTIONS = ("revision", "config", "text_encoder", "output_loading_info")
+
+
+class LoadingOptions(dict[str, Any]):
+    """How a [`DnDConfig`] loads its generator. An access token among it is neither shown nor pickled."""
+
+    def __repr__(self) -> str:
+        return repr({name: "***" if name == "token" else value for name, value in self.items()})
+
+    def __copy__(self) -> LoadingOptions:
+        return LoadingOptions(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoadingOptions:
+        return LoadingOptions((name, copy.deepcopy(value, memo)) for name, value in self.items())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LoadingOptions, ({name: value for name, value in self.items() if name != "token"},)
 
 
 class LiveGenerator:
@@ -125,7 +146,11 @@ class DnDConfig(LoraConfig):
         fan_in_fan_out: As `r`.
         generator: Hub id or folder of a generator, or a loaded [`PromptConditionedLoraGenerator`]; that one is shared
             by copies of the configuration, which then cannot be pickled. Reading the field gives a holder of it.
-        generator_revision: Branch, tag or commit of a generator on the Hub.
+        generator_revision: Branch, tag or commit of a generator on the Hub. Its weights are read at the commit at
+            which its `config.json` was, even if a branch has moved since.
+        generator_kwargs: How a generator that is named is loaded: what
+            [`PromptConditionedLoraGenerator.from_pretrained`] takes, `token`, `subfolder`, `cache_dir`, `dtype` or
+            `device_map` for instance. Saved with nothing; a token is not even pickled.
         prompts: Unlabelled prompts of the task. They are neither saved nor passed on.
         answers: Their answers, one each, for a generator that reads them. They are not saved either.
         seed: Decides which prompts are read when they are more or fewer than the generator takes at once.
@@ -150,6 +175,9 @@ class DnDConfig(LoraConfig):
         default=None, metadata={"help": "Hub id or folder of a generator, or a loaded one"}
     )
     generator_revision: str | None = field(default=None, metadata={"help": "The generator's version on the Hub"})
+    generator_kwargs: Mapping[str, Any] | None = field(
+        default=None, metadata={"help": "How the generator is loaded: token, subfolder, cache_dir, dtype, ..."}
+    )
     prompts: Sequence[str] | None = field(
         default=None, repr=False, metadata={"help": "Unlabelled prompts of the task"}
     )
@@ -176,7 +204,6 @@ class DnDConfig(LoraConfig):
         # The texts themselves are formed when they are read; here what they lack is said, before a model is touched.
         condition_texts(self.prompts, self.answers, config.condition_text, answer_ratio=config.answer_ratio)
         self._layout = config.adapter_layout
-        self._generator_commit = getattr(config, "_commit_hash", None)
         self._adopt(self._layout.lora_config())
         if self.task_type is None:
             self.task_type = self._layout.task_type
@@ -189,6 +216,8 @@ class DnDConfig(LoraConfig):
                 value = LiveGenerator(value)
             elif isinstance(value, os.PathLike):
                 value = os.fspath(value)
+        elif name == "generator_kwargs":
+            value = _loading_options(value)
         super().__setattr__(name, value)
         if name == "modules_to_save":
             # PEFT sets it on the configuration that it was given, for some task types only after the adapter is made.
@@ -207,7 +236,7 @@ class DnDConfig(LoraConfig):
 
     @property
     def generator_commit(self) -> str | None:
-        """The commit of a generator from the Hub whose configuration was read."""
+        """The commit on the Hub at which the generator's configuration was read; its weights are read there too."""
         return self._generator_commit
 
     def settings(self) -> dict[str, Any]:
@@ -254,21 +283,28 @@ class DnDConfig(LoraConfig):
 
     def _read_generator_config(self) -> PromptConditionedLoraGeneratorConfig:
         generator = self.generator
+        options = self.generator_kwargs or {}
+        self._generator_commit: str | None = None
         if isinstance(generator, LiveGenerator):
-            if self.generator_revision is not None:
-                raise GeneratorConfigError(
-                    f"DnDConfig got a loaded generator and generator_revision={self.generator_revision!r}. Leave the "
-                    "revision out, or give the generator's Hub id."
-                )
+            for name, given in (("generator_revision", self.generator_revision), ("generator_kwargs", options)):
+                if given not in (None, {}):
+                    raise GeneratorConfigError(
+                        f"DnDConfig got a loaded generator and {name}={given!r}. Leave {name} out, or give the "
+                        "generator's Hub id."
+                    )
             return generator.model.config
         if not isinstance(generator, str) or not generator:
             raise GeneratorConfigError(
                 f"DnDConfig needs a generator: a Hub id, a folder or a loaded PromptConditionedLoraGenerator; got "
                 f"{generator!r}."
             )
-        return PromptConditionedLoraGeneratorConfig.from_pretrained(
-            generator, revision=self.generator_revision or "main"
+        folder, self._generator_commit = resolve_generator(
+            generator,
+            revision=self.generator_revision,
+            config_only=True,
+            **{name: value for name, value in options.items() if name in _FINDING},
         )
+        return PromptConditionedLoraGeneratorConfig.from_pretrained(folder)
 
     def _adopt(self, written: LoraConfig) -> None:
         """Take the adapter's form from the generator's; refuse what contradicts it."""
@@ -284,6 +320,23 @@ class DnDConfig(LoraConfig):
                     f"DnDConfig got {name}={given!r}; the generator {self.generator!r} writes adapters with "
                     f"{name}={theirs!r}. Leave {name} out, or use a generator fitted for yours."
                 )
+
+
+def _loading_options(given: Mapping[str, Any] | None) -> LoadingOptions:
+    if given is not None and not isinstance(given, Mapping):
+        raise GeneratorConfigError(
+            "DnDConfig's generator_kwargs must be a dictionary of what PromptConditionedLoraGenerator.from_pretrained "
+            f"takes, such as {{'subfolder': 'v1'}}; got {type(given).__name__}."
+        )
+    for name in given or {}:
+        if name in _REFUSED_OPTIONS:
+            mend = (
+                "Give DnDConfig generator_revision instead."
+                if name == "revision"
+                else "Load the generator yourself and pass it: DnDConfig(generator=loaded_generator, ...)."
+            )
+            raise GeneratorConfigError(f"DnDConfig's generator_kwargs cannot hold {name!r}. {mend}")
+    return LoadingOptions(given or {})
 
 
 def _default(config_field: Field[Any]) -> Any:

@@ -11,24 +11,42 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Finding a generator in a folder or on the Hub, and making sure that all of it arrived."""
+"""Finding generators and adapters in a folder or on the Hub, whether all of one arrived, and uploading them."""
 
 from __future__ import annotations
 
+import glob
 import os
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import CommitInfo, HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from transformers.utils import CONFIG_NAME
 
-from .errors import CorruptFileError, GeneratorNotFoundError
+from .errors import CorruptFileError, GeneratorNotFoundError, MissingFileError, PeftDndError
 from .files import PathLike
+
+
+# All that is read of a generator; what else lies in its repository is not downloaded.
+GENERATOR_FILES = (CONFIG_NAME, "model*.safetensors*", "prompt_reference.safetensors", "text_encoder/*")
+
+
+class _Kind(NamedTuple):
+    """What is looked for, in the words of errors."""
+
+    noun: str
+    writer: str
+    error: type[PeftDndError]
+
+
+_GENERATOR = _Kind("generator", "PromptConditionedLoraGenerator.save_pretrained", GeneratorNotFoundError)
+_ADAPTER = _Kind("adapter", "GeneratedAdapter.save_pretrained or PEFT", MissingFileError)
 
 
 def resolve_generator(
@@ -40,8 +58,19 @@ def resolve_generator(
     cache_dir: PathLike | None = None,
     force_download: bool = False,
     local_files_only: bool = False,
+    config_only: bool = False,
 ) -> tuple[Path, str | None]:
     """Find a generator's folder, downloading it from the Hub where needed, as one snapshot of one commit.
+
+    Args:
+        name: Folder or Hub id.
+        revision: Branch, tag or commit on the Hub.
+        subfolder: Folder inside the repository or folder.
+        token: Access token for the Hub.
+        cache_dir: Where downloads are kept.
+        force_download: Whether to download anew what is there already.
+        local_files_only: Whether to do without the network.
+        config_only: Whether to download its configuration alone, without the weights.
 
     Returns:
         The local folder, and the commit if it is from the Hub.
@@ -49,36 +78,151 @@ def resolve_generator(
     Raises:
         GeneratorNotFoundError: If there is none.
     """
-    commit = None
-    folder = Path(name)
-    if not folder.is_dir():
-        _refuse_what_is_no_hub_id(name)
-        try:
-            snapshot = snapshot_download(
-                name,
-                revision=revision,
-                token=token,
-                cache_dir=None if cache_dir is None else Path(cache_dir),
-                force_download=force_download,
-                local_files_only=local_files_only,
-                allow_patterns=[f"{subfolder}/*" if subfolder else "*"],
-            )
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise GeneratorNotFoundError(
-                f"There is no generator at {name!r}: it is no folder here, and the Hub gave none "
-                f"({type(error).__name__}: {error}). Check the spelling, "
-                + (f"the revision {revision!r}, " if revision else "")
-                + "the network and your access token."
-            ) from error
-        folder = Path(snapshot)
-        commit = folder.name
-    folder = folder / subfolder
+    folder, commit = _resolve(
+        _GENERATOR,
+        name,
+        (CONFIG_NAME,) if config_only else GENERATOR_FILES,
+        subfolder,
+        revision=revision,
+        token=token,
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+        force_download=force_download,
+        local_files_only=local_files_only,
+    )
     if not (folder / CONFIG_NAME).is_file():
         raise GeneratorNotFoundError(
             f"{str(folder)!r} holds no {CONFIG_NAME}, so it is no generator's folder. Expected what "
-            f"PromptConditionedLoraGenerator.save_pretrained writes.{what_it_is_instead(folder)}"
+            f"{_GENERATOR.writer} writes.{what_it_is_instead(folder)}"
         )
     return folder, commit
+
+
+def resolve_adapter(
+    name: PathLike,
+    files: Sequence[str],
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | bool | None = None,
+    cache_dir: PathLike | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+) -> Path:
+    """Find an adapter's folder, downloading it from the Hub where needed.
+
+    Args:
+        name: Folder or Hub id.
+        files: Which files to download.
+        revision: As for [`resolve_generator`].
+        subfolder: As there.
+        token: As there.
+        cache_dir: As there.
+        force_download: As there.
+        local_files_only: As there.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, nor such a repository. Whether it holds an adapter is not
+            looked at.
+    """
+    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+        raise MissingFileError(f"An adapter is named by its folder or its Hub id, a string; got {name!r}.")
+    folder, _ = _resolve(
+        _ADAPTER,
+        str(os.fspath(name)),
+        files,
+        subfolder,
+        revision=revision,
+        token=token,
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+        force_download=force_download,
+        local_files_only=local_files_only,
+    )
+    return folder
+
+
+def _resolve(
+    kind: _Kind, name: str, files: Sequence[str], subfolder: str, *, revision: str | None, **options: Any
+) -> tuple[Path, str | None]:
+    if Path(name).is_dir():
+        return Path(name) / subfolder, None
+    _refuse_what_is_no_hub_id(kind, name)
+    prefix = f"{glob.escape(subfolder.strip('/'))}/" if subfolder else ""
+    try:
+        snapshot = snapshot_download(
+            name, revision=revision, allow_patterns=[prefix + file for file in files], **options
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise kind.error(
+            f"There is no {kind.noun} at {name!r}: it is no folder here, and the Hub gave none "
+            f"({type(error).__name__}: {error}). Check the spelling, "
+            + (f"the revision {revision!r}, " if revision else "")
+            + "the network and your access token."
+        ) from error
+    return Path(snapshot) / subfolder, Path(snapshot).name
+
+
+def commit_in_cache(
+    name: str, files: Sequence[str], *, revision: str | None = None, cache_dir: PathLike | None = None
+) -> str | None:
+    """The commit of a model that was just loaded from the Hub, as the cache has it; `None` if that is not known.
+
+    Args:
+        name: Hub id; of anything else nothing is known.
+        files: Names of files, one of which the model has.
+        revision: The branch, tag or commit that was asked for.
+        cache_dir: Where downloads are kept.
+    """
+    if hub_id(name) is None:
+        return None
+    for file in files:
+        path = try_to_load_from_cache(
+            name, file, cache_dir=None if cache_dir is None else Path(cache_dir), revision=revision
+        )
+        if isinstance(path, str):
+            return Path(path).parent.name
+    return None
+
+
+def upload(
+    save: Callable[[Path], None],
+    repo_id: str,
+    *,
+    commit_message: str,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Upload a folder to the Hub, making the repository and the branch where they are missing.
+
+    Args:
+        save: Writes into the folder that it is given, which is there for the upload only.
+        repo_id: Hub id, `"user/name"`.
+        commit_message: What the commit says.
+        commit_description: And its longer text.
+        private: Whether a new repository is private; `None` leaves it to the account's default.
+        token: Access token; `None` takes the one that is logged in.
+        revision: Branch to commit to; `None` is the main branch.
+        create_pr: Whether to open a pull request rather than commit.
+
+    Returns:
+        The Hub's description of the commit.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not create_pr:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder))
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
 
 
 def generator_name(name: object) -> str:
@@ -102,18 +246,18 @@ def what_it_is_instead(folder: PathLike) -> str:
     return ""
 
 
-def _refuse_what_is_no_hub_id(name: str) -> None:
+def _refuse_what_is_no_hub_id(kind: _Kind, name: str) -> None:
     if Path(name).exists():
-        raise GeneratorNotFoundError(
-            f"There is no generator at {name!r}: it is a file. Expected a folder that "
-            "PromptConditionedLoraGenerator.save_pretrained has written, or a Hub id."
+        raise kind.error(
+            f"There is no {kind.noun} at {name!r}: it is a file. Expected a folder that {kind.writer} has written, or "
+            "a Hub id."
         )
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise GeneratorNotFoundError(
-            f"There is no generator at {name!r}: there is no such folder, and a Hub id has the form 'org/generator'. "
-            "Check the spelling, and from where the path is counted."
+        raise kind.error(
+            f"There is no {kind.noun} at {name!r}: there is no such folder, and a Hub id has the form "
+            f"'org/{kind.noun}'. Check the spelling, and from where the path is counted."
         ) from error
 
 

@@ -78,7 +78,7 @@ def release_generator() -> None:
 
     One generator is kept, so that several adapters in a row need it loaded only once.
     """
-    _load_generator.cache_clear()
+    _kept.clear()
 
 
 def _inject_generated(
@@ -114,7 +114,7 @@ def _generate(config: DnDConfig) -> GeneratedAdapter:
         else:
             name = str(config.generator)
             revision = config.generator_commit or config.generator_revision
-            generator = _load_generator(name, revision, _folder_state(name))
+            generator = _load_generator(name, revision, dict(config.generator_kwargs or {}))
         adapter = generator.generate_adapter(
             config.prompts or (),
             seed=config.seed,
@@ -131,9 +131,21 @@ def _generate(config: DnDConfig) -> GeneratedAdapter:
     return adapter
 
 
-@functools.lru_cache(maxsize=1)
-def _load_generator(name: str, revision: str | None, state: tuple[Any, ...]) -> PromptConditionedLoraGenerator:
-    return PromptConditionedLoraGenerator.from_pretrained(name, revision=revision)
+# At most one generator, and what it was loaded from and how.
+_kept: list[tuple[tuple[Any, ...], PromptConditionedLoraGenerator]] = []
+
+
+def _load_generator(name: str, revision: str | None, options: dict[str, Any]) -> PromptConditionedLoraGenerator:
+    asked = (name, revision, options, _folder_state(name))
+    for known, generator in _kept:
+        if known == asked:
+            return generator
+    release_generator()  # before the next one is loaded, so that there is memory for one only
+    loaded: PromptConditionedLoraGenerator = PromptConditionedLoraGenerator.from_pretrained(
+        name, revision=revision, **options
+    )
+    _kept.append((asked, loaded))
+    return loaded
 
 
 def _folder_state(name: str) -> tuple[Any, ...]:

@@ -15,16 +15,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from .conditioning import TEXT_ENCODER_FOLDER
@@ -33,7 +34,7 @@ from .decoders import Decoder, build_decoder
 from .errors import CorruptFileError, GeneratorNotFoundError
 from .files import PathLike, staged_directory
 from .generation import AdapterWritingMixin
-from .hub import check_loading_info, generator_name, hub_id, name_for_others, resolve_generator
+from .hub import check_loading_info, generator_name, hub_id, name_for_others, resolve_generator, upload
 from .model_card import CARD_NAME, generator_card, may_write_card
 from .out_of_distribution import REFERENCE_NAME, PromptReference
 from .positions import token_positions
@@ -41,6 +42,10 @@ from .processes import check_whole
 from .stored_weights import floating_dtype
 from .text_encoder import TextEncoder, check_text_encoder
 from .tokenizer import WeightNormalization, WeightTokenizer
+
+
+# What save_pretrained passes on to push_to_hub.
+_PUSH_OPTIONS = ("commit_message", "commit_description", "private", "revision", "create_pr")
 
 
 class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
@@ -106,16 +111,17 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         Args:
             condition_states: Float tensor (B, N, L, C).
             condition_mask: Bool tensor (B, N, L), true where there is a token.
-            prompts: In place of both, N prompts for each of B tasks, which are read here, with gradients if the text
-                encoder is being fitted too.
+            prompts: In place of both, the prompts of each of B tasks, which are read here, with gradients if the text
+                encoder is being fitted too. For a decoder that reads sets the tasks may have different numbers of
+                them: N is the largest, and the places that are left are masked.
 
         Returns:
             Tensor (B, N_w, L_w, C_w) in the decoder's dtype.
         """
         if prompts is not None:
             read = [self.encode_prompts(lines) for lines in prompts]
-            condition_states = torch.stack([states for states, _ in read]).to(self.device)
-            condition_mask = torch.stack([mask for _, mask in read]).to(self.device)
+            condition_states = pad_sequence([states for states, _ in read], batch_first=True).to(self.device)
+            condition_mask = pad_sequence([mask for _, mask in read], batch_first=True).to(self.device)
         if condition_states is None or condition_mask is None:
             raise ValueError("forward needs condition_states and condition_mask, or prompts; it got neither.")
         return self.decoder(condition_states.to(self.dtype), condition_mask)
@@ -229,18 +235,20 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
             save_directory: The folder.
             is_main_process: Whether this process is the one that writes.
             state_dict: The weights to write, where they are not simply this module's.
-            push_to_hub: Whether to push to the Hub afterwards, to `repo_id`.
+            push_to_hub: Whether to push to the Hub afterwards, to `repo_id`; the process that writes does.
             include_text_encoder: Whether to put the text encoder into `text_encoder/` as well, which makes the
                 generator self-contained. `None` leaves it as the configuration says. Always done for a text encoder
                 that was fitted too.
             repo_id: Hub id to push to; `None` takes the folder's name.
             token: Access token for the Hub.
-            kwargs: What any transformers model takes, `max_shard_size` for one.
+            kwargs: What any transformers model takes, `max_shard_size` for one; and what
+                [`push_to_hub`][PromptConditionedLoraGenerator.push_to_hub] takes, `private` for one.
 
         Raises:
             DestinationError: If `save_directory` names no place, or a file is in its way.
             SavingError: If writing fails, on a full disk for instance.
         """
+        push_options = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if name in kwargs}
         if is_main_process:
             carry = self.config.carries_text_encoder(include_text_encoder)
             encoder = self.text_encoder if carry else None  # before anything is written: it may be missing
@@ -264,9 +272,11 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
             for path in Path(save_directory).glob("model*.safetensors*"):
                 if path.name not in written:
                     path.unlink()
-        if push_to_hub:
+        if push_to_hub and is_main_process:
+            if "max_shard_size" in kwargs:
+                push_options["max_shard_size"] = kwargs["max_shard_size"]
             name = repo_id or Path(save_directory).name
-            self.push_to_hub(name, token=token, include_text_encoder=include_text_encoder)
+            self.push_to_hub(name, token=token, include_text_encoder=include_text_encoder, **push_options)
 
     def push_to_hub(  # type: ignore[override]  # the model card is ours
         self,
@@ -290,28 +300,33 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
             repo_id: Hub id, `"user/name"`.
             commit_message: What the commit says.
             commit_description: And its longer text.
-            private: Whether a new repository is private.
-            token: Access token.
-            revision: Branch to commit to.
+            private: Whether a new repository is private; `None` leaves it to the account's default.
+            token: Access token; `None` takes the one that is logged in.
+            revision: Branch to commit to; made where missing. `None` is the main branch.
             create_pr: Whether to open a pull request rather than commit.
             max_shard_size: Largest weights file.
             include_text_encoder: See [`save_pretrained`].
 
         Returns:
             The Hub's description of the commit.
+
+        Raises:
+            HfHubHTTPError: The Hub's own, if you may not write there.
+            TextEncoderError: If the text encoder is to go along and cannot be loaded.
         """
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         names = self.names_for_others(include_text_encoder)
         if self.config.carries_text_encoder(include_text_encoder):
             self.load_text_encoder()  # while its name is still there
-        with tempfile.TemporaryDirectory() as folder, _changed(self.config, **names):
-            self.save_pretrained(folder, max_shard_size=max_shard_size, include_text_encoder=include_text_encoder)
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
+        with _changed(self.config, **names):
+            return upload(
+                partial(
+                    self.save_pretrained, max_shard_size=max_shard_size, include_text_encoder=include_text_encoder
+                ),
+                repo_id,
                 commit_message=commit_message or "Upload PromptConditionedLoraGenerator",
                 commit_description=commit_description,
+                private=private,
+                token=token,
                 revision=revision,
                 create_pr=create_pr,
             )

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .errors import GeneratorConfigError, TextEncoderError
 from .files import staged_directory
+from .hub import commit_in_cache
 from .prompts import TokenStates, check_prompts
 from .sentence_transformer_outputs import TextOutput, count_cut, measured_sizes, text_outputs, token_lengths
 from .text_encoder_blocks import CutWarning, encode_in_blocks
@@ -114,6 +115,7 @@ class SentenceTransformerTextEncoder:
         self.block_tokens = block_tokens
         self.window_tokens = window_tokens
         self.trainable = trainable
+        self._commit_hash: str | None = None
         self._warn_of_cuts = CutWarning()
         set_padding_token(module)
         if max_length is not None or window_tokens is not None:
@@ -174,7 +176,7 @@ class SentenceTransformerTextEncoder:
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        return cls(
+        encoder = cls(
             module,
             name_or_path=os.fspath(name_or_path),
             layer=layer,
@@ -183,6 +185,13 @@ class SentenceTransformerTextEncoder:
             trainable=trainable,
             block_tokens=block_tokens,
         )
+        encoder._commit_hash = commit_in_cache(
+            os.fspath(name_or_path),
+            ("modules.json", "config.json"),
+            revision=revision,
+            cache_dir=cache_dir or os.environ.get("SENTENCE_TRANSFORMERS_HOME"),  # as sentence-transformers has it
+        )
+        return encoder
 
     @classmethod
     def from_word_vectors(
@@ -278,8 +287,8 @@ class SentenceTransformerTextEncoder:
 
     @property
     def commit_hash(self) -> str | None:
-        """The Hub commit that the model came from; `None` if it came from a folder or was built in memory."""
-        return getattr(model_config(self.module), "_commit_hash", None)
+        """The Hub commit that `from_pretrained` loaded the model from, by its full id; `None` if it is not known."""
+        return self._commit_hash
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
         """How many token states each prompt has: its tokens, special ones included, but `max_length` at most.
