@@ -86,6 +86,8 @@ ROOMS = [
     "evaluation",
     "training_args",
     "objective",
+    "fitting_inputs",
+    "uploads",
     "trainer",
     "cli",
 ]

@@ -330,3 +330,20 @@ def test_training_arguments_survive_a_copy(tmp_path: Path) -> None:
     first = arguments(tmp_path)
     assert copy.deepcopy(first).to_dict() == first.to_dict()
     assert first.remove_unused_columns is False
+
+
+def test_one_process_fits_on_one_of_several_gpus(
+    pairs: PromptCheckpointDataset,
+    make_generator: Callable[..., PromptConditionedLoraGenerator],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    args = arguments(tmp_path, max_steps=1)
+    assert args.n_gpu == 0  # the devices are set up, and no more will be looked for
+    monkeypatch.setattr(args, "_n_gpu", 2)
+    assert args.train_batch_size == 8
+    with pytest.warns(UserWarning, match=r"sees 2 GPUs.*torchrun --nproc_per_node=2"):
+        trainer = DnDTrainer(make_generator(), args, pairs)
+    trainer.train()
+    assert args.n_gpu == 1 and args.train_batch_size == 4
+    assert not isinstance(trainer.model_wrapped, nn.DataParallel)

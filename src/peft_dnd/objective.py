@@ -57,6 +57,14 @@ class Supervision:
         rest = dict(batch)
         return rest, cls(*(rest.pop(name, None) for name in ("target_tokens", "has_target", "examples")))
 
+    def known(self, count: int, device: torch.device) -> torch.Tensor:
+        """Which of so many items have a checkpoint, and which have examples: (B, 2), bool."""
+        known = torch.zeros(count, 2, dtype=torch.bool, device=device)
+        if self.targets is not None:
+            known[:, 0] = True if self.has_target is None else self.has_target
+        known[:, 1] = self.examples is not None
+        return known
+
 
 class FittingObjective:
     """The loss that a generator is fitted to.
@@ -148,7 +156,8 @@ class FittingObjective:
             supervision: What they are held against.
 
         Returns:
-            (B, 4), float32, the columns as in `LOSSES`; NaN for what there is not.
+            (B, 4), float32, the columns as in `LOSSES`; NaN for what there is not, which [`Supervision.known`] tells
+            from the NaN that a generator which diverged gives.
         """
         targets, known, examples = supervision.targets, supervision.has_target, supervision.examples
         losses = torch.full((len(tokens), len(LOSSES)), torch.nan, device=tokens.device)
@@ -162,10 +171,24 @@ class FittingObjective:
             losses[:, 2:] = torch.stack([self._task_losses(guess, examples) for guess in (tokens, mean)], 1)
         return losses
 
-    def total(self, item_losses: torch.Tensor) -> torch.Tensor:
-        """The mean over the items of what `item_losses` gave, by the weights that hold after the warm start."""
-        weights = torch.tensor(self._weights(None), device=item_losses.device)
-        return (item_losses[:, ::2].nanmean(0).nan_to_num() * weights).sum()  # a batch may be without checkpoints
+    def total(self, item_losses: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        """The mean of what `item_losses` gave, by the weights that hold after the warm start.
+
+        Args:
+            item_losses: (B, 4), as `item_losses` gives them.
+            known: (B, 2), which items have a checkpoint and which have examples; see [`Supervision.known`]. The mean
+                of each loss is over those that have what it is taken on.
+
+        Returns:
+            A scalar: NaN if a loss that counts is NaN; 0 if no item has what any loss is taken on, which a single
+            batch may come to.
+        """
+        total = item_losses.new_zeros(())
+        for column, weight in enumerate(self._weights(None)):
+            has = known[:, column]
+            if weight > 0 and has.any():
+                total = total + weight * item_losses[has, 2 * column].mean()
+        return total
 
     def _weights(self, step: int | None) -> tuple[float, float]:
         if self.task_loss is None or (step is not None and step < self.args.rebuild_steps):

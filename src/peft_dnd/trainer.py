@@ -16,16 +16,17 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import DataLoader, Sampler
+from transformers import TrainerCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from .adapter import GeneratedAdapter
@@ -33,10 +34,10 @@ from .collator import PromptCheckpointCollator
 from .conditioning import TEXT_ENCODER_FOLDER
 from .data import PromptCheckpointDataset
 from .decoders import SetTransformerDecoder
-from .errors import GeneratorConfigError, PairsFolderError
 from .evaluation import EvaluationReport, score_generated
 from .examples import ExampleCollator, ExamplesBesidePairs
 from .files import write_text
+from .fitting_inputs import EpochSampler, as_asked, check_kinds, use_one_gpu
 from .losses import add_noise
 from .model_card import CARD_NAME, EVALUATION, may_write_card
 from .modeling import PromptConditionedLoraGenerator
@@ -47,12 +48,13 @@ from .sentence_transformer import SentenceTransformerTextEncoder
 from .task_loss import LossFunction
 from .text_encoder import PromptEmbeddingCache
 from .training_args import DnDTrainingArguments
+from .uploads import UploadingTrainer
 
 
 logger = logging.getLogger(__name__)
 
 
-class DnDTrainer(Trainer):
+class DnDTrainer(UploadingTrainer):
     """Fits a [`PromptConditionedLoraGenerator`] to prompt-checkpoint pairs.
 
     At every step each checkpoint of the batch meets prompts of its task drawn afresh (arXiv 2506.16406, section 2.2:
@@ -65,7 +67,19 @@ class DnDTrainer(Trainer):
     starts from the adapter that the base model brings along.
 
     Before the first step the normalisation statistics are taken from the training pairs, unless the generator has some
-    already, and the prompts of all tasks are read by the text encoder once, unless that is being fitted too.
+    already, and the prompts of all tasks are read by the text encoder once, unless that is being fitted too. A frozen
+    text encoder does so where it is, which is the CPU for one that the library loaded. With many prompts and a GPU,
+    call `generator.text_encoder.module.to("cuda")` before fitting, and `.to("cpu")` afterwards: that is faster, and
+    the states differ by about 1e-5 from those that the generator will read on the CPU, which is why it is not done
+    unasked.
+
+    On a machine with several GPUs one process fits on the first of them. Start one process for each GPU to use them
+    all: `torchrun --nproc_per_node=N fit.py`.
+
+    With `args.push_to_hub` the generator is uploaded as its own `push_to_hub` does, with the text encoder if it is
+    carried and without names of this machine's folders; nothing else of the output folder is. Only the folder that
+    `hub_strategy="checkpoint"` or `"all_checkpoints"` adds, for resuming, holds pickles: the optimiser's state and the
+    like, as `Trainer` writes them.
 
     Args:
         model: The generator.
@@ -112,9 +126,10 @@ class DnDTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = DnDTrainingArguments(output_dir="generator") if args is None else args
-        _check_kinds(model, args, train_dataset, eval_dataset)
-        train_dataset = _as_asked(train_dataset, args, model, args.prompt_pool_size)
-        eval_dataset = _as_asked(eval_dataset, args, model)
+        check_kinds(model, args, train_dataset, eval_dataset)
+        use_one_gpu(args)
+        train_dataset = as_asked(train_dataset, args, model, args.prompt_pool_size)
+        eval_dataset = as_asked(eval_dataset, args, model)
         for what, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             check_dataset(model, args, dataset, what)
         self.generator = model
@@ -130,14 +145,18 @@ class DnDTrainer(Trainer):
             reads_sets=model.decoder.reads_sets,
             smallest_set=args.smallest_prompt_set,
         )
+        # What is measured is the generator with as many prompts as it will be used with.
+        self._eval_collator = replace(self._collator, smallest_set=0)
         self._projection = getattr(model.decoder, "length_projection", None)
         if self._projection is not None:
             self._projection.noise = args.condition_noise  # where the paper's code adds it
         self.objective = FittingObjective(model, args, base_model, task_loss_function, token_weight=token_weight)
         data_collator: Any = self._collator
+        self._eval_data_collator: Any = self._eval_collator
         if self.objective.task_loss is not None:
             collate = task_collator or ExampleCollator.for_model(self.objective.task_loss.model)
             data_collator = ExamplesBesidePairs(self._collator, args.task_examples, collate)
+            self._eval_data_collator = ExamplesBesidePairs(self._eval_collator, args.task_examples, collate)
         if args.ddp_find_unused_parameters is None and model.config.freeze_text_encoder:
             args.ddp_find_unused_parameters = False  # every parameter of a decoder has a part in every loss
         if args.push_to_hub:
@@ -196,7 +215,7 @@ class DnDTrainer(Trainer):
             and `eval_task_loss`, beside `eval_mean_adapter_task_loss`.
         """
         self._prepare()
-        dataset = _as_asked(self.eval_dataset if eval_dataset is None else eval_dataset, self.args, self.generator)
+        dataset = as_asked(self.eval_dataset if eval_dataset is None else eval_dataset, self.args, self.generator)
         check_dataset(self.generator, self.args, dataset, "eval_dataset")
         metrics = super().evaluate(dataset, ignore_keys, metric_key_prefix)
         if self.adapter_scorer is not None and isinstance(dataset, PromptCheckpointDataset):
@@ -241,18 +260,40 @@ class DnDTrainer(Trainer):
         condition, supervision = Supervision.split_off(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = self.objective.item_losses(model(**condition), supervision)
+        known = supervision.known(len(losses), losses.device)
         # A loss of batches would count the items of a last, smaller one more; that of all items is taken in the end.
-        loss = self.objective.total(losses) if prediction_loss_only else None
+        loss = self.objective.total(losses, known) if prediction_loss_only else None
         # Trainer calls compute_metrics only where there are labels.
-        return loss, losses, torch.zeros(len(losses), device=losses.device)
+        return loss, losses, known.float()
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        items = np.asarray(prediction.predictions)
-        columns = dict(zip(LOSSES, items.T, strict=True))
-        if self.objective.task_loss is None:
-            del columns["weight_loss"]  # which is the loss itself
-        means = {name: float(np.nanmean(losses)) for name, losses in columns.items() if not np.isnan(losses).all()}
-        return {"loss": self.objective.total(torch.from_numpy(items)).item(), **means}
+        items = torch.from_numpy(np.asarray(prediction.predictions))
+        known = torch.from_numpy(np.asarray(prediction.label_ids)) > 0
+        means = {}
+        for column, name in enumerate(LOSSES):
+            has = known[:, column // 2]
+            # Without task loss the weight loss is the loss itself.
+            if has.any() and not (name == "weight_loss" and self.objective.task_loss is None):
+                means[name] = items[has, column].mean().item()
+        return {"loss": self.objective.total(items, known).item(), **means}
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Batches for evaluation, of `num_prompts` prompts each; `smallest_prompt_set` is for fitting alone."""
+        with self._reading_whole_sets():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """Batches for prediction; as for evaluation."""
+        with self._reading_whole_sets():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _reading_whole_sets(self) -> Iterator[None]:
+        fitting, self.data_collator = self.data_collator, self._eval_data_collator
+        try:
+            yield
+        finally:
+            self.data_collator = fitting
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[tuple[int, int]] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -263,9 +304,9 @@ class DnDTrainer(Trainer):
         if self.pairs is not None:
             self.objective.prepare(self.pairs)
         if self._collator.encode:
-            for dataset in (self.pairs, self.eval_dataset):
+            for collator, dataset in ((self._collator, self.pairs), (self._eval_collator, self.eval_dataset)):
                 if isinstance(dataset, PromptCheckpointDataset):
-                    self._collator.warm_up(dataset)
+                    collator.warm_up(dataset)
             decoder = self.generator.decoder
             if self.pairs is not None and isinstance(decoder, SetTransformerDecoder) and not decoder.centered:
                 decoder.center_on(self._collator.states_of_tasks(self.pairs))
@@ -309,67 +350,3 @@ class DnDTrainer(Trainer):
         folder = Path(str(self.args.output_dir))
         if self.is_world_process_zero() and may_write_card(folder):
             write_text(folder / CARD_NAME, self.generator.model_card())
-
-
-class EpochSampler(Sampler[tuple[int, int]]):
-    """All indices of a data set in random order, each with the number of the epoch.
-
-    With the epoch in hand the data set can draw anew at every visit and needs no state of its own, whatever process it
-    lives in.
-
-    Args:
-        size: Length of the data set.
-        seed: Seed of the order; each epoch has its own.
-    """
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size = size
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer when an epoch begins."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = torch.Generator().manual_seed(self.seed + self.epoch)
-        epoch = self.epoch
-        return ((epoch, i) for i in torch.randperm(self.size, generator=order).tolist())
-
-
-def _check_kinds(model: object, args: object, *datasets: object) -> None:
-    if not isinstance(model, PromptConditionedLoraGenerator):
-        raise GeneratorConfigError(
-            f"DnDTrainer fits a PromptConditionedLoraGenerator, got {model!r}. Build one from a configuration, or "
-            "load one with PromptConditionedLoraGenerator.from_pretrained."
-        )
-    if not isinstance(args, DnDTrainingArguments):
-        raise GeneratorConfigError(
-            f"DnDTrainer needs DnDTrainingArguments, got {type(args).__name__}. They take all that TrainingArguments "
-            "takes."
-        )
-    for dataset in datasets:
-        if isinstance(dataset, (str, os.PathLike)):
-            raise PairsFolderError(
-                f"DnDTrainer needs a data set, got the name {str(dataset)!r}. Read the pairs folder with "
-                "PromptCheckpointDataset.from_folder."
-            )
-
-
-def _as_asked(
-    dataset: Any,
-    args: DnDTrainingArguments,
-    model: PromptConditionedLoraGenerator,
-    prompt_pool_size: int | None = None,
-) -> Any:
-    """A data set, or a dictionary of some, in the form that the arguments ask for, with the texts that are read."""
-    if isinstance(dataset, dict):
-        return {name: _as_asked(one, args, model, prompt_pool_size) for name, one in dataset.items()}
-    if not isinstance(dataset, PromptCheckpointDataset):
-        return dataset
-    config = model.config
-    dataset = dataset.with_condition(config.condition_text, config.answer_ratio, prompt_pool_size=prompt_pool_size)
-    return dataset.with_canonical_factors() if args.canonical_targets else dataset
