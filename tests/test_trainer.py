@@ -260,8 +260,12 @@ def test_a_fit_that_was_interrupted_in_a_step_resumes_to_the_same_bytes(
         if steps == 4:
             signal.raise_signal(signal.SIGINT)
 
-    with cut.decoder.register_forward_hook(interrupt_the_fourth), pytest.raises(KeyboardInterrupt):
-        DnDTrainer(cut, settings, pairs).train()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's workers ignore the signal
+    try:
+        with cut.decoder.register_forward_hook(interrupt_the_fourth), pytest.raises(KeyboardInterrupt):
+            DnDTrainer(cut, settings, pairs).train()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     DnDTrainer(resumed, settings, pairs).train(resume_from_checkpoint=True)
     found = resumed.state_dict()
     assert all(torch.equal(tensor, found[key]) for key, tensor in whole.state_dict().items())
