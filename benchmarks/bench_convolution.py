@@ -57,7 +57,9 @@ def main() -> None:
         command += ["--dtypes", dtype, "--rounds", str(options.rounds)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         runs.append(json.loads(done.stdout.splitlines()[-1]))
-    write_result(f"convolution_{options.settings}", {"settings": options.settings, "seed": 0, "runs": runs})
+    threads = "_".join(map(str, options.threads))
+    name = f"convolution_{options.settings}_threads_{threads}"
+    write_result(name, {"settings": options.settings, "seed": 0, "runs": runs})
 
 
 def measure(settings: str, threads: int, dtype_name: str, rounds: int) -> dict[str, Any]:
