@@ -30,6 +30,7 @@ import argparse
 import logging
 import platform
 import time
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -85,11 +86,15 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers.utils.logging.disable_progress_bar()
+    # PEFT 0.21 asks transformers 5.23 for this by its old name.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
     folder = options.output / f"seed-{options.seed}"
     check_settings(folder)
     world = build_world(options.seed)
     progress = Progress(folder)
+    if progress.seconds:
+        logger.info("Going on from what is in %s", folder)
     started = time.perf_counter()
 
     make_the_base(world, folder, progress)
@@ -130,12 +135,12 @@ def make_the_base(world: World, folder: Path, progress: Progress) -> None:
 
 def collect_pairs(world: World, folder: Path, progress: Progress) -> PromptCheckpointDataset:
     """Train an adapter for each training task and collect its last checkpoints, where that is not done yet."""
-    logger.info("2. Training an adapter for each of %d tasks, and collecting checkpoints", len(world.training_tasks))
     base_folder, pairs_folder = folder / "base", folder / "pairs"
     missing = [task for task in world.training_tasks if not is_complete(pairs_folder / task.name)]
     if missing:
+        logger.info("2. Training an adapter for each of %d tasks, and collecting checkpoints", len(missing))
         progress.begin("pairs")
-    for task in tqdm(missing, desc="training tasks"):
+    for task in tqdm(missing, desc="training tasks", disable=not missing):
         began = time.perf_counter()
         collector = CheckpointCollector(
             pairs_folder / task.name, prompts=world.prompts(task), last=SETTINGS["checkpoints"]
@@ -153,11 +158,11 @@ def is_complete(task_folder: Path) -> bool:
 
 def train_ceilings(world: World, folder: Path, progress: Progress) -> None:
     """Train an adapter for each held-out task, to compare with. The generator never sees these."""
-    logger.info("3. Training adapters on the %d held-out tasks, only to compare with", len(world.held_out_tasks))
     missing = [task for task in world.held_out_tasks if not (folder / "trained" / task.name).is_dir()]
     if missing:
+        logger.info("3. Training adapters on %d held-out tasks, only to compare with", len(missing))
         progress.begin("trained")
-    for task in tqdm(missing, desc="held-out tasks"):
+    for task in tqdm(missing, desc="held-out tasks", disable=not missing):
         began = time.perf_counter()
         model = train_adapter(folder / "base", world.training_examples(task), world.seed)
         with staged_directory(folder / "trained" / task.name) as staged:
@@ -200,11 +205,11 @@ def fit_generator(
 
 def generate(generator: PromptConditionedLoraGenerator, world: World, folder: Path, progress: Progress) -> None:
     """Give each held-out task its adapter, from its unlabelled prompts alone, and save it."""
-    logger.info("5. Generating the adapters of %d held-out tasks from their prompts", len(world.held_out_tasks))
     missing = [task for task in world.held_out_tasks if not (folder / "adapters" / task.name).is_dir()]
     if missing:
+        logger.info("5. Generating the adapters of %d held-out tasks from their prompts", len(missing))
         progress.begin("adapters")
-    for task in tqdm(missing, desc="generating"):
+    for task in tqdm(missing, desc="generating", disable=not missing):
         began = time.perf_counter()
         generator.generate_adapter(world.prompts(task), seed=world.seed).save_pretrained(
             folder / "adapters" / task.name
