@@ -34,3 +34,5 @@ for requirement in map(Requirement, project["dependencies"] + hosts):
     if requirement.name == "torch" and torch_version:
         (floor,) = torch_version
     print(f"{requirement.name}=={floor}")
+# `datasets` takes any newer one, but from 19 on it wants NumPy 2.
+print("pyarrow<19")

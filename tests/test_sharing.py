@@ -50,6 +50,9 @@ def uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return SimpleNamespace(oid="c0ffee")
 
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **given: SimpleNamespace(repo_id=repo_id))
+    # transformers 5.1 has the function in its trainer's module.
+    create_repo = "transformers.trainer.create_repo"
+    monkeypatch.setattr(create_repo, lambda name, **given: SimpleNamespace(repo_id=name), raising=False)
     monkeypatch.setattr(HfApi, "upload_folder", upload)
     return target
 

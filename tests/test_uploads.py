@@ -102,6 +102,9 @@ class Hub:
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     stub = Hub()
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **given: SimpleNamespace(repo_id=repo_id))
+    # transformers 5.1 has the function in its trainer's module.
+    create_repo = "transformers.trainer.create_repo"
+    monkeypatch.setattr(create_repo, lambda name, **given: SimpleNamespace(repo_id=name), raising=False)
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, **given: stub.upload(token=self.token, **given))
 
     def wait(trainer: DnDTrainer) -> None:

@@ -295,10 +295,12 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         name = generator_name(pretrained_model_name_or_path)
         try:
             config_dict, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        except OSError as error:
+        except (OSError, TypeError) as error:
             file = Path(name, kwargs.get("subfolder") or "", CONFIG_NAME)
-            if file.is_file():
-                read_json(file)  # says what is wrong with it; of a damaged file transformers says that there is none
+            # Says what is wrong with the file; of a damaged one transformers says that there is none.
+            content = read_json(file) if file.is_file() else None
+            if isinstance(error, TypeError) and not isinstance(content, list):  # 5.1 takes a list for a dictionary
+                raise
             raise GeneratorNotFoundError(
                 f"There is no generator at {name!r}: expected a folder that "
                 "PromptConditionedLoraGenerator.save_pretrained has written, or a Hub id. Check the spelling, the "

@@ -43,7 +43,8 @@ _STAGING_PREFIX = ".peft_dnd_staging_"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # What goes wrong in writing and in nothing else: such an error is one of saving, even where it names no file.
 _ONLY_IN_WRITING = (*_NO_SPACE, errno.EFBIG, errno.EROFS)
-_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors and tokenizers, written in Rust, tell the errno
+# How safetensors and tokenizers, written in Rust, tell the errno, in new and in old versions.
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")
 _UNTOUCHED = "What was there before is untouched."
 
 
@@ -243,7 +244,8 @@ def _errno_of_writing_below(staged: Path, error: Exception) -> int | None:
             return error.errno if error.errno in _ONLY_IN_WRITING else None
         return error.errno if staged.name in str(error.filename) else None
     found = _RUST_ERROR.search(str(error))
-    return int(found[1]) if found and int(found[1]) in _ONLY_IN_WRITING else None
+    number = int(found[1] or found[2]) if found else None
+    return number if number in _ONLY_IN_WRITING else None
 
 
 def _saving_error(target: Path, number: int, left: str = _UNTOUCHED) -> SavingError:

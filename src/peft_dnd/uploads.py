@@ -97,7 +97,9 @@ class UploadingTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token if token is not None else self.args.hub_token
         if self.hub_model_id is None:  # args.push_to_hub is off
-            self.init_hf_repo(token=token, **({} if private is None else {"private": private}))
+            if private is not None:
+                self.args.hub_private_repo = private  # transformers 5.1 takes it from there alone
+            self.init_hf_repo(token=token)
         self.create_model_card(**kwargs)
         self.save_model(_internal_call=True)  # in every process, as sharded weights need
         if not self.is_world_process_zero():
