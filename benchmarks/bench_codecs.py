@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """How much of an adapter's scale survives its tokens: the released token format beside our own.
 
 An adapter of Qwen2.5-0.5B's shapes is turned to tokens and back, with tokens in float32 and in bfloat16, for standard
@@ -31,7 +19,7 @@ from record import write_result
 from shapes import qwen_layout
 
 from peft_dnd import AdapterLayout, PublishedTokenizer, WeightTokenizer
-from peft_dnd.tokenizer import WeightNormalization, weight_statistics
+from peft_dnd.adapters import WeightNormalization, weight_statistics
 
 
 DEVIATIONS_OF_B = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)

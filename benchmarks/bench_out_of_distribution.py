@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """How well the out-of-distribution score tells new tasks from text that belongs to none.
 
 Two worlds: the worked example's (24 tasks are known, 8 are new), on three seeds; and, with --data or --hub, real text,
@@ -37,10 +25,10 @@ from record import RESULTS, ROOT, write_result
 from sklearn.metrics import roc_auc_score, roc_curve
 from strange_prompts import strange_prompts
 
-from peft_dnd.files import staged_file
-from peft_dnd.generation import THRESHOLD
-from peft_dnd.out_of_distribution import PromptReference, prompt_points, prompts_kept
-from peft_dnd.sentence_transformer import SentenceTransformerTextEncoder
+from peft_dnd.generator import THRESHOLD
+from peft_dnd.storage.files import staged_file
+from peft_dnd.text import SentenceTransformerTextEncoder
+from peft_dnd.text.out_of_distribution import PromptReference, prompt_points, prompts_kept
 
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "real_text"))

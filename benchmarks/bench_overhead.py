@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """What an adapter costs: generated, trained on few or all examples, or replaced by examples in the context.
 
     python benchmarks/bench_overhead.py --seed 0 --output demo_output
@@ -65,7 +53,7 @@ from peft_dnd import (
     PromptConditionedLoraGenerator,
 )
 from peft_dnd.evaluation import AnswerScorer
-from peft_dnd.files import read_json, write_json
+from peft_dnd.storage.files import read_json, write_json
 
 
 SHOTS = (1, 16, 64, 256)

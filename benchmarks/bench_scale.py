@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Time and memory of every step from prompts to an adapter in a model, at the sizes of real bases.
 
 Each size runs in processes of its own, so that its peak of resident memory is its own. Bases, decoders and their
@@ -52,7 +40,7 @@ from peft_dnd import (
     PromptConditionedLoraGeneratorConfig,
     StreamedLoraGenerator,
 )
-from peft_dnd.files import write_json
+from peft_dnd.storage.files import write_json
 
 
 SETTINGS = {"0.5b": "common-sense-0.5b", "1.5b": "math-1.5b", "7b": "math-7b"}

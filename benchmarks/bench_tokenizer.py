@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Adapter to normalised tokens and back, against three loops over chunks, for Qwen2.5-0.5B at rank 8.
 
 The rivals, from the one that does most to the one that does least:
@@ -38,8 +26,7 @@ from record import ratio, spread, take_turns, write_result
 from shapes import qwen_layout
 
 from peft_dnd import AdapterLayout, WeightTokenizer
-from peft_dnd.published_tokenizer import PublishedTokenizer
-from peft_dnd.tokenizer import WeightNormalization
+from peft_dnd.adapters import PublishedTokenizer, WeightNormalization
 
 
 REPEATS = 25

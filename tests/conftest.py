@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Tiny models, built from their configurations: no test needs the network or a GPU."""
 
 from __future__ import annotations
@@ -29,6 +17,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from support.constants import LORA_CONFIG, TASK_PROMPTS, WORDS
 from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
 
@@ -38,16 +27,12 @@ from peft_dnd import (
     PromptConditionedLoraGenerator,
     PromptConditionedLoraGeneratorConfig,
 )
-from peft_dnd.pair_writer import PairWriter
-from peft_dnd.sentence_transformer import SentenceTransformerTextEncoder
+from peft_dnd.pairs.writer import PairWriter
+from peft_dnd.text.sentence_transformer import SentenceTransformerTextEncoder
 
 
 # The matrices here are tiny: threads would only wait for one another, and badly where cores are shared.
 torch.set_num_threads(1)
-
-WORDS = ("what", "is", "the", "capital", "river", "colour", "of", "a", "law", "medicine", "tax", "court")
-WORDS += ("doctor", "please", "answer", "in", "one", "word", "?", ".", ",")
-LORA_CONFIG = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -135,14 +120,6 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def encoder(encoder_folder: Path) -> SentenceTransformerTextEncoder:
     """That encoder, frozen."""
     return SentenceTransformerTextEncoder.from_pretrained(encoder_folder)
-
-
-TASK_PROMPTS = {
-    "law": ["what is the law of the court ?", "what is tax law ?", "a court please", "what court ?", "law of tax ."],
-    "med": ["what is the medicine of a doctor ?", "doctor please", "what is medicine ?", "medicine please ."],
-    "geo": ["what is the capital ?", "the river please", "what is a river ?", "capital in one word .", "river ?"],
-    "art": ["what is the colour ?", "answer in one word , colour", "a colour please", "colour of a river ?"],
-}
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Fitting, losses, text encoders and generation on a GPU give what they give on the CPU, but for rounding."""
 
 from __future__ import annotations
@@ -22,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TASK_PROMPTS
-from extractor_models import new_model, new_tokenizer
 from peft import get_peft_model
+from support.constants import TASK_PROMPTS
+from support.extractor_models import new_model, new_tokenizer
 from torch import nn
 
 from peft_dnd import (
@@ -37,8 +25,8 @@ from peft_dnd import (
     PromptConditionedLoraGeneratorConfig,
     write_examples,
 )
-from peft_dnd.hidden_states_encoder import HiddenStatesTextEncoder
-from peft_dnd.task_loss import TaskLoss
+from peft_dnd.fitting.task_loss import TaskLoss
+from peft_dnd.text.hidden_states import HiddenStatesTextEncoder
 
 
 pytestmark = pytest.mark.gpu

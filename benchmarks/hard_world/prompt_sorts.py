@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """How the hard world's generator does with prompts of one sort, with few and with many, picked and at random.
 
     python benchmarks/hard_world/run.py --seed 0
@@ -43,7 +31,7 @@ from record import write_result  # noqa: E402
 from tasks import score  # noqa: E402
 
 from peft_dnd import PromptConditionedLoraGenerator, select_representative  # noqa: E402
-from peft_dnd.representative import METHODS  # noqa: E402
+from peft_dnd.text.representative import METHODS  # noqa: E402
 
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)

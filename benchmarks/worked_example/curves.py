@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Curves on world 1: how accuracy depends on training tasks, prompts, checkpoints, typing errors and balance.
 
     python benchmarks/worked_example/run.py --seed 0
@@ -54,8 +42,8 @@ from peft_dnd import (  # noqa: E402
     PromptConditionedLoraGenerator,
     PromptConditionedLoraGeneratorConfig,
 )
-from peft_dnd.files import read_json, write_json  # noqa: E402
-from peft_dnd.pairs import load_task  # noqa: E402
+from peft_dnd.pairs.folder import load_task  # noqa: E402
+from peft_dnd.storage.files import read_json, write_json  # noqa: E402
 
 
 TASK_COUNTS = (2, 4, 8, 12, 16, 20, 24)

@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """World 1: the worked example, judged by the whole protocol, and beside the paper's decoder on the same pairs.
 
     python benchmarks/worked_example/run.py --seed 0
@@ -42,7 +30,7 @@ from tasks import SETTINGS, train_adapter  # noqa: E402
 from world import World, build_world  # noqa: E402
 
 from peft_dnd import PromptCheckpointDataset, PromptConditionedLoraGenerator  # noqa: E402
-from peft_dnd.files import read_json, staged_directory, write_json  # noqa: E402
+from peft_dnd.storage.files import read_json, staged_directory, write_json  # noqa: E402
 
 
 # Four times the steps and twice the rank of one task's adapter: it has to serve 24 tasks.

@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Fitting a generator on a recipe's pairs, with the paper's settings and the recipe's changes to them."""
 
 from __future__ import annotations
@@ -31,9 +19,9 @@ from peft_dnd import (
     PromptConditionedLoraGenerator,
     PromptConditionedLoraGeneratorConfig,
 )
-from peft_dnd.configuration import condition_size
-from peft_dnd.sentence_transformer import SentenceTransformerTextEncoder
-from peft_dnd.settings import PaperSettings
+from peft_dnd.generator import PaperSettings
+from peft_dnd.generator.configuration import condition_size
+from peft_dnd.text import SentenceTransformerTextEncoder
 
 
 MAX_WORDS = 50_000

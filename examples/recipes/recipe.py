@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Recipes: one experiment each, as a YAML file, read and checked before anything is computed."""
 
 from __future__ import annotations
@@ -25,7 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from peft_dnd.evaluation import PROTOCOL_ROWS
-from peft_dnd.settings import PaperSettings
+from peft_dnd.generator import PaperSettings
 
 
 DATA_FOLDER = Path(__file__).parent / "data"
@@ -216,7 +204,7 @@ class Recipe:
     Attributes:
         title: What it is.
         paper: Where it is in the paper (arXiv 2506.16406).
-        settings: The settings of the generator: one of `peft_dnd.settings.available_settings()`.
+        settings: The settings of the generator: one of `peft_dnd.generator.settings.available_settings()`.
         data: Files of data sets, in `data/`.
         training: Names of the training sets.
         tuning: How their LoRAs are tuned.

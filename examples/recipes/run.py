@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Run one of the paper's experiments.
 
     python examples/recipes/run.py examples/recipes/common-sense-leave-one-out.yaml --output runs/common-sense
@@ -48,8 +36,8 @@ from tuning import Tuner, is_complete, load_base, load_processor, reads_images
 
 from peft_dnd import GeneratedAdapter, PromptCheckpointDataset, PromptConditionedLoraGenerator
 from peft_dnd.evaluation import EvaluationReport, HeldOutTask, evaluate_generator, leave_one_out
-from peft_dnd.files import read_json, write_json, write_text
-from peft_dnd.settings import PaperSettings
+from peft_dnd.generator import PaperSettings
+from peft_dnd.storage.files import read_json, write_json, write_text
 
 
 logger = logging.getLogger("recipes")

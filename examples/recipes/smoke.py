@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Stand-ins for all that a recipe takes from the Hub, so that it runs in seconds, offline: models and rows.
 
 The recipe's own lines are what runs: its templates, its harness tasks, its variations. Only sizes and numbers of steps
@@ -44,8 +32,8 @@ from tiny_models import make_base, make_encoder, make_t5, make_tokenizer, make_w
 from tuning import load_base
 
 from peft_dnd import AdapterLayout
-from peft_dnd.published_tokenizer import PublishedTokenizer
-from peft_dnd.settings import PaperSettings
+from peft_dnd.adapters import PublishedTokenizer
+from peft_dnd.generator import PaperSettings
 
 
 ROWS = 12

@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The base of the worked example: a tiny Llama that knows things but cannot read instructions.
 
@@ -40,7 +28,7 @@ from transformers import (
 )
 from world import TASKS, Example, World
 
-from peft_dnd.files import staged_directory
+from peft_dnd.storage.files import staged_directory
 
 
 PRETRAINING: dict[str, Any] = {"steps": 600, "batch_size": 128, "learning_rate": 5e-3}

@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """A decoder that reads the prompts as a set and knows where in the adapter each weight token belongs.
 
 The prompts are read as in Set Transformer (arXiv 1810.00825): a few latent vectors gather by attention what they say.
@@ -34,9 +22,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..adapters.positions import TokenPositions
 from ..errors import GeneratorConfigError
 from .cascade import check_shape
-from .positions import TokenPositions
 
 
 class Attention(nn.Module):

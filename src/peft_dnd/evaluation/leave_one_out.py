@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Leave-one-out: each task held out in turn, and a generator fitted anew without it."""
 
 from __future__ import annotations
@@ -23,9 +11,9 @@ from typing import Any, TypeVar
 
 from transformers.utils import logging as transformers_logging
 
-from ..data import PromptCheckpointDataset
 from ..errors import EvaluationError
-from ..files import PathLike, read_json, write_json
+from ..pairs.dataset import PromptCheckpointDataset
+from ..storage.files import PathLike, read_json, write_json
 from .report import REPORT_NAME, EvaluationReport
 
 

@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """The held-out protocol: a generator's adapters scored beside everything that they must be compared with."""
 
 from __future__ import annotations
@@ -21,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from ..data import PromptCheckpointDataset
 from ..errors import EvaluationError
-from ..text_encoder import TextEncoder
+from ..pairs.dataset import PromptCheckpointDataset
+from ..text.encoder import TextEncoder
 from .bench import AdapterSource, Scorer, open_bench
 from .held_out import AdapterGenerator, HeldOutTask
 from .report import EvaluationReport

@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """The protocol's result: rows with intervals, the share of the gap closed, the conditioning gain, costs."""
 
 from __future__ import annotations
@@ -25,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import CorruptFileError, EvaluationError, FormatVersionError
-from ..files import PathLike, read_json, staged_file, write_text
-from ..model_card import EVALUATION
-from ..modeling import PromptConditionedLoraGenerator
+from ..generator.model_card import EVALUATION
+from ..generator.modeling import PromptConditionedLoraGenerator
+from ..storage.files import PathLike, read_json, staged_file, write_text
 from .presentation import draw, markdown
 from .readout import Row, RowReader, Scores, score_tables
 from .rows import in_order, row_label
@@ -286,7 +274,7 @@ class EvaluationReport:
         return markdown(self)
 
     def model_card_rows(self) -> dict[str, Any]:
-        """What a model card shows of it, as JSON values: see `peft_dnd.model_card`."""
+        """What a model card shows of it, as JSON values: see `peft_dnd.generator.model_card`."""
         return {
             "tasks": list(self.tasks),
             "confidence": self.settings["confidence"],

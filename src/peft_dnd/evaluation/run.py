@@ -1,16 +1,4 @@
-# Copyright 2026 The peft_dnd authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """One run of the held-out protocol: which adapter each row holds."""
 
 from __future__ import annotations
@@ -23,11 +11,11 @@ from typing import Any, cast
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from ..adapter import GeneratedAdapter
-from ..data import PromptCheckpointDataset
+from ..adapters.generated_adapter import GeneratedAdapter
 from ..errors import PromptError
-from ..prompts import check_prompts
-from ..text_encoder import TextEncoder
+from ..pairs.dataset import PromptCheckpointDataset
+from ..text.encoder import TextEncoder
+from ..text.prompts import check_prompts
 from .baselines import RidgeBaseline, nearest_tasks
 from .bench import AdapterSource, Scorer, ScoringBench, resolve_adapter
 from .controls import constant_prompts, junk_prompts, shuffled_tasks

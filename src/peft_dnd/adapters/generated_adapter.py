@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frozen result of a generation: an ordinary LoRA adapter, and where it came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo, ModelCardData
+from peft import LoraConfig
+from torch import nn
+
+from ..errors import GeneratorConfigError
+from ..storage.cards import CARD_NAME, GENERATED_MARK, may_write_card
+from ..storage.files import PathLike, read_json, read_safetensors, staged_directory, write_json, write_safetensors
+from ..storage.hub import hub_id, name_for_others, resolve_adapter, upload
+from .layout import AdapterLayout
+from .loading import load_matrices
+from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
+
+
+PROVENANCE_NAME = "peft_dnd_provenance.json"
+
+_CARD = """---
+{data}
+---
+{mark}
+
+# LoRA adapter{for_base}
+
+Written by a prompt-conditioned generator ([Drag-and-Drop LLMs](https://arxiv.org/abs/2506.16406)) with
+[peft_dnd](https://github.com/peft-dnd/peft-dnd), not trained. It is an ordinary PEFT adapter: nothing but `peft` is
+needed to load it.
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path-or-hub-id")
+```
+
+{provenance}
+"""
+
+
+class GeneratedAdapter:
+    """A LoRA adapter as a generator wrote it. Nothing about it changes any more.
+
+    Args:
+        layout: Which matrices it has.
+        state_dict: PEFT on-disk key -> tensor, just the layout's; entries for frozen base weights are left out.
+        provenance: Where it came from, in values that JSON knows: generator, revision, number and SHA-256 of the
+            prompts, seed, version of the library. Never the prompts themselves.
+
+    Raises:
+        LayoutError: If a key is missing or unknown, or a shape differs.
+        WeightValueError: If a tensor is on the meta device or holds NaN or infinity.
+        GeneratorConfigError: If the provenance holds something that JSON does not know.
+    """
+
+    def __init__(
+        self,
+        layout: AdapterLayout,
+        state_dict: Mapping[str, torch.Tensor],
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        layout.check_state_dict(state_dict, source="the generated adapter")
+        self._layout = layout
+        # Copies, so that no one who holds the given tensors can change the adapter, least of all by training them.
+        self._state_dict = {
+            tensor.key: state_dict[tensor.key].detach().clone(memory_format=torch.contiguous_format)
+            for tensor in layout.tensors
+        }
+        try:
+            self._provenance: dict[str, Any] = json.loads(
+                json.dumps(dict(provenance or {}), allow_nan=False, sort_keys=True)
+            )
+        except (TypeError, ValueError) as error:
+            raise GeneratorConfigError(
+                f"An adapter's provenance must be JSON: {error}. Got {provenance!r}."
+            ) from error
+
+    @property
+    def layout(self) -> AdapterLayout:
+        """Which matrices it has, in what order and scaling."""
+        return self._layout
+
+    @property
+    def peft_config(self) -> LoraConfig:
+        """A new plain LoRA configuration, with `inference_mode=False`, at every access."""
+        return self._layout.lora_config()
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Where it came from, read-only."""
+        return MappingProxyType(self._provenance)
+
+    @property
+    def out_of_distribution(self) -> float | None:
+        """How unlike the prompts are to those of the fitted tasks, from 0 to 1, even for new tasks of their kind.
+
+        See [`PromptReference.score`][peft_dnd.text.PromptReference.score]; `None` if it is not known.
+        """
+        return self._provenance.get("out_of_distribution")
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers it holds."""
+        return self._layout.num_parameters
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The matrices under the keys of PEFT's `adapter_model.safetensors`, module by module, A before B.
+
+        This is what `peft.set_peft_model_state_dict` and inference servers take. The tensors are copies: PEFT's
+        hot-swap and its `low_cpu_mem_usage` put the very tensors that they are given into the model.
+        """
+        return {key: tensor.clone() for key, tensor in self._state_dict.items()}
+
+    def to(self, dtype: torch.dtype) -> GeneratedAdapter:
+        """The same adapter in another floating-point dtype.
+
+        Raises:
+            WeightValueError: If a number is too large for the dtype.
+            GeneratorConfigError: If it is no floating-point dtype.
+        """
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise GeneratorConfigError(f"An adapter's dtype must be a floating-point torch.dtype, got {dtype!r}.")
+        converted = {key: tensor.to(dtype) for key, tensor in self._state_dict.items()}
+        return GeneratedAdapter(self._layout, converted, self._provenance)
+
+    def load_into(self, model: nn.Module, adapter_name: str = "default") -> nn.Module:
+        """Put the adapter into a model.
+
+        A base model becomes a `PeftModel`. A model that has adapters already, PEFT's or transformers' own, gets one
+        more, which is made the active one. If it has one of this name, that one's matrices are overwritten in place
+        (hot-swap), provided that nothing else about it differs: a compiled model needs no new compilation, and an
+        optimiser keeps its parameters. As in PEFT, new matrices are in float32 on a half-precision base.
+
+        Args:
+            model: A base model; a `PeftModel` or `PeftMixedModel`; a transformers model with adapters; any of them
+                compiled, for a hot-swap.
+            adapter_name: The adapter's name in the model.
+
+        Returns:
+            A new `PeftModel` around a base model, otherwise the given model.
+
+        Raises:
+            BaseModelMismatchError: If the adapter does not fit the base model, which is left untouched.
+            LayoutError: If there is an adapter of that name that differs in more than its weights.
+        """
+        return load_matrices(model, adapter_name, self._layout, self._state_dict)
+
+    def save_pretrained(self, save_directory: PathLike) -> None:
+        """Save as PEFT does, with the provenance beside: a folder that stock PEFT loads.
+
+        The files are `adapter_config.json`, `adapter_model.safetensors`, `README.md` and
+        `peft_dnd_provenance.json`. All are written beside the folder first and then moved in.
+
+        Args:
+            save_directory: The folder.
+
+        Raises:
+            DestinationError: If `save_directory` names no place, or a file is in its way.
+            SavingError: If writing fails, on a full disk for instance.
+        """
+        with staged_directory(save_directory) as staged:
+            write_json(staged / ADAPTER_CONFIG_NAME, self._saved_config())
+            write_safetensors(staged / ADAPTER_WEIGHTS_NAME, self._state_dict)
+            write_json(staged / PROVENANCE_NAME, self._provenance)
+            if may_write_card(Path(save_directory)):
+                (staged / CARD_NAME).write_text(self._card(), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: PathLike,
+        *,
+        revision: str | None = None,
+        subfolder: str = "",
+        token: str | bool | None = None,
+        cache_dir: PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> GeneratedAdapter:
+        """Read an adapter that [`save_pretrained`][GeneratedAdapter.save_pretrained], `push_to_hub` or PEFT wrote.
+
+        Args:
+            name_or_path: Folder or Hub id.
+            revision: Branch, tag or commit on the Hub.
+            subfolder: Folder inside the repository or folder.
+            token: Access token for the Hub.
+            cache_dir: Where downloads are kept.
+            force_download: Whether to download anew what is there already.
+            local_files_only: Whether to do without the network.
+
+        Raises:
+            FileNotFoundError: If there is no such folder or repository, or the configuration or the weights are
+                missing.
+            CorruptFileError: If a file is unreadable, for instance cut short.
+            LayoutError: If it is no plain LoRA adapter.
+        """
+        folder = resolve_adapter(
+            name_or_path,
+            (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, PROVENANCE_NAME),
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        layout = AdapterLayout.from_folder(folder)
+        provenance = folder / PROVENANCE_NAME
+        return cls(
+            layout,
+            read_safetensors(folder / ADAPTER_WEIGHTS_NAME),
+            read_json(provenance) if provenance.is_file() else None,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload generated LoRA adapter",
+        commit_description: str | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Save the adapter and upload it to the Hub.
+
+        Names of folders on this machine, of the base model and of the generator, are left out of what is uploaded;
+        where the base model thus has no name there is a warning.
+
+        Args:
+            repo_id: Hub id, `"user/name"`.
+            private: Whether a new repository is private; `None` leaves it to the account's default.
+            token: Access token; `None` takes the one that is logged in.
+            revision: Branch to commit to; made where missing. `None` is the main branch.
+            commit_message: What the commit says.
+            commit_description: And its longer text.
+            create_pr: Whether to open a pull request rather than commit.
+
+        Returns:
+            The Hub's description of the commit.
+
+        Raises:
+            HfHubHTTPError: The Hub's own, if you may not write there.
+        """
+        return upload(
+            self._for_others().save_pretrained,
+            repo_id,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+    def _for_others(self) -> GeneratedAdapter:
+        base = name_for_others(
+            self._layout.base_model_name_or_path,
+            "The adapter's base model",
+            "The adapter is uploaded without a base model's name. To have it named, set "
+            "generator.config.base_model_name_or_path to its Hub id before generating.",
+        )
+        provenance = dict(self._provenance)
+        if "generator" in provenance:
+            provenance["generator"] = hub_id(provenance["generator"])
+        return GeneratedAdapter(replace(self._layout, base_model_name_or_path=base), self._state_dict, provenance)
+
+    def __repr__(self) -> str:
+        source = self._provenance.get("generator")
+        return (
+            f"GeneratedAdapter({len(self._layout.modules)} modules, rank up to {self._layout.max_rank}, "
+            f"{self.num_parameters:,} parameters" + (f", from {source!r})" if source else ")")
+        )
+
+    def _saved_config(self) -> dict[str, Any]:
+        config = self.peft_config
+        config.inference_mode = True  # as PEFT saves it: who loads it says whether to train it further
+        # Sets have another order in every process; the same adapter is to give the same bytes.
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+
+    def _card(self) -> str:
+        base = hub_id(self._layout.base_model_name_or_path)
+        causal = self._layout.task_type == "CAUSAL_LM"
+        data = ModelCardData(
+            library_name="peft",
+            base_model=base,
+            pipeline_tag="text-generation" if causal else None,
+            tags=[*([f"base_model:adapter:{base}"] if base else []), "drag-and-drop-llms", "lora", "peft_dnd"],
+        )
+        rows = [
+            f"| {name.replace('_', ' ')} | `{value}` |"
+            for name, value in self._provenance.items()
+            if value is not None and not Path(str(value)).is_absolute()  # where it lay on this machine tells nobody
+        ]
+        return _CARD.format(
+            data=data.to_yaml(),
+            mark=GENERATED_MARK,
+            for_base=f" for {base}" if base else "",
+            provenance="\n".join(["| what | value |", "| --- | --- |", *rows])
+            if rows
+            else "Its origin is not recorded.",
+        )

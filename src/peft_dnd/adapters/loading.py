@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Putting the matrices of an adapter into a live model: as a new adapter, or in place of an adapter's present ones."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple, cast
+
+import torch
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import BaseModelMismatchError, LayoutError, WeightValueError
+from .layout import AdapterLayout
+from .lora import check_supported, check_tensor, live_matrices, lora_layers, matrix_keys
+from .matching import (
+    base_model_of,
+    check_fits,
+    clean_name,
+    lora_config_for,
+    match_modules,
+    uncompiled,
+    warn_if_other_base,
+)
+
+
+_GENERATING_TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+# What accelerate's init_empty_weights replaces while it is in force.
+_register_parameter = nn.Module.register_parameter
+
+
+class MatrixSlot(NamedTuple):
+    """Where one matrix goes: the parameter `name` of `holder`, inside `layer`."""
+
+    layer: LoraLayer
+    holder: nn.Module
+    name: str
+    key: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that is there now."""
+        return cast(nn.Parameter, self.holder._parameters[self.name])
+
+
+@contextmanager
+def real_parameters() -> Iterator[None]:
+    """Within this context modules are made with real weights, whatever meta-device context is around it.
+
+    PEFT's `low_cpu_mem_usage=True` runs inside accelerate's `init_empty_weights`: whatever is loaded there loses its
+    values without an error.
+    """
+    outer = nn.Module.register_parameter
+    on_meta = torch.get_default_device().type == "meta"
+    nn.Module.register_parameter = _register_parameter  # type: ignore[method-assign]
+    try:
+        with torch.device("cpu") if on_meta else nullcontext():
+            yield
+    finally:
+        nn.Module.register_parameter = outer  # type: ignore[method-assign]
+
+
+def load_matrices(
+    model: nn.Module, adapter_name: str, layout: AdapterLayout, state_dict: Mapping[str, torch.Tensor]
+) -> nn.Module:
+    """Put an adapter into a model, under a new name or in place of the adapter that has the name.
+
+    Args:
+        model: A base model; a `PeftModel` or `PeftMixedModel`; a transformers model with adapters of its own.
+        adapter_name: The adapter's name in the model.
+        layout: The adapter's layout.
+        state_dict: PEFT on-disk key -> tensor, just the layout's; see [`AdapterLayout.check_state_dict`].
+
+    Returns:
+        A new `PeftModel` for a base model, otherwise the given model.
+
+    Raises:
+        BaseModelMismatchError: If the adapter does not fit the base model, which is left untouched.
+        LayoutError: If there is an adapter of that name and it differs in more than its weights.
+    """
+    if not isinstance(model, nn.Module):
+        raise BaseModelMismatchError(
+            f"An adapter is put into a loaded model, got {model!r}. Load the base model first, for instance with "
+            "AutoModelForCausalLM.from_pretrained."
+        )
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise LayoutError(
+            f"An adapter's name must be a string, not empty and without a full stop, as a module's name is; got "
+            f"{adapter_name!r}."
+        )
+    model, names = attach_adapter(model, adapter_name, layout)
+    fill_adapter(model, adapter_name, layout, state_dict, names)
+    return model
+
+
+def attach_adapter(model: nn.Module, adapter_name: str, layout: AdapterLayout) -> tuple[nn.Module, dict[str, str]]:
+    """Make sure that a model has an adapter of a layout: add a fresh one, or check the one that has the name.
+
+    Args:
+        model: As for [`load_matrices`].
+        adapter_name: The adapter's name in the model.
+        layout: The layout.
+
+    Returns:
+        A new `PeftModel` for a base model, otherwise the given model; and layout module name -> name in the base.
+
+    Raises:
+        BaseModelMismatchError: As for [`load_matrices`].
+        LayoutError: As for [`load_matrices`].
+    """
+    names = match_modules(model, layout)
+    check_fits(model, layout, names)
+    warn_if_other_base(model, layout)
+    if adapter_name in (getattr(uncompiled(model), "peft_config", None) or {}):
+        check_swappable(model, adapter_name, layout, names)
+    else:
+        # PEFT writes the name of the base model at hand itself, and warns where it finds another one there.
+        settings = {"base_model_name_or_path": None, "task_type": _task_type_for(model, layout)}
+        model = _add_empty_adapter(model, adapter_name, lora_config_for(model, layout, names, settings=settings))
+    return model, names
+
+
+def _task_type_for(model: nn.Module, layout: AdapterLayout) -> str | None:
+    """The layout's task type, unless PEFT's class for it needs to generate text and the model's head cannot."""
+    generates = hasattr(base_model_of(model), "prepare_inputs_for_generation")
+    return layout.task_type if generates or layout.task_type not in _GENERATING_TASK_TYPES else None
+
+
+def _add_empty_adapter(model: nn.Module, adapter_name: str, config: LoraConfig) -> nn.Module:
+    """Have PEFT or transformers, whichever manages the model's adapters, make a new one and activate it."""
+    if isinstance(model, (PeftModel, PeftMixedModel)):
+        model.add_adapter(adapter_name, config)
+        model.set_adapter(adapter_name)
+    elif getattr(model, "_hf_peft_config_loaded", False):
+        cast(PreTrainedModel, model).add_adapter(config, adapter_name)
+    elif getattr(model, "peft_config", None):
+        inject_adapter_in_model(config, model, adapter_name)
+    else:
+        return get_peft_model(model, config, adapter_name)
+    return model
+
+
+def fill_adapter(
+    model: nn.Module,
+    adapter_name: str,
+    layout: AdapterLayout,
+    state_dict: Mapping[str, torch.Tensor],
+    names: Mapping[str, str],
+) -> None:
+    """Copy an adapter's matrices over those that a model has under the adapter's name.
+
+    Parameters stay the same objects, so that optimisers and compiled code keep them; device and dtype stay theirs.
+    Parameters on the meta device become real ones on the base layer's device. Nothing is copied unless all fits.
+
+    Args:
+        model: A model with the adapter's layers in it.
+        adapter_name: The adapter's name in the model.
+        layout: The layout of the adapter.
+        state_dict: PEFT on-disk key -> tensor, just the layout's.
+        names: Layout module name -> name in the base model.
+
+    Raises:
+        LayoutError: If the model's adapter has other modules or other shapes than the layout.
+        WeightValueError: If a tensor is on the meta device or not finite.
+    """
+    slots = matrix_slots(model, adapter_name, layout, names)
+    for slot in slots:
+        check_tensor(state_dict[slot.key], slot.key, tuple(slot.parameter.shape), "the adapter")
+    on_meta = {}
+    with torch.no_grad(), real_parameters():
+        for slot in slots:
+            parameter, value = slot.parameter, state_dict[slot.key]
+            if parameter.is_meta:
+                made = nn.Parameter(value.to(parameter.dtype, copy=True), parameter.requires_grad)
+                slot.holder._parameters[slot.name] = made
+                on_meta[id(slot.layer)] = slot.layer
+            else:
+                parameter.copy_(value)
+        for layer in on_meta.values():
+            layer._move_adapter_to_device_of_base_layer(adapter_name)
+    lost = [slot.key for slot in slots if slot.parameter.is_meta]
+    if lost:
+        raise WeightValueError(f"{lost[0]!r} ended up on the meta device. Load the base model's weights first.")
+
+
+def check_swappable(model: nn.Module, adapter_name: str, layout: AdapterLayout, names: Mapping[str, str]) -> None:
+    """Make sure that an adapter in a model differs from a new one in nothing but the values of its matrices.
+
+    Args:
+        model: A model with the adapter in it.
+        adapter_name: The adapter's name.
+        layout: The layout of the new one.
+        names: Layout module name -> name in the base model.
+
+    Raises:
+        LayoutError: Otherwise; it says what differs.
+    """
+    config = uncompiled(model).peft_config[adapter_name]  # type: ignore[index]
+    what = f"adapter {adapter_name!r} of the model"
+    if not isinstance(config, LoraConfig):
+        raise LayoutError(f"{what} is a {type(config).__name__}, no LoRA adapter. Use another adapter_name.")
+    matrices_only = copy.copy(config)
+    matrices_only.modules_to_save = None  # a classifier head beside the matrices stays as it is
+    check_supported(matrices_only, what)
+    shapes = {tensor.key: tensor.shape for tensor in layout.tensors}
+    for slot in matrix_slots(model, adapter_name, layout, names):
+        if adapter_name in slot.layer.merged_adapters:
+            raise LayoutError(f"{what} is merged into the base weights. Call unmerge_adapter() first.")
+        shape = tuple(slot.parameter.shape)
+        if shape != shapes[slot.key]:
+            raise LayoutError(
+                f"{what} has shape {shape} where the new one has {shapes[slot.key]}, for {slot.key!r}. Use another "
+                "adapter_name, or delete_adapter first."
+            )
+    live = _live_layers(model, adapter_name)
+    for module in layout.modules:
+        scaling = float(live[names[module.name]].scaling[adapter_name])
+        if not math.isclose(scaling, layout.scaling(module), rel_tol=1e-6):
+            raise LayoutError(
+                f"{what} scales {names[module.name]!r} by {scaling:g}; the new one is to be scaled by "
+                f"{layout.scaling(module):g} (alpha {module.alpha:g}, rank {module.rank}). Use another adapter_name, "
+                "or give both the same lora_alpha."
+            )
+
+
+def _live_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    return {clean_name(name): layer for name, layer in lora_layers(base_model_of(model), adapter_name)}
+
+
+def matrix_slots(
+    model: nn.Module, adapter_name: str, layout: AdapterLayout, names: Mapping[str, str]
+) -> list[MatrixSlot]:
+    """Where a model keeps each matrix of an adapter, in the layout's order.
+
+    Args:
+        model: A model with the adapter in it.
+        adapter_name: The adapter's name.
+        layout: The adapter's layout.
+        names: Layout module name -> name in the base model.
+
+    Raises:
+        LayoutError: If the model's adapter has other modules than the layout.
+    """
+    live = _live_layers(model, adapter_name)
+    slots = []
+    for module in layout.modules:
+        layer = live.pop(names[module.name], None)
+        if layer is None:
+            raise LayoutError(f"Adapter {adapter_name!r} of the model has no matrices at {names[module.name]!r}.")
+        kind = live_matrices(layer, adapter_name)[0]
+        if kind != module.kind:
+            raise LayoutError(f"{names[module.name]!r} is adapted as {kind} in the model; expected {module.kind}.")
+        for side, key in zip("AB", matrix_keys(module.name, module.kind), strict=True):
+            if kind == "embedding":
+                slots.append(MatrixSlot(layer, getattr(layer, f"lora_embedding_{side}"), adapter_name, key))
+            else:
+                slots.append(MatrixSlot(layer, getattr(layer, f"lora_{side}")[adapter_name], "weight", key))
+    if live:
+        raise LayoutError(
+            f"Adapter {adapter_name!r} of the model also adapts {min(live)!r}, which is not in the layout."
+        )
+    return slots

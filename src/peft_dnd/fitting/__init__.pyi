@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+
+from .arguments import DnDTrainingArguments as DnDTrainingArguments
+from .losses import add_noise as add_noise
+from .losses import masked_mse as masked_mse
+from .task_loss import TaskLoss as TaskLoss
+from .trainer import DnDTrainer as DnDTrainer

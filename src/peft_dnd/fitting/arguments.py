@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of `DnDTrainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+from ..errors import GeneratorConfigError
+
+
+LOSS_WEIGHTINGS = ("between_task", "within_task", "none")
+WEIGHT_LOSSES = ("factors", "delta_weights")
+
+
+@dataclass
+class DnDTrainingArguments(TrainingArguments):
+    """Arguments for fitting a generator: those of `transformers.TrainingArguments`, and a few of the method's own.
+
+    These defaults differ from `TrainingArguments`: `learning_rate` is 1e-3, for decoders of a few million parameters,
+    which the default family has (the paper's, of a billion, want the 3e-5 that `PaperSettings` gives); and after the
+    paper (arXiv 2506.16406) `weight_decay` is 0.1 rather than 0 and `lr_scheduler_type` cosine rather than linear.
+    `remove_unused_columns` is False and `label_names` is `["target_tokens"]`, as the pairs need.
+
+    Args:
+        loss_weighting: What weighs the tokens in the mean squared error. `"between_task"`: how far a token's weights
+            lie apart between tasks, which is what prompts can tell; `"within_task"`: how far they scatter among one
+            task's checkpoints, which is the paper's rule; `"none"`: all alike.
+        condition_noise: Standard deviation of the noise added to the condition states while fitting.
+        target_noise: Standard deviation of the noise added to the normalised target tokens while fitting.
+        smallest_prompt_set: For a decoder that reads sets: each item reads any number of prompts from this one to the
+            configuration's `num_prompts`, so that the generator learns to do with few. 0: always `num_prompts`.
+        prompt_pool_size: How many prompts of each training task are used at all, drawn once by the data set's seed; by
+            default all. With as many as the configuration's `num_prompts` every item reads the same ones at every
+            step, with more that many are drawn of them.
+        weight_loss: What the weight loss is taken on. `"factors"`: the normalised entries of A and B;
+            `"delta_weights"`: the updates s B A, module by module relative to how far the training adapters' lie from
+            the mean adapter's, in place of `loss_weighting`.
+        canonical_targets: Whether the factors of each checkpoint are brought into canonical form first, the same for
+            all factors of one update. Checkpoints from one common initialisation do mostly without.
+        task_loss_weight: Weight of the task loss, the base model's own loss with the generated adapter in place,
+            averaged over the items of a batch. 0 turns it off; above 0 the trainer needs a `base_model`, and the tasks
+            need examples.
+        task_examples: How many of its task's examples are drawn for each item of a batch.
+        rebuild_steps: How many optimiser steps of weight loss alone come before the task loss: the warm start.
+        rebuild_weight: Weight of the weight loss beside the task loss, after those steps. Without task loss it is 1.
+        base_gradient_checkpointing: Whether the base's layers are computed again in the backward pass of the task loss
+            rather than kept.
+
+    Raises:
+        GeneratorConfigError: If one of these values is impossible.
+    """
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "The initial learning rate."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay, off for norms and biases."})
+    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "The learning rate schedule."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: pairs have no columns."})
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["target_tokens"], metadata={"help": "Must stay as it is."}
+    )
+    loss_weighting: Literal["between_task", "within_task", "none"] = field(
+        default="between_task", metadata={"help": f"What weighs the tokens in the loss, one of {LOSS_WEIGHTINGS}."}
+    )
+    condition_noise: float = field(default=1e-4, metadata={"help": "Noise on the condition states."})
+    target_noise: float = field(default=1e-5, metadata={"help": "Noise on the normalised target tokens."})
+    smallest_prompt_set: int = field(
+        default=1, metadata={"help": "Fewest prompts that an item reads, where the decoder reads sets; 0: no draw."}
+    )
+    prompt_pool_size: int | None = field(
+        default=None, metadata={"help": "How many prompts of each training task are used at all; by default all."}
+    )
+    weight_loss: Literal["factors", "delta_weights"] = field(
+        default="factors", metadata={"help": f"What the weight loss is taken on, one of {WEIGHT_LOSSES}."}
+    )
+    canonical_targets: bool = field(
+        default=False, metadata={"help": "Whether checkpoints' factors are brought into canonical form."}
+    )
+    task_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the base's own loss; 0 turns it off."})
+    task_examples: int = field(default=16, metadata={"help": "Examples of its task that an item draws."})
+    rebuild_steps: int = field(default=0, metadata={"help": "Steps of weight loss alone before the task loss."})
+    rebuild_weight: float = field(default=0.0, metadata={"help": "Weight of the weight loss beside the task loss."})
+    base_gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Whether to compute the base's layers again in the backward pass."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss_weighting not in LOSS_WEIGHTINGS:
+            raise GeneratorConfigError(
+                f"loss_weighting must be one of {LOSS_WEIGHTINGS}, got {self.loss_weighting!r}."
+            )
+        for name in ("condition_noise", "target_noise"):
+            if getattr(self, name) < 0:
+                raise GeneratorConfigError(
+                    f"{name} is a standard deviation, so at least 0; got {getattr(self, name)}."
+                )
+        if self.weight_loss not in WEIGHT_LOSSES:
+            raise GeneratorConfigError(f"weight_loss must be one of {WEIGHT_LOSSES}, got {self.weight_loss!r}.")
+        for name in ("task_loss_weight", "rebuild_steps", "rebuild_weight"):
+            if getattr(self, name) < 0:
+                raise GeneratorConfigError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        if self.prompt_pool_size is not None and self.prompt_pool_size < 1:
+            raise GeneratorConfigError(f"prompt_pool_size must be at least 1, got {self.prompt_pool_size}.")
+        if self.task_examples < 1:
+            raise GeneratorConfigError(f"task_examples must be at least 1, got {self.task_examples}.")
+        if self.remove_unused_columns:
+            raise GeneratorConfigError("remove_unused_columns must be False: a pair has no columns to remove.")

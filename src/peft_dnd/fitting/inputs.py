@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `DnDTrainer` is given: of the right kind, in the form that is asked for, in an order drawn for each epoch."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+from ..errors import GeneratorConfigError, PairsFolderError
+from ..generator.modeling import PromptConditionedLoraGenerator
+from ..pairs.dataset import PromptCheckpointDataset
+from .arguments import DnDTrainingArguments
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """All indices of a data set in random order, each with the number of the epoch.
+
+    With the epoch in hand the data set can draw anew at every visit and needs no state of its own, whatever process it
+    lives in.
+
+    Args:
+        size: Length of the data set.
+        seed: Seed of the order; each epoch has its own.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer when an epoch begins."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = torch.Generator().manual_seed(self.seed + self.epoch)
+        epoch = self.epoch
+        return ((epoch, i) for i in torch.randperm(self.size, generator=order).tolist())
+
+
+def check_kinds(model: object, args: object, *datasets: object) -> None:
+    """Make sure that a trainer is given what it needs, and not, for instance, the name of it.
+
+    Raises:
+        GeneratorConfigError: If the model is no generator, or the arguments are not `DnDTrainingArguments`.
+        PairsFolderError: If a data set is a name.
+    """
+    if not isinstance(model, PromptConditionedLoraGenerator):
+        raise GeneratorConfigError(
+            f"DnDTrainer fits a PromptConditionedLoraGenerator, got {model!r}. Build one from a configuration, or "
+            "load one with PromptConditionedLoraGenerator.from_pretrained."
+        )
+    if not isinstance(args, DnDTrainingArguments):
+        raise GeneratorConfigError(
+            f"DnDTrainer needs DnDTrainingArguments, got {type(args).__name__}. They take all that TrainingArguments "
+            "takes."
+        )
+    for dataset in datasets:
+        if isinstance(dataset, (str, os.PathLike)):
+            raise PairsFolderError(
+                f"DnDTrainer needs a data set, got the name {str(dataset)!r}. Read the pairs folder with "
+                "PromptCheckpointDataset.from_folder."
+            )
+
+
+def use_one_gpu(args: DnDTrainingArguments) -> None:
+    """Have one process use one GPU, as transformers does with a model that lies on several.
+
+    Otherwise `Trainer` wraps the generator into `nn.DataParallel`, whose replicas have no parameters, from which a
+    decoder could tell its dtype; nor could they be handed lists of examples.
+    """
+    if args.n_gpu > 1:
+        warnings.warn(
+            f"This process sees {args.n_gpu} GPUs and fits on the first of them. To use them all, start one process "
+            f"for each: torchrun --nproc_per_node={args.n_gpu} fit.py. To choose one, set CUDA_VISIBLE_DEVICES.",
+            stacklevel=3,
+        )
+        args._n_gpu = 1
+
+
+def as_asked(
+    dataset: Any,
+    args: DnDTrainingArguments,
+    model: PromptConditionedLoraGenerator,
+    prompt_pool_size: int | None = None,
+) -> Any:
+    """A data set, or a dictionary of some, in the form that the arguments ask for, with the texts that are read."""
+    if isinstance(dataset, dict):
+        return {name: as_asked(one, args, model, prompt_pool_size) for name, one in dataset.items()}
+    if not isinstance(dataset, PromptCheckpointDataset):
+        return dataset
+    config = model.config
+    dataset = dataset.with_condition(config.condition_text, config.answer_ratio, prompt_pool_size=prompt_pool_size)
+    return dataset.with_canonical_factors() if args.canonical_targets else dataset

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a generator is fitted to: weight loss, task loss, or both, by the training arguments and the step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapters.factors import delta_weight_mse
+from ..adapters.tokenizer import weight_statistics
+from ..errors import GeneratorConfigError, LayoutError, PairsFolderError
+from ..generator.modeling import PromptConditionedLoraGenerator
+from ..pairs.dataset import PromptCheckpointDataset
+from ..pairs.statistics import delta_weight_spread, task_balanced_grids, token_spread
+from .arguments import DnDTrainingArguments
+from .losses import add_noise, masked_mse
+from .task_loss import LossFunction, TaskLoss, untrained_statistics
+
+
+LOSSES = ("weight_loss", "mean_adapter_loss", "task_loss", "mean_adapter_task_loss")
+"""What [`FittingObjective.item_losses`] gives for each item, column by column."""
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What a batch says of the adapters that should come out.
+
+    Attributes:
+        targets: (B, N_w, L_w, C_w), the checkpoints' token grids; `None` where no item has one.
+        has_target: (B,), bool: which items have one; `None` if all.
+        examples: For each item a batch of examples for the base model; `None` without task loss.
+    """
+
+    targets: torch.Tensor | None
+    has_target: torch.Tensor | None
+    examples: list[Any] | None
+
+    @classmethod
+    def split_off(cls, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Supervision]:
+        """Divide a collator's batch into what the generator's forward takes and what its result is held against."""
+        rest = dict(batch)
+        return rest, cls(*(rest.pop(name, None) for name in ("target_tokens", "has_target", "examples")))
+
+    def known(self, count: int, device: torch.device) -> torch.Tensor:
+        """Which of so many items have a checkpoint, and which have examples: (B, 2), bool."""
+        known = torch.zeros(count, 2, dtype=torch.bool, device=device)
+        if self.targets is not None:
+            known[:, 0] = True if self.has_target is None else self.has_target
+        known[:, 1] = self.examples is not None
+        return known
+
+
+class FittingObjective:
+    """The loss that a generator is fitted to.
+
+    - Weight loss on factors: the paper's weighted mean squared error on normalised tokens; see [`masked_mse`].
+    - Weight loss on updates: the mean squared error of ΔW, of each module relative to the training adapters' mean
+      squared distance from the mean adapter; see [`delta_weight_mse`]. The mean adapter's loss is then about 1.
+    - Task loss: the base's own loss with the adapter in place; see [`TaskLoss`].
+
+    Args:
+        generator: The generator.
+        args: The training arguments.
+        base_model: The frozen base, which task loss needs.
+        loss_function: The base's loss, where its forward gives none.
+        token_weight: What each token weighs in the loss on factors, (N_w,), in place of what the arguments say.
+
+    Raises:
+        GeneratorConfigError: If task loss is asked for without a base model.
+        BaseModelMismatchError: If the generator's layout does not fit the base model.
+    """
+
+    def __init__(
+        self,
+        generator: PromptConditionedLoraGenerator,
+        args: DnDTrainingArguments,
+        base_model: nn.Module | None = None,
+        loss_function: LossFunction | None = None,
+        *,
+        token_weight: torch.Tensor | None = None,
+    ) -> None:
+        self.generator = generator
+        self.args = args
+        self.token_weight = token_weight
+        self.module_size: torch.Tensor | None = None
+        self.task_loss = _task_loss(generator, args, base_model, loss_function)
+        self._valid_mask = generator.weight_tokenizer.valid_mask()
+
+    def prepare(self, pairs: PromptCheckpointDataset) -> None:
+        """Take from the training pairs what the loss needs to know, where it is not known yet.
+
+        That is the generator's normalisation, and what weighs tokens or modules.
+        """
+        generator = self.generator
+        if not generator.normalization.fitted and generator.config.normalization != "none":
+            generator.normalization.set_statistics(*self._statistics(pairs))
+        generator.normalization.fitted.fill_(True)
+        if not pairs.has_checkpoints:
+            return
+        if self.args.weight_loss == "delta_weights":
+            if self.module_size is None:
+                mean = generator.weight_tokenizer.decode(generator.normalization.mean.cpu())
+                self.module_size = delta_weight_spread(pairs, generator.weight_tokenizer.layout, mean)
+        elif self.token_weight is None and self.args.loss_weighting != "none":
+            spread = token_spread(pairs, generator.weight_tokenizer, generator.normalization)
+            self.token_weight = spread.weights(self.args.loss_weighting)
+
+    def loss(self, tokens: torch.Tensor, supervision: Supervision, step: int) -> torch.Tensor:
+        """The loss of a batch in fitting.
+
+        Args:
+            tokens: (B, N_w, L_w, C_w), what the decoder wrote.
+            supervision: What they are held against.
+            step: The number of optimiser steps that were made.
+
+        Returns:
+            A scalar.
+        """
+        weight_loss, task_loss = self._weights(step)
+        # In the graph whatever follows: by chance no item of a batch may have a checkpoint.
+        loss = tokens.sum() * 0.0
+        targets, known, examples = supervision.targets, supervision.has_target, supervision.examples
+        if weight_loss > 0 and targets is not None:
+            if known is not None:
+                tokens_with_target, targets = tokens[known], targets[known]
+            else:
+                tokens_with_target = tokens
+            target = add_noise(self.generator.normalization.normalize(targets), self.args.target_noise)
+            loss = loss + weight_loss * self._weight_loss(tokens_with_target, target, self.token_weight)
+        if task_loss > 0 and examples is not None:
+            loss = loss + task_loss * self._task_losses(tokens, examples).mean()
+        return loss
+
+    @torch.no_grad()
+    def item_losses(self, tokens: torch.Tensor, supervision: Supervision) -> torch.Tensor:
+        """Each item's weight loss, unweighted, and task loss, beside those of the mean adapter.
+
+        Args:
+            tokens: (B, N_w, L_w, C_w).
+            supervision: What they are held against.
+
+        Returns:
+            (B, 4), float32, the columns as in `LOSSES`; NaN for what there is not, which [`Supervision.known`] tells
+            from the NaN that a generator which diverged gives.
+        """
+        targets, known, examples = supervision.targets, supervision.has_target, supervision.examples
+        losses = torch.full((len(tokens), len(LOSSES)), torch.nan, device=tokens.device)
+        mean = torch.zeros_like(tokens)
+        if targets is not None:
+            target = self.generator.normalization.normalize(targets)
+            for i in range(len(tokens)) if known is None else known.nonzero()[:, 0].tolist():
+                for column, guess in enumerate((tokens, mean)):
+                    losses[i, column] = self._weight_loss(guess[i, None], target[i, None], None)
+        if examples is not None:
+            losses[:, 2:] = torch.stack([self._task_losses(guess, examples) for guess in (tokens, mean)], 1)
+        return losses
+
+    def total(self, item_losses: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        """The mean of what `item_losses` gave, by the weights that hold after the warm start.
+
+        Args:
+            item_losses: (B, 4), as `item_losses` gives them.
+            known: (B, 2), which items have a checkpoint and which have examples; see [`Supervision.known`]. The mean
+                of each loss is over those that have what it is taken on.
+
+        Returns:
+            A scalar: NaN if a loss that counts is NaN; 0 if no item has what any loss is taken on, which a single
+            batch may come to.
+        """
+        total = item_losses.new_zeros(())
+        for column, weight in enumerate(self._weights(None)):
+            has = known[:, column]
+            if weight > 0 and has.any():
+                total = total + weight * item_losses[has, 2 * column].mean()
+        return total
+
+    def _weights(self, step: int | None) -> tuple[float, float]:
+        if self.task_loss is None or (step is not None and step < self.args.rebuild_steps):
+            return 1.0, 0.0
+        return self.args.rebuild_weight, self.args.task_loss_weight
+
+    def _weight_loss(
+        self, tokens: torch.Tensor, target: torch.Tensor, token_weight: torch.Tensor | None
+    ) -> torch.Tensor:
+        if self.args.weight_loss == "delta_weights":
+            predicted, wanted = self._matrices(tokens), self._matrices(target)
+            return delta_weight_mse(predicted, wanted, self.generator.weight_tokenizer.layout, self.module_size)
+        weight = None if token_weight is None else token_weight.to(tokens.device)
+        return masked_mse(tokens, target, self._valid_mask.to(tokens.device), weight)
+
+    def _matrices(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The LoRA matrices that normalised tokens stand for, each with a batch axis."""
+        # In one go: one by one they would take a tenth of a small base's time.
+        decode: Any = torch.vmap(self.generator.weight_tokenizer.decode)
+        return dict(decode(self.generator.normalization.denormalize(tokens)))
+
+    def _task_losses(self, tokens: torch.Tensor, examples: list[Any]) -> torch.Tensor:
+        """The base's loss on each item's examples with the adapter of its tokens; (B,), float32."""
+        assert self.task_loss is not None
+        matrices = self._matrices(tokens)
+        adapters = (dict(zip(matrices, item, strict=True)) for item in zip(*matrices.values(), strict=True))
+        return torch.stack([self.task_loss(a, batch) for a, batch in zip(adapters, examples, strict=True)])
+
+    def _statistics(self, pairs: PromptCheckpointDataset) -> tuple[torch.Tensor, torch.Tensor]:
+        tokenizer = self.generator.weight_tokenizer
+        if pairs.has_checkpoints or self.task_loss is None:
+            return weight_statistics(tokenizer, task_balanced_grids(pairs, tokenizer))
+        return untrained_statistics(tokenizer, self.task_loss.initial_adapter())
+
+
+def check_dataset(
+    generator: PromptConditionedLoraGenerator, args: DnDTrainingArguments, dataset: Any, what: str
+) -> None:
+    """Make sure that a data set has what the loss is taken on.
+
+    Args:
+        generator: The generator.
+        args: The training arguments.
+        dataset: The data set; anything but a [`PromptCheckpointDataset`] is let pass.
+        what: `"train_dataset"` or `"eval_dataset"`.
+
+    Raises:
+        LayoutError: If its adapters do not have the generator's layout.
+        PairsFolderError: If it lacks checkpoints or examples that the loss needs.
+        GeneratorConfigError: If it has no checkpoints and the generator does not normalise.
+    """
+    if not isinstance(dataset, PromptCheckpointDataset):
+        return
+    if dataset.has_checkpoints:
+        difference = generator.config.adapter_layout.difference(dataset.layout)
+        if difference is not None:
+            raise LayoutError(
+                f"{what} holds adapters of another layout than the generator (first) writes: {difference}. Build the "
+                "generator's configuration from these pairs, or use pairs of the same LoRA configuration and base."
+            )
+    elif args.task_loss_weight == 0 or args.rebuild_steps or args.rebuild_weight:
+        raise PairsFolderError(
+            f"{what} has no checkpoints, so there is no weight loss. Set task_loss_weight above 0, with "
+            "rebuild_steps=0 and rebuild_weight=0, or collect checkpoints."
+        )
+    elif generator.config.normalization == "none":
+        raise GeneratorConfigError(
+            "Without checkpoints a generator must start from the base's own adapter, which is done by normalisation. "
+            "Build its configuration with normalization='per_tensor'."
+        )
+    lacking = [task for task in dataset.tasks if dataset.examples(task) is None] if args.task_loss_weight else []
+    if lacking:
+        raise PairsFolderError(
+            f"Task {lacking[0]!r} of {what} has no examples ({len(lacking)} of {len(dataset.tasks)} tasks), which "
+            "task loss needs. Write them with peft_dnd.write_examples(task_folder, rows), or leave the task out."
+        )
+
+
+def _task_loss(
+    generator: PromptConditionedLoraGenerator,
+    args: DnDTrainingArguments,
+    base_model: nn.Module | None,
+    function: LossFunction | None,
+) -> TaskLoss | None:
+    if args.task_loss_weight == 0:
+        return None
+    if base_model is None:
+        raise GeneratorConfigError(
+            f"task_loss_weight is {args.task_loss_weight:g}, so DnDTrainer needs base_model=..., the frozen base "
+            "whose loss is taken; or set task_loss_weight=0."
+        )
+    return TaskLoss(
+        base_model,
+        generator.config.adapter_layout,
+        function,
+        gradient_checkpointing=args.base_gradient_checkpointing,
+        device=args.device,
+        seed=args.seed,
+    )

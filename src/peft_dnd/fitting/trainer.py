@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fitting a generator to prompt-checkpoint pairs, with transformers' `Trainer`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import TrainerCallback
+from transformers.trainer_utils import EvalPrediction, TrainOutput
+
+from ..adapters.generated_adapter import GeneratedAdapter
+from ..decoders import SetTransformerDecoder
+from ..evaluation import EvaluationReport, score_generated
+from ..generator.conditioning import TEXT_ENCODER_FOLDER
+from ..generator.model_card import EVALUATION
+from ..generator.modeling import PromptConditionedLoraGenerator
+from ..pairs.collator import PromptCheckpointCollator
+from ..pairs.dataset import PromptCheckpointDataset
+from ..pairs.examples import ExampleCollator, ExamplesBesidePairs
+from ..storage.cards import CARD_NAME, may_write_card
+from ..storage.files import write_text
+from ..storage.processes import agree, check_sharding, separate_noise
+from ..text.encoder import PromptEmbeddingCache
+from ..text.out_of_distribution import FEWEST_TASKS
+from ..text.sentence_transformer import SentenceTransformerTextEncoder
+from .arguments import DnDTrainingArguments
+from .inputs import EpochSampler, as_asked, check_kinds, use_one_gpu
+from .losses import add_noise
+from .objective import LOSSES, FittingObjective, Supervision, check_dataset
+from .task_loss import LossFunction
+from .uploads import UploadingTrainer
+
+
+logger = logging.getLogger(__name__)
+
+
+class DnDTrainer(UploadingTrainer):
+    """Fits a [`PromptConditionedLoraGenerator`] to prompt-checkpoint pairs.
+
+    At every step each checkpoint of the batch meets prompts of its task drawn afresh (arXiv 2506.16406, section 2.2:
+    random re-pairing), and the decoder is moved towards that checkpoint by the weighted mean squared error on
+    normalised tokens. What is drawn depends on the seed, the epoch and the checkpoint alone, so that a resumed run
+    draws what an uninterrupted one would have drawn.
+
+    With a `base_model` and `args.task_loss_weight` above 0 the generator is also, or only, moved by the base's own
+    loss on examples of the item's task; see [`TaskLoss`]. Such a fit needs no checkpoints: without any the generator
+    starts from the adapter that the base model brings along.
+
+    Before the first step the normalisation statistics are taken from the training pairs, unless the generator has some
+    already, and the prompts of all tasks are read by the text encoder once, unless that is being fitted too. A frozen
+    text encoder does so where it is, which is the CPU for one that the library loaded. With many prompts and a GPU,
+    call `generator.text_encoder.module.to("cuda")` before fitting, and `.to("cpu")` afterwards: that is faster, and
+    the states differ by about 1e-5 from those that the generator will read on the CPU, which is why it is not done
+    unasked.
+
+    On a machine with several GPUs one process fits on the first of them. Start one process for each GPU to use them
+    all: `torchrun --nproc_per_node=N fit.py`.
+
+    With `args.push_to_hub` the generator is uploaded as its own `push_to_hub` does, with the text encoder if it is
+    carried and without names of this machine's folders; nothing else of the output folder is. Only the folder that
+    `hub_strategy="checkpoint"` or `"all_checkpoints"` adds, for resuming, holds pickles: the optimiser's state and the
+    like, as `Trainer` writes them.
+
+    Args:
+        model: The generator.
+        args: The arguments.
+        train_dataset: The training pairs.
+        eval_dataset: Pairs of held-out tasks.
+        adapter_scorer: `(task name, adapter) -> score`, larger is better: what adapters generated for the held-out
+            tasks are worth. Evaluation then reports the mean score, and beside it the mean score of adapters generated
+            from another held-out task's prompts, because an error in weights says little of either.
+        base_model: The frozen base, for task loss: a plain model, or a `PeftModel` whose active adapter has the
+            generator's layout. It is not changed.
+        task_collator: Makes the base's batch of a list of examples, rows of `examples.jsonl`; an [`ExampleCollator`]
+            by default, which pads lists of numbers.
+        task_loss_function: `(model, batch) -> loss` for bases whose forward gives none; `model(**batch).loss` by
+            default. It must compute with the model that it is given, which has the generated adapter in place.
+        token_weight: What each token weighs in the weight loss, (N_w,), in place of what `args.loss_weighting` gives;
+            [`published_token_weights`] reads it from a released generator's file.
+        callbacks: As for `Trainer`.
+        optimizers: As for `Trainer`.
+
+    Raises:
+        LayoutError: If a data set's adapters do not have the generator's layout.
+        BaseModelMismatchError: If that layout does not fit the base model.
+        PairsFolderError: If a task lacks the examples or the checkpoints that the loss needs.
+        GeneratorConfigError: If task loss is asked for without a base model.
+    """
+
+    args: DnDTrainingArguments
+    objective: FittingObjective
+
+    def __init__(
+        self,
+        model: PromptConditionedLoraGenerator,
+        args: DnDTrainingArguments | None = None,
+        train_dataset: PromptCheckpointDataset | None = None,
+        eval_dataset: PromptCheckpointDataset | None = None,
+        *,
+        adapter_scorer: Callable[[str, GeneratedAdapter], float] | None = None,
+        base_model: nn.Module | None = None,
+        task_collator: Callable[[Sequence[Mapping[str, Any]]], Any] | None = None,
+        task_loss_function: LossFunction | None = None,
+        token_weight: torch.Tensor | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        args = DnDTrainingArguments(output_dir="generator") if args is None else args
+        check_kinds(model, args, train_dataset, eval_dataset)
+        use_one_gpu(args)
+        train_dataset = as_asked(train_dataset, args, model, args.prompt_pool_size)
+        eval_dataset = as_asked(eval_dataset, args, model)
+        for what, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            check_dataset(model, args, dataset, what)
+        self.generator = model
+        self.pairs = train_dataset
+        self.adapter_scorer = adapter_scorer
+        self.embeddings = PromptEmbeddingCache(model.text_encoder, read=model.read_states)
+        self._collator = PromptCheckpointCollator(
+            self.embeddings,
+            model.weight_tokenizer,
+            num_prompts=model.config.num_prompts,
+            max_length=model.config.max_prompt_length,
+            encode=model.config.freeze_text_encoder,
+            reads_sets=model.decoder.reads_sets,
+            smallest_set=args.smallest_prompt_set,
+        )
+        # What is measured is the generator with as many prompts as it will be used with.
+        self._eval_collator = replace(self._collator, smallest_set=0)
+        self._projection = getattr(model.decoder, "length_projection", None)
+        if self._projection is not None:
+            self._projection.noise = args.condition_noise  # where the paper's code adds it
+        self.objective = FittingObjective(model, args, base_model, task_loss_function, token_weight=token_weight)
+        data_collator: Any = self._collator
+        self._eval_data_collator: Any = self._eval_collator
+        if self.objective.task_loss is not None:
+            collate = task_collator or ExampleCollator.for_model(self.objective.task_loss.model)
+            data_collator = ExamplesBesidePairs(self._collator, args.task_examples, collate)
+            self._eval_data_collator = ExamplesBesidePairs(self._eval_collator, args.task_examples, collate)
+        if args.ddp_find_unused_parameters is None and model.config.freeze_text_encoder:
+            args.ddp_find_unused_parameters = False  # every parameter of a decoder has a part in every loss
+        if args.push_to_hub:
+            model.names_for_others()  # warns now, rather than when all is fitted, of what others will lack
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            compute_metrics=self._metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        check_sharding(args, plugin, fits_text_encoder=not model.config.freeze_text_encoder)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Fit the generator; arguments as for `Trainer.train`, `resume_from_checkpoint` for one."""
+        self._prepare()
+        self._keep_prompts()
+        self.generator.config.measured.pop(EVALUATION, None)  # it was of the generator as it was before
+        separate_noise(self.args)
+        output = super().train(*args, **kwargs)
+        if not self.generator.config.freeze_text_encoder:
+            self._keep_prompts()  # as they are read now
+        self.generator.config.measured.update(
+            {
+                "training tasks": len(self.pairs.tasks) if self.pairs else 0,
+                "training checkpoints": self.pairs.num_checkpoints if self.pairs else 0,
+                "steps": self.state.global_step,
+                "seconds of fitting": round(output.metrics["train_runtime"], 1),
+                "training loss": output.training_loss,
+            }
+        )
+        return output
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Measure the generator on held-out tasks.
+
+        Args:
+            eval_dataset: Their pairs; those given to the trainer by default.
+            ignore_keys: As for `Trainer`.
+            metric_key_prefix: What the metrics' names begin with.
+
+        Returns:
+            `eval_loss`: the weight loss, with all tokens weighing alike; `eval_mean_adapter_loss`: the
+            same for the mean training adapter, which a generator must stay below; with an `adapter_scorer` also
+            `eval_score` and `eval_shuffled_score`; and times. With task loss `eval_loss` is the sum of both losses by
+            their weights after the warm start, and they stand apart in `eval_weight_loss`, if there are checkpoints,
+            and `eval_task_loss`, beside `eval_mean_adapter_task_loss`.
+        """
+        self._prepare()
+        dataset = as_asked(self.eval_dataset if eval_dataset is None else eval_dataset, self.args, self.generator)
+        check_dataset(self.generator, self.args, dataset, "eval_dataset")
+        metrics = super().evaluate(dataset, ignore_keys, metric_key_prefix)
+        if self.adapter_scorer is not None and isinstance(dataset, PromptCheckpointDataset):
+            prompts = {task: dataset.prompts(task) for task in dataset.tasks}
+            # In every process, as sharded weights need; but what follows from scores must follow in all alike.
+            scores = agree(score_generated(self.generator, prompts, self.adapter_scorer, seed=self.args.seed))
+            scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+            self.log(scores)
+            metrics.update(scores)
+        timing = ("_runtime", "_per_second")
+        self.generator.config.measured.update(
+            {name: value for name, value in metrics.items() if name != "epoch" and not name.endswith(timing)}
+        )
+        return metrics
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The loss of a batch: weight loss, task loss, or both, by the arguments and the step.
+
+        See [`FittingObjective`].
+        """
+        condition, supervision = Supervision.split_off(inputs)
+        if model.training and self._projection is None and "condition_states" in condition:
+            condition["condition_states"] = add_noise(condition["condition_states"], self.args.condition_noise)
+        tokens = model(**condition)
+        loss = self.objective.loss(tokens, supervision, self.state.global_step)
+        return (loss, tokens) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """One batch of evaluation; the predictions are each item's losses, beside those of the mean adapter."""
+        condition, supervision = Supervision.split_off(self._prepare_inputs(inputs))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses = self.objective.item_losses(model(**condition), supervision)
+        known = supervision.known(len(losses), losses.device)
+        # A loss of batches would count the items of a last, smaller one more; that of all items is taken in the end.
+        loss = self.objective.total(losses, known) if prediction_loss_only else None
+        # Trainer calls compute_metrics only where there are labels.
+        return loss, losses, known.float()
+
+    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        items = torch.from_numpy(np.asarray(prediction.predictions))
+        known = torch.from_numpy(np.asarray(prediction.label_ids)) > 0
+        means = {}
+        for column, name in enumerate(LOSSES):
+            has = known[:, column // 2]
+            # Without task loss the weight loss is the loss itself.
+            if has.any() and not (name == "weight_loss" and self.objective.task_loss is None):
+                means[name] = items[has, column].mean().item()
+        return {"loss": self.objective.total(items, known).item(), **means}
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Batches for evaluation, of `num_prompts` prompts each; `smallest_prompt_set` is for fitting alone."""
+        with self._reading_whole_sets():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """Batches for prediction; as for evaluation."""
+        with self._reading_whole_sets():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _reading_whole_sets(self) -> Iterator[None]:
+        fitting, self.data_collator = self.data_collator, self._eval_data_collator
+        try:
+            yield
+        finally:
+            self.data_collator = fitting
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[tuple[int, int]] | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(len(dataset), seed) if isinstance(dataset, PromptCheckpointDataset) else None
+
+    def _prepare(self) -> None:
+        if self.pairs is not None:
+            self.objective.prepare(self.pairs)
+        if self._collator.encode:
+            for collator, dataset in ((self._collator, self.pairs), (self._eval_collator, self.eval_dataset)):
+                if isinstance(dataset, PromptCheckpointDataset):
+                    collator.warm_up(dataset)
+            decoder = self.generator.decoder
+            if self.pairs is not None and isinstance(decoder, SetTransformerDecoder) and not decoder.centered:
+                decoder.center_on(self._collator.states_of_tasks(self.pairs))
+
+    def _keep_prompts(self) -> None:
+        if self.pairs is not None and len(self.pairs.tasks) >= FEWEST_TASKS:
+            embeddings = self.embeddings if self.generator.config.freeze_text_encoder else None
+            self.generator.fit_out_of_distribution(self.pairs, embeddings=embeddings)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # As Trainer does, but the arguments go beside the weights as JSON rather than as a pickle.
+        folder = Path(output_dir or str(self.args.output_dir))
+        if not self.args.should_save:
+            return
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+        write_text(folder / "training_args.json", self.args.to_json_string())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_text_encoder(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_text_encoder(str(self.state.best_model_checkpoint))
+
+    def _load_text_encoder(self, checkpoint: str) -> None:
+        # A text encoder that is fitted too is saved beside the weights, in a folder of its own.
+        if not self.generator.config.freeze_text_encoder:
+            saved = SentenceTransformerTextEncoder.from_pretrained(str(Path(checkpoint, TEXT_ENCODER_FOLDER)))
+            self.generator.text_encoder.module.load_state_dict(saved.module.state_dict())
+
+    def add_evaluation(self, report: EvaluationReport) -> None:
+        """Write the held-out protocol's report into the output folder and, from now on, the generator's model card."""
+        report.attach_to(self.generator)
+        if self.is_world_process_zero():
+            report.save(str(self.args.output_dir))
+        self.create_model_card()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the generator's own card, with what was measured, unless there is one edited by hand."""
+        folder = Path(str(self.args.output_dir))
+        if self.is_world_process_zero() and may_write_card(folder):
+            write_text(folder / CARD_NAME, self.generator.model_card())

@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generator's configuration: what it reads, what it writes, and what lies between."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from transformers import PretrainedConfig
+from transformers.utils import CONFIG_NAME
+
+from ..adapters.layout import AdapterLayout
+from ..adapters.published_tokenizer import PublishedTokenizer
+from ..adapters.tokenizer import WeightTokenizer
+from ..errors import FormatVersionError, GeneratorConfigError, GeneratorNotFoundError
+from ..storage.files import PathLike, read_json
+from ..storage.hub import generator_name, what_it_is_instead
+from ..text.condition_text import check_condition_text
+from ..text.encoder import TextEncoder, check_how_it_reads, check_text_encoder, condition_size, longest_prompt
+from ..text.sentence_transformer import SentenceTransformerTextEncoder
+from .settings import PaperSettings
+
+
+FORMAT_VERSION = 1
+CONDITIONS = ("token_states", "sentence_embeddings", "padded_token_states")
+NORMALIZATIONS = ("per_tensor", "none")
+TOKEN_FORMATS = ("chunks", "published")
+
+
+@runtime_checkable
+class PromptedAdapters(Protocol):
+    """What [`PromptConditionedLoraGeneratorConfig.from_adapters`] reads: a `PromptCheckpointDataset`, for one."""
+
+    @property
+    def layout(self) -> AdapterLayout:
+        """The layout that all its adapters share."""
+        ...
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names."""
+        ...
+
+    def prompts(self, task: str) -> tuple[str, ...]:
+        """A task's prompts."""
+        ...
+
+
+class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
+    """Configuration of a [`PromptConditionedLoraGenerator`].
+
+    Use [`from_adapters`][PromptConditionedLoraGeneratorConfig.from_adapters] to have what can be read off your
+    adapters and text encoder filled in.
+
+    Args:
+        layout: What is written: an [`AdapterLayout`] or its dictionary.
+        text_encoder: Hub id or folder of the model that reads the prompts: a sentence-transformers model, or any other
+            that [`SentenceTransformerTextEncoder`] loads, a T5 or a language model for instance; `"text_encoder"` with
+            `text_encoder_in_folder=True` for one carried inside the generator's own folder.
+        text_encoder_revision: Branch, tag or commit of a text encoder on the Hub.
+        text_encoder_layer: The layer whose hidden states are read, from 0, the embeddings, up to the number of layers,
+            the output; `None` for what the model itself gives, mostly its output.
+        text_encoder_in_folder: Whether the text encoder lies in the generator's folder, in `text_encoder/`.
+        freeze_text_encoder: Whether fitting leaves the text encoder as it is. If not, it is always carried.
+        condition: `"token_states"`: the decoder reads the state of every token of every prompt, as in the paper;
+            `"sentence_embeddings"`: one pooled vector a prompt, so that `max_prompt_length` is 1;
+            `"padded_token_states"`: the padding's states too, which only generators of the paper's release need.
+        num_prompts: How many prompts N the decoder reads at once; for one that reads sets, the most that it reads of a
+            task at a step of fitting. When it is used it reads all that it is given.
+        max_prompt_length: How many tokens L it reads of each; longer prompts are cut, shorter ones padded and masked.
+        window_tokens: The most tokens that go through the text encoder at once. Longer prompts are read in windows of
+            so many, up to `max_prompt_length`; with `None` they are cut where the text encoder's own limit is.
+        condition_text: Which texts are read of a task: `"prompts"`, as in the paper; `"prompts_and_answers"`;
+            `"mixed"`; or `"answers"`. See [`condition_texts`].
+        answer_ratio: For `"mixed"`: which share of the texts holds answers.
+        condition_size: Width C of the text encoder's states.
+        chunk_width: Columns per weight token; `None` chooses the width that wastes least.
+        token_format: `"chunks"`: weights as they are, see [`WeightTokenizer`]; `"published"`: the tokens of the
+            paper's release, which carry their own scales, see [`PublishedTokenizer`]; with `normalization="none"`.
+        normalization: `"per_tensor"`: tokens are shifted by the mean training adapter and scaled per tensor;
+            `"none"`: raw weights.
+        decoder_type: The family of decoders, a key of [`peft_dnd.decoders.DECODERS`]: `"set_transformer"`, or the
+            paper's `"hyper_convolution"`.
+        decoder_config: That decoder's own settings, e.g. `{"num_templates": 32}`.
+        measured: What was measured of the generator: metric -> value, for its model card. `DnDTrainer` fills it in.
+        format_version: Version of the folder's format; a newer one than this library knows is refused.
+
+    Raises:
+        GeneratorConfigError: If a value is impossible, or a name looks like a misspelt one.
+        FormatVersionError: If `format_version` is newer than this version of the library.
+    """
+
+    model_type = "prompt_conditioned_lora_generator"
+
+    def __init__(
+        self,
+        layout: AdapterLayout | Mapping[str, Any] | None = None,
+        text_encoder: str | None = None,
+        text_encoder_revision: str | None = None,
+        text_encoder_layer: int | None = None,
+        text_encoder_in_folder: bool = False,
+        freeze_text_encoder: bool = True,
+        condition: str = "token_states",
+        num_prompts: int = 16,
+        max_prompt_length: int = 64,
+        window_tokens: int | None = None,
+        condition_text: str = "prompts",
+        answer_ratio: float = 0.2,
+        condition_size: int = 384,
+        chunk_width: int | None = None,
+        token_format: str = "chunks",
+        normalization: str = "per_tensor",
+        decoder_type: str = "set_transformer",
+        decoder_config: Mapping[str, Any] | None = None,
+        measured: Mapping[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(format_version, int):
+            raise GeneratorConfigError(f"format_version must be an integer, got {format_version!r}.")
+        if format_version > FORMAT_VERSION:
+            raise FormatVersionError(
+                f"This generator is of format version {format_version}; this version of peft_dnd reads up to "
+                f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade peft-dnd"
+            )
+        self.layout = layout.to_dict() if isinstance(layout, AdapterLayout) else layout
+        self.text_encoder = text_encoder
+        self.text_encoder_revision = text_encoder_revision
+        self.text_encoder_layer = text_encoder_layer
+        self.text_encoder_in_folder = text_encoder_in_folder
+        self.freeze_text_encoder = freeze_text_encoder
+        self.condition = condition
+        self.num_prompts = num_prompts
+        self.max_prompt_length = max_prompt_length
+        self.window_tokens = window_tokens
+        self.condition_text = condition_text
+        self.answer_ratio = answer_ratio
+        self.condition_size = condition_size
+        self.chunk_width = chunk_width
+        self.token_format = token_format
+        self.normalization = normalization
+        self.decoder_type = decoder_type
+        self.decoder_config = _as_dict("decoder_config", decoder_config)
+        self.measured = _as_dict("measured", measured)
+        self.format_version = format_version
+        self._check_values()
+        _refuse_misspelt(kwargs, own=[name for name in vars(self) if not name.startswith("_")])
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_adapters(
+        cls,
+        adapters: PromptedAdapters | AdapterLayout,
+        text_encoder: str | TextEncoder,
+        *,
+        text_encoder_revision: str | None = None,
+        text_encoder_layer: int | None = None,
+        text_encoder_in_folder: bool = False,
+        freeze_text_encoder: bool = True,
+        condition: str = "token_states",
+        num_prompts: int = 16,
+        max_prompt_length: int | None = None,
+        window_tokens: int | None = None,
+        condition_text: str = "prompts",
+        answer_ratio: float = 0.2,
+        chunk_width: int | None = None,
+        normalization: str = "per_tensor",
+        decoder_type: str = "set_transformer",
+        decoder_config: Mapping[str, Any] | None = None,
+    ) -> PromptConditionedLoraGeneratorConfig:
+        """Build a configuration for adapters like the given ones.
+
+        The layout is the adapters'; `condition_size` is the text encoder's. Where `max_prompt_length` is `None` it
+        becomes the length of the longest of up to 64 prompts of each task, rounded up to a multiple of 8, or for a
+        bare layout 64, and never more than the text encoder reads.
+
+        Args:
+            adapters: A `PromptCheckpointDataset`, or a layout alone.
+            text_encoder: Hub id or folder of a model, or a loaded text encoder.
+            text_encoder_revision: See the class.
+            text_encoder_layer: See the class; negative numbers count from the output, -1. Of a loaded text encoder it
+                is known.
+            text_encoder_in_folder: See the class. A loaded text encoder that came from nowhere is always carried.
+            freeze_text_encoder: See the class.
+            condition: See the class.
+            num_prompts: See the class.
+            max_prompt_length: See the class, and above.
+            window_tokens: See the class. Of a loaded text encoder it is known.
+            condition_text: See the class.
+            answer_ratio: See the class.
+            chunk_width: See the class.
+            normalization: See the class.
+            decoder_type: See the class.
+            decoder_config: See the class.
+
+        Raises:
+            TextEncoderError: If the text encoder cannot be loaded.
+            GeneratorConfigError: If a value is impossible.
+        """
+        if not hasattr(adapters, "layout") and not isinstance(adapters, AdapterLayout):
+            raise GeneratorConfigError(
+                f"from_adapters takes a PromptCheckpointDataset or an AdapterLayout, got {adapters!r}. A pairs folder "
+                "is read by PromptCheckpointDataset.from_folder."
+            )
+        if isinstance(text_encoder, str):
+            name: str | None = text_encoder
+            encoder: TextEncoder = SentenceTransformerTextEncoder.from_pretrained(
+                text_encoder, revision=text_encoder_revision, layer=text_encoder_layer, window_tokens=window_tokens
+            )
+        else:
+            check_text_encoder(text_encoder)
+            encoder, name = text_encoder, text_encoder.name_or_path
+            check_how_it_reads(encoder, text_encoder_layer, window_tokens)
+        if condition_text != "prompts" and hasattr(adapters, "with_condition"):
+            adapters = adapters.with_condition(condition_text, answer_ratio)
+        layout = adapters if isinstance(adapters, AdapterLayout) else adapters.layout
+        if condition == "sentence_embeddings":
+            max_prompt_length = 1
+        elif max_prompt_length is None:
+            longest = 64
+            if not isinstance(adapters, AdapterLayout):
+                longest = longest_prompt(encoder, map(adapters.prompts, adapters.tasks))
+            max_prompt_length = min(longest, encoder.max_length or longest)
+        return cls(
+            layout=layout,
+            text_encoder=name,
+            text_encoder_revision=text_encoder_revision,
+            text_encoder_layer=getattr(encoder, "layer", None),
+            text_encoder_in_folder=text_encoder_in_folder or name is None,
+            freeze_text_encoder=freeze_text_encoder,
+            condition=condition,
+            num_prompts=num_prompts,
+            max_prompt_length=max_prompt_length,
+            window_tokens=getattr(encoder, "window_tokens", None),
+            condition_text=condition_text,
+            answer_ratio=answer_ratio,
+            condition_size=condition_size(encoder, condition),
+            chunk_width=chunk_width,
+            normalization=normalization,
+            decoder_type=decoder_type,
+            decoder_config=decoder_config,
+        )
+
+    @classmethod
+    def from_settings(
+        cls, name_or_path: PathLike, layout: AdapterLayout | None = None, **overrides: Any
+    ) -> PromptConditionedLoraGeneratorConfig:
+        """Build a configuration from settings of the paper, or from a file of the same form.
+
+        Args:
+            name_or_path: One of [`available_settings`], `"common-sense-0.5b"` for one, or the path of a JSON file.
+            layout: The adapters' layout. `None` works it out from the settings' base architecture, without weights.
+            overrides: Settings of this class that are to differ from the file's, `text_encoder` for one.
+
+        Raises:
+            GeneratorConfigError: If there are no such settings, an override is no setting of this class, or a value
+                is impossible.
+        """
+        settings = PaperSettings.load(name_or_path)
+        known = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "kwargs")]
+        for name in overrides:
+            if name not in known or name == "layout":
+                near = difflib.get_close_matches(name, known, n=1)
+                raise GeneratorConfigError(
+                    f"Unknown setting {name!r}." + (f" Did you mean {near[0]!r}?" if near else f" Known: {known}.")
+                )
+        return cls(layout=layout or settings.layout(), **{**settings.generator, **overrides})
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Find and read a generator's `config.json`; called by `from_pretrained`.
+
+        Raises:
+            GeneratorNotFoundError: If there is none, or it is another kind of model's.
+            CorruptFileError: If it is no JSON, for instance cut short.
+        """
+        name = generator_name(pretrained_model_name_or_path)
+        try:
+            config_dict, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (OSError, TypeError) as error:
+            file = Path(name, kwargs.get("subfolder") or "", CONFIG_NAME)
+            # Says what is wrong with the file; of a damaged one transformers says that there is none.
+            content = read_json(file) if file.is_file() else None
+            if isinstance(error, TypeError) and not isinstance(content, list):  # 5.1 takes a list for a dictionary
+                raise
+            raise GeneratorNotFoundError(
+                f"There is no generator at {name!r}: expected a folder that "
+                "PromptConditionedLoraGenerator.save_pretrained has written, or a Hub id. Check the spelling, the "
+                f"network and your access token. ({error})"
+            ) from error
+        found = config_dict.get("model_type") if isinstance(config_dict, dict) else None
+        if found != cls.model_type:
+            what = "no generator" if found is None else f"a model of type {found!r}, no generator"
+            raise GeneratorNotFoundError(
+                f"{name!r} is {what}; expected a {CONFIG_NAME} of type {cls.model_type!r}.{what_it_is_instead(name)}"
+            )
+        return config_dict, rest
+
+    @property
+    def adapter_layout(self) -> AdapterLayout:
+        """The layout of the adapters that the generator writes.
+
+        Raises:
+            GeneratorConfigError: If the configuration has none.
+        """
+        if self.layout is None:
+            raise GeneratorConfigError(
+                "The configuration has no adapter layout. Build it with "
+                "PromptConditionedLoraGeneratorConfig.from_adapters(pairs, text_encoder=...)."
+            )
+        return AdapterLayout.from_dict(self.layout)
+
+    @property
+    def base_model_name_or_path(self) -> str | None:
+        """The base model that the adapters are for, if known."""
+        return self.layout["base_model_name_or_path"] if self.layout else None
+
+    @base_model_name_or_path.setter
+    def base_model_name_or_path(self, name: str | None) -> None:
+        self.layout = replace(self.adapter_layout, base_model_name_or_path=name).to_dict()
+
+    def carries_text_encoder(self, asked: bool | None = None) -> bool:
+        """Whether the text encoder is saved in the generator's folder: as asked, and always if it is fitted too.
+
+        Args:
+            asked: `None` leaves it to `text_encoder_in_folder`.
+        """
+        return (self.text_encoder_in_folder if asked is None else asked) or not self.freeze_text_encoder
+
+    @property
+    def condition_shape(self) -> tuple[int, int, int]:
+        """(N, L, C) of what the decoder reads."""
+        return (self.num_prompts, self.max_prompt_length, self.condition_size)
+
+    def weight_tokenizer(self) -> WeightTokenizer:
+        """The tokenizer of the layout in this configuration's token format, at its chunk width."""
+        tokenizer = PublishedTokenizer if self.token_format == "published" else WeightTokenizer
+        return tokenizer(self.adapter_layout, self.chunk_width)
+
+    def _check_values(self) -> None:
+        for name in ("num_prompts", "max_prompt_length", "condition_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise GeneratorConfigError(f"{name} must be a positive integer, got {value!r}.")
+        for name, least in (("text_encoder_layer", 0), ("window_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise GeneratorConfigError(
+                    f"{name} must be an integer of at least {least}, or None, got {value!r}. "
+                    "PromptConditionedLoraGeneratorConfig.from_adapters takes a layer counted from the end."
+                )
+        check_condition_text(self.condition_text, self.answer_ratio)
+        named = {"condition": CONDITIONS, "normalization": NORMALIZATIONS, "token_format": TOKEN_FORMATS}
+        for name, choices in named.items():
+            if getattr(self, name) not in choices:
+                raise GeneratorConfigError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
+        if self.condition == "sentence_embeddings" and self.max_prompt_length != 1:
+            raise GeneratorConfigError(
+                f"With condition='sentence_embeddings' each prompt is one vector, so max_prompt_length must be 1, got "
+                f"{self.max_prompt_length}."
+            )
+        if self.token_format == "published" and self.normalization != "none":
+            raise GeneratorConfigError(
+                "Tokens of the format 'published' carry their own scales: set normalization='none', not "
+                f"{self.normalization!r}, or use token_format='chunks'."
+            )
+
+
+def _as_dict(name: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise GeneratorConfigError(f"{name} must be a dictionary, got {value!r}.")
+    return dict(value or {})
+
+
+def _refuse_misspelt(kwargs: Mapping[str, Any], own: list[str]) -> None:
+    # transformers keeps unknown keywords as attributes, so that configurations of other versions load; a near miss of
+    # one of our own names is a typo, though, and would silently leave the default in force.
+    for name in kwargs:
+        near = difflib.get_close_matches(name, own, n=1, cutoff=0.85)
+        if near:
+            raise GeneratorConfigError(f"Unknown setting {name!r}. Did you mean {near[0]!r}?")

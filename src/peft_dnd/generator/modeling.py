@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generator: prompts in, LoRA adapters out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import CommitInfo
+from safetensors import SafetensorError
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from ..adapters.positions import token_positions
+from ..adapters.tokenizer import WeightNormalization, WeightTokenizer
+from ..decoders import Decoder, build_decoder
+from ..errors import CorruptFileError, GeneratorNotFoundError
+from ..storage.cards import CARD_NAME, may_write_card
+from ..storage.files import PathLike, staged_directory
+from ..storage.hub import check_loading_info, generator_name, hub_id, name_for_others, resolve_generator, upload
+from ..storage.processes import check_whole
+from ..storage.stored_weights import floating_dtype
+from ..text.encoder import TextEncoder, check_text_encoder
+from ..text.out_of_distribution import REFERENCE_NAME, PromptReference
+from .conditioning import TEXT_ENCODER_FOLDER
+from .configuration import PromptConditionedLoraGeneratorConfig
+from .generation import AdapterWritingMixin
+from .model_card import generator_card
+
+
+# What save_pretrained passes on to push_to_hub.
+_PUSH_OPTIONS = ("commit_message", "commit_description", "private", "revision", "create_pr")
+
+
+class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
+    """Writes the LoRA adapter of a task from a handful of its unlabelled prompts, in one forward pass.
+
+    The method is Drag-and-Drop LLMs (arXiv 2506.16406): a text encoder turns the prompts into condition states, a
+    decoder turns those into weight tokens, and the tokens are put together to the matrices of a LoRA adapter.
+
+    Args:
+        config: The configuration; see [`PromptConditionedLoraGeneratorConfig.from_adapters`].
+        text_encoder: A loaded text encoder to use in place of the one that the configuration names.
+
+    Attributes:
+        decoder: Condition states (B, N, L, C) to normalised tokens (B, N_w, L_w, C_w).
+        normalization: Between normalised tokens and weights; its statistics come from the training adapters.
+        weight_tokenizer: Between token grids and adapter state dicts.
+        prompt_reference: What is kept of the fitted tasks' prompts, to tell whether new ones belong with them; `None`
+            if nothing is.
+
+    Raises:
+        GeneratorConfigError: If the configuration has no layout, or values that contradict each other.
+    """
+
+    config_class = PromptConditionedLoraGeneratorConfig
+    config: PromptConditionedLoraGeneratorConfig
+    base_model_prefix = ""
+    main_input_name = "condition_states"
+    supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = {"normalization"}  # noqa: RUF012 (transformers' own convention)
+
+    def __init__(self, config: PromptConditionedLoraGeneratorConfig, text_encoder: TextEncoder | None = None) -> None:
+        super().__init__(config)
+        check_text_encoder(text_encoder, or_none=True)
+        self.weight_tokenizer: WeightTokenizer = config.weight_tokenizer()
+        token_shape = self.weight_tokenizer.grid_shape
+        positions = token_positions(self.weight_tokenizer)
+        decoder = build_decoder(
+            config.decoder_type, config.condition_shape, token_shape, config.decoder_config, positions
+        )
+        self.decoder = decoder
+        self.normalization = WeightNormalization(token_shape)
+        # A rule may change between versions, a fitted generator may not: what was derived is written down.
+        config.chunk_width = self.weight_tokenizer.chunk_width
+        config.decoder_config = {**config.decoder_config, **cast("Decoder", decoder).resolved_settings}
+        self._text_encoder = text_encoder
+        self.prompt_reference: PromptReference | None = None
+        # Where the generator was loaded from, if it was: its folder here, its commit on the Hub, and the token used.
+        self._folder: Path | None = None
+        self._commit: str | None = None
+        self._token: str | bool | None = None
+        self.post_init()
+        if text_encoder is not None and not config.freeze_text_encoder:
+            self.load_text_encoder()
+
+    def forward(
+        self,
+        condition_states: torch.Tensor | None = None,
+        condition_mask: torch.Tensor | None = None,
+        prompts: Sequence[Sequence[str]] | None = None,
+    ) -> torch.Tensor:
+        """Decode condition states to normalised weight tokens.
+
+        Args:
+            condition_states: Float tensor (B, N, L, C).
+            condition_mask: Bool tensor (B, N, L), true where there is a token.
+            prompts: In place of both, the prompts of each of B tasks, which are read here, with gradients if the text
+                encoder is being fitted too. For a decoder that reads sets the tasks may have different numbers of
+                them: N is the largest, and the places that are left are masked.
+
+        Returns:
+            Tensor (B, N_w, L_w, C_w) in the decoder's dtype.
+        """
+        if prompts is not None:
+            read = [self.encode_prompts(lines) for lines in prompts]
+            condition_states = pad_sequence([states for states, _ in read], batch_first=True).to(self.device)
+            condition_mask = pad_sequence([mask for _, mask in read], batch_first=True).to(self.device)
+        if condition_states is None or condition_mask is None:
+            raise ValueError("forward needs condition_states and condition_mask, or prompts; it got neither.")
+        return self.decoder(condition_states.to(self.dtype), condition_mask)
+
+    def get_input_embeddings(self) -> None:  # type: ignore[override]
+        """There are none: accelerate asks when it shards a model."""
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # the Hub's arguments are named, the rest is passed on
+        cls,
+        pretrained_model_name_or_path: PathLike,
+        *model_args: Any,
+        revision: str | None = None,
+        subfolder: str = "",
+        token: str | bool | None = None,
+        cache_dir: PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        text_encoder: TextEncoder | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a generator from a folder or the Hub.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            model_args: Passed on.
+            revision: Branch, tag or commit on the Hub.
+            subfolder: Folder inside the repository or folder.
+            token: Access token for the Hub.
+            cache_dir: Where downloads are kept.
+            force_download: Whether to download anew what is there already.
+            local_files_only: Whether to do without the network.
+            text_encoder: A loaded text encoder to use in place of the one that the configuration names.
+            kwargs: What any transformers model takes: `dtype` (or `torch_dtype`), `device_map`, ...
+
+        Returns:
+            The generator, in evaluation mode; with `output_loading_info=True` a pair of it and what was loaded.
+
+        Raises:
+            GeneratorNotFoundError: If there is no generator there.
+            FormatVersionError: If it was saved by a newer version of the library.
+            CorruptFileError: If a file is cut short, or weights are missing.
+            GeneratorConfigError: If there is no floating-point type of the name `dtype`.
+            TextEncoderError: If `text_encoder` is none.
+        """
+        name = generator_name(pretrained_model_name_or_path)
+        check_text_encoder(text_encoder, or_none=True)
+        for option in {"dtype", "torch_dtype"} & set(kwargs):
+            if kwargs[option] not in (None, "auto"):
+                kwargs[option] = floating_dtype(kwargs[option])
+        folder, commit = resolve_generator(
+            name,
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.pop("ignore_mismatched_sizes", None)
+        config = kwargs.pop("config", None) or PromptConditionedLoraGeneratorConfig.from_pretrained(folder)
+        try:
+            loaded: Any = super().from_pretrained(
+                folder,
+                *model_args,
+                config=config,
+                output_loading_info=True,
+                local_files_only=True,
+                use_safetensors=True,  # a pickle is never read
+                ignore_mismatched_sizes=True,  # check_loading_info refuses them by name
+                **kwargs,
+            )
+        except OSError as error:
+            raise GeneratorNotFoundError(
+                f"The generator {name!r} has a configuration but no weights in safetensors format ({error}). Save it "
+                "again, or fetch it again with force_download=True."
+            ) from error
+        except SafetensorError as error:
+            raise CorruptFileError(
+                f"The weights of the generator {name!r} cannot be read ({error}). A file was cut short in writing or "
+                "downloading: save it again, or fetch it again with force_download=True."
+            ) from error
+        model, info = loaded
+        check_loading_info(name, info)
+        model.name_or_path = model.config.name_or_path = name
+        model._folder, model._commit, model._token, model._text_encoder = folder, commit, token, text_encoder
+        model.load_prompt_reference(folder)
+        if not model.config.freeze_text_encoder:
+            model.load_text_encoder()
+        return (model, info) if wants_info else model
+
+    def save_pretrained(  # type: ignore[override]  # one more keyword than the base class
+        self,
+        save_directory: PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        *,
+        include_text_encoder: bool | None = None,
+        repo_id: str | None = None,
+        token: str | bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save to a folder: configuration, sharded safetensors with the normalisation statistics, model card.
+
+        The files are written beside the folder first and then moved in, so that a kill or a full disk leaves what was
+        there before.
+
+        Args:
+            save_directory: The folder.
+            is_main_process: Whether this process is the one that writes.
+            state_dict: The weights to write, where they are not simply this module's.
+            push_to_hub: Whether to push to the Hub afterwards, to `repo_id`; the process that writes does.
+            include_text_encoder: Whether to put the text encoder into `text_encoder/` as well, which makes the
+                generator self-contained. `None` leaves it as the configuration says. Always done for a text encoder
+                that was fitted too.
+            repo_id: Hub id to push to; `None` takes the folder's name.
+            token: Access token for the Hub.
+            kwargs: What any transformers model takes, `max_shard_size` for one; and what
+                [`push_to_hub`][PromptConditionedLoraGenerator.push_to_hub] takes, `private` for one.
+
+        Raises:
+            DestinationError: If `save_directory` names no place, or a file is in its way.
+            SavingError: If writing fails, on a full disk for instance.
+        """
+        push_options = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if name in kwargs}
+        if is_main_process:
+            carry = self.config.carries_text_encoder(include_text_encoder)
+            encoder = self.text_encoder if carry else None  # before anything is written: it may be missing
+            with staged_directory(save_directory) as staged:
+                weights = {
+                    key: value
+                    for key, value in (state_dict or self.state_dict()).items()
+                    if not key.startswith("text_encoder_module.")
+                }
+                check_whole(weights)
+                with _changed(self.config, text_encoder_in_folder=carry):
+                    super().save_pretrained(staged, state_dict=weights, **kwargs)
+                    if may_write_card(Path(save_directory)):
+                        (staged / CARD_NAME).write_text(self.model_card(), encoding="utf-8")
+                if self.prompt_reference is not None:
+                    self.prompt_reference.save(staged / REFERENCE_NAME)
+                if encoder is not None:
+                    encoder.save_pretrained(staged / TEXT_ENCODER_FOLDER)
+                written = {path.name for path in staged.glob("model*.safetensors*")}
+            # transformers reads a single file before shards: what an earlier save left must not win over this one.
+            for path in Path(save_directory).glob("model*.safetensors*"):
+                if path.name not in written:
+                    path.unlink()
+        if push_to_hub and is_main_process:
+            if "max_shard_size" in kwargs:
+                push_options["max_shard_size"] = kwargs["max_shard_size"]
+            name = repo_id or Path(save_directory).name
+            self.push_to_hub(name, token=token, include_text_encoder=include_text_encoder, **push_options)
+
+    def push_to_hub(  # type: ignore[override]  # the model card is ours
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        include_text_encoder: bool | None = None,
+    ) -> CommitInfo:
+        """Save the generator and upload it to the Hub.
+
+        Names of folders on this machine, of the base model and of the text encoder, are left out of what is uploaded,
+        with a warning of what others will lack.
+
+        Args:
+            repo_id: Hub id, `"user/name"`.
+            commit_message: What the commit says.
+            commit_description: And its longer text.
+            private: Whether a new repository is private; `None` leaves it to the account's default.
+            token: Access token; `None` takes the one that is logged in.
+            revision: Branch to commit to; made where missing. `None` is the main branch.
+            create_pr: Whether to open a pull request rather than commit.
+            max_shard_size: Largest weights file.
+            include_text_encoder: See [`save_pretrained`].
+
+        Returns:
+            The Hub's description of the commit.
+
+        Raises:
+            HfHubHTTPError: The Hub's own, if you may not write there.
+            TextEncoderError: If the text encoder is to go along and cannot be loaded.
+        """
+        names = self.names_for_others(include_text_encoder)
+        if self.config.carries_text_encoder(include_text_encoder):
+            self.load_text_encoder()  # while its name is still there
+        with _changed(self.config, **names):
+            return upload(
+                partial(
+                    self.save_pretrained, max_shard_size=max_shard_size, include_text_encoder=include_text_encoder
+                ),
+                repo_id,
+                commit_message=commit_message or "Upload PromptConditionedLoraGenerator",
+                commit_description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    def names_for_others(self, include_text_encoder: bool | None = None) -> dict[str, str | None]:
+        """What the configuration may say on the Hub, where folders of this machine mean nothing.
+
+        Warns of what others will lack.
+
+        Args:
+            include_text_encoder: Whether the text encoder goes along; see [`save_pretrained`].
+
+        Returns:
+            The configuration's `text_encoder` and `base_model_name_or_path`, each `None` where it names a folder.
+        """
+        config = self.config
+        if config.carries_text_encoder(include_text_encoder):
+            text_encoder = hub_id(config.text_encoder)
+        else:
+            text_encoder = name_for_others(
+                config.text_encoder,
+                "The generator's text encoder",
+                "Without it nobody else can use the generator. Carry it along, with include_text_encoder=True or "
+                "config.text_encoder_in_folder = True, or set config.text_encoder to its Hub id.",
+            )
+        base = name_for_others(
+            config.base_model_name_or_path,
+            "The generator's base model",
+            "So that others know which model the generator is for, set config.base_model_name_or_path to its Hub id.",
+        )
+        return {"text_encoder": text_encoder, "base_model_name_or_path": base}
+
+    def model_card(self) -> str:
+        """The text of the README.md that is saved along."""
+        size = sum(parameter.numel() for parameter in self.decoder.parameters())
+        return generator_card(self.config, num_parameters=size, measured=self.config.measured)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Loaded tensors carry transformers' flag; from_pretrained refuses partial loads, so it is all or nothing.
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
+            return
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+
+
+@contextmanager
+def _changed(config: PromptConditionedLoraGeneratorConfig, **values: Any) -> Iterator[None]:
+    before = {name: getattr(config, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+AutoConfig.register(
+    PromptConditionedLoraGeneratorConfig.model_type, PromptConditionedLoraGeneratorConfig, exist_ok=True
+)
+AutoModel.register(PromptConditionedLoraGeneratorConfig, PromptConditionedLoraGenerator, exist_ok=True)

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A generator whose decoder stays on disk: adapters from decoders that are larger than the memory at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from ..errors import GeneratorConfigError, GeneratorNotFoundError, WeightValueError
+from ..storage.files import PathLike
+from ..storage.hub import check_loading_info, generator_name, resolve_generator
+from ..storage.stored_weights import StoredTensor, floating_dtype, stored_tensors
+from ..text.encoder import TextEncoder, check_text_encoder
+from .configuration import PromptConditionedLoraGeneratorConfig
+from .modeling import PromptConditionedLoraGenerator
+
+
+# Parameters up to this size are held all the time: reading each of them anew would take longer than it is worth.
+_HELD_BYTES = 2**20
+_WORTH_A_BAR = 2**28
+
+
+class StreamedWeight:
+    """A parameter that stays in its file, and stands in for the tensor where a module reads it by slices.
+
+    Args:
+        stored: Where it lies.
+        dtype: The type that slices are given in.
+        device: Where slices are put.
+        on_read: Called with the number of bytes of each slice that has not been read since `restart`.
+    """
+
+    requires_grad = False
+
+    def __init__(
+        self, stored: StoredTensor, dtype: torch.dtype, device: torch.device, on_read: Callable[[int], Any]
+    ) -> None:
+        self.shape = stored.shape
+        self.dtype = dtype
+        self.device = device
+        self.num_bytes = stored.num_bytes
+        self._stored, self._on_read, self._rows_read = stored, on_read, 0
+
+    def restart(self) -> None:
+        """Count what is read from the beginning again."""
+        self._rows_read = 0
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | int) -> torch.Tensor:
+        if isinstance(rows, int):
+            return self[rows : rows + 1][0]
+        start, stop, _ = rows.indices(len(self))
+        found = self._stored.read(start, stop).to(self.device, self.dtype)
+        if stop > self._rows_read:
+            self._on_read((stop - max(start, self._rows_read)) * self._stored.row_bytes)
+            self._rows_read = stop
+        return found
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (self[row] for row in range(len(self)))
+
+
+class StreamedLoraGenerator(PromptConditionedLoraGenerator):
+    """A fitted generator that reads its decoder's weights from disk while it decodes, and never holds them.
+
+    Where most parameters are, only a slice of one is held at a time: 64 output channels of a convolution, one head of
+    a set transformer; a module of your own names such parameters in `reads_in_slices`. Any other is read just before
+    the module that holds it runs, and dropped after it. Large parameters must therefore not be used by another module
+    than their own. All are read anew for every adapter, so with memory enough the other class is faster.
+
+    The result is that of [`PromptConditionedLoraGenerator`]: on a CPU to the byte for a cascade of hyper-convolutions
+    in float32 or bfloat16, whose kernels compute 64 output channels in the same way alone and among others. Where
+    there are matrix products, in a length projection or a set transformer, it is to their rounding (1e-5), as these
+    may add up in another order where a weight begins at another address.
+
+    It generates, alone or inside a [`DnDConfig`], and nothing else: it is neither fitted nor saved.
+
+        StreamedLoraGenerator.from_pretrained("org/generator").generate_adapter(prompts)
+    """
+
+    _execution_device: torch.device
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # nothing is passed on to transformers here
+        cls,
+        pretrained_model_name_or_path: PathLike,
+        *,
+        revision: str | None = None,
+        subfolder: str = "",
+        token: str | bool | None = None,
+        cache_dir: PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        text_encoder: TextEncoder | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> StreamedLoraGenerator:
+        """Find a generator in a folder or on the Hub. Of its decoder only the files' headers and small parts are read.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            revision: Branch, tag or commit on the Hub.
+            subfolder: Folder inside the repository or folder.
+            token: Access token for the Hub.
+            cache_dir: Where downloads are kept.
+            force_download: Whether to download anew what is there already.
+            local_files_only: Whether to do without the network.
+            text_encoder: A loaded text encoder to use in place of the one that the configuration names.
+            dtype: Type to decode in; `None` takes the one that it was saved in.
+            device: Where to decode.
+
+        Raises:
+            GeneratorNotFoundError: If there is no generator there.
+            FormatVersionError: If it was saved by a newer version of the library.
+            CorruptFileError: If a file is cut short, or weights are missing.
+            GeneratorConfigError: If there is no such floating-point type, or no such device.
+            TextEncoderError: If `text_encoder` is none.
+        """
+        name = generator_name(pretrained_model_name_or_path)
+        check_text_encoder(text_encoder, or_none=True)
+        dtype = None if dtype is None else floating_dtype(dtype)
+        _check_device(device)
+        folder, commit = resolve_generator(
+            name,
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        config = PromptConditionedLoraGeneratorConfig.from_pretrained(folder)
+        try:
+            stored = stored_tensors(folder)
+        except FileNotFoundError as error:
+            raise GeneratorNotFoundError(
+                f"The generator {name!r} has a configuration but no weights in safetensors format, or not all of them "
+                f"({error}). Save it again, or fetch it again with force_download=True."
+            ) from error
+        with torch.device("meta"):
+            model = cls(config)
+        check_loading_info(name, _differences(model, stored))
+        model._execution_device = torch.device(device)
+        model._stream_from(stored, dtype or _saved_dtype(config, stored))
+        model.name_or_path = model.config.name_or_path = name
+        model._folder, model._commit, model._token, model._text_encoder = folder, commit, token, text_encoder
+        model.load_prompt_reference(folder)
+        if not config.freeze_text_encoder:
+            model.load_text_encoder()
+        return model.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it decodes."""
+        return self._execution_device
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Decode condition states; see [`PromptConditionedLoraGenerator.forward`]. No gradient flows through it."""
+        with self._progress():
+            return super().forward(*args, **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Not for a streamed generator.
+
+        Raises:
+            WeightValueError: Always.
+        """
+        raise WeightValueError(
+            "A streamed generator does not hold its weights, so it cannot save them. Copy its folder "
+            f"{str(self._folder)!r}, or load it with PromptConditionedLoraGenerator.from_pretrained."
+        )
+
+    def _stream_from(self, stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> None:
+        """Set up every module: small parameters and buffers are read now, the rest is left to be read."""
+        self._streamed: list[StreamedWeight] = []
+        self._bar: Any = None
+        self.decoder.to(dtype)
+        for module in self.decoder.modules():
+            lost = module._non_persistent_buffers_set
+            for name in lost:
+                module._buffers[name] = torch.empty_like(module.get_buffer(name), device=self._execution_device)
+            if lost:
+                self._init_weights(module)
+        for prefix, module in self.named_modules():
+            names = [*module._parameters, *(set(module._buffers) - module._non_persistent_buffers_set)]
+            for name in names:
+                key = f"{prefix}.{name}"
+                if key in stored:
+                    self._place(module, name, stored[key])
+
+    def _place(self, module: nn.Module, name: str, stored: StoredTensor) -> None:
+        dtype, device = getattr(module, name).dtype, self._execution_device
+        if name in module._buffers:
+            module._buffers[name] = stored.read().to(device, dtype)
+        elif stored.num_bytes <= _HELD_BYTES or isinstance(module, nn.Embedding):  # others may look into a table
+            module._parameters[name] = nn.Parameter(stored.read().to(device, dtype), requires_grad=False)
+        else:
+            weight = StreamedWeight(stored, dtype, device, self._count)
+            self._streamed.append(weight)
+            if name in getattr(module, "reads_in_slices", ()):
+                module.__dict__[name] = weight
+            else:
+                _read_around_forward(module, name, weight)
+
+    def _count(self, num_bytes: int) -> None:
+        if self._bar is not None:
+            self._bar.update(num_bytes)
+
+    @contextmanager
+    def _progress(self) -> Iterator[None]:
+        total = 0
+        for weight in self._streamed:
+            weight.restart()
+            total += weight.num_bytes
+        settings = {"desc": "decoding", "unit": "B", "unit_scale": True, "disable": total < _WORTH_A_BAR}
+        with transformers_logging.tqdm(total=total, **settings) as self._bar:
+            try:
+                yield
+            finally:
+                self._bar = None
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch has all three for a device that is not there
+        reason = str(error).partition("\n")[0]
+        raise GeneratorConfigError(
+            f"The device {device!r} cannot be used ({reason}). Pass one that torch has here, 'cpu' for one."
+        ) from error
+
+
+def _read_around_forward(module: nn.Module, name: str, weight: StreamedWeight) -> None:
+    # An attribute of the instance hides the parameter of that name, which stays on the meta device.
+    def read(module: nn.Module, _: Any) -> None:
+        module.__dict__[name] = weight[:]
+
+    def drop(module: nn.Module, *_: Any) -> None:
+        module.__dict__.pop(name, None)
+
+    module.register_forward_pre_hook(read)
+    module.register_forward_hook(drop, always_call=True)
+
+
+def _differences(model: nn.Module, stored: Mapping[str, StoredTensor]) -> dict[str, list[str]]:
+    """How stored tensors differ from a model's, under the names that transformers has for it."""
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    return {
+        "missing_keys": sorted(set(expected) - set(stored)),
+        "unexpected_keys": sorted(set(stored) - set(expected)),
+        "mismatched_keys": [name for name in expected if name in stored and expected[name] != stored[name].shape],
+    }
+
+
+def _saved_dtype(config: PromptConditionedLoraGeneratorConfig, stored: Mapping[str, StoredTensor]) -> torch.dtype:
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    return next(tensor.dtype for name, tensor in stored.items() if name.startswith("decoder."))

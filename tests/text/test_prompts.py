@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts: which are refused and how, their hash, the choice of N of them, and the ragged store of token states."""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from peft_dnd.errors import GeneratorConfigError, PromptError, PromptTypeError, TextEncoderError
+from peft_dnd.text.prompts import TokenStates, check_prompts, prompts_digest, select_prompts
+
+
+class Word(str, enum.Enum):
+    HELLO = "hello"
+
+
+class TestCheckPrompts:
+    @pytest.mark.parametrize(
+        "prompts",
+        [
+            ["one"],
+            ("one", "two", "one"),
+            ["  kept as it is \n"],
+            ["日本語のプロンプト", "Привет, как дела?", "مرحبا", "हिन्दी", "🤷🏽‍♀️ 👩‍👩‍👧", "a\u0301", "\u200b", "\x00"],
+            ["long " * 100_000],
+            [f"prompt {i}" for i in range(10_000)],
+        ],
+        ids=["one", "tuple and repeats", "white space", "scripts and emoji", "very long", "ten thousand"],
+    )
+    def test_what_is_usable_comes_back_unchanged(self, prompts):
+        assert check_prompts(prompts) == tuple(prompts)
+
+    def test_other_ordered_collections_of_strings(self):
+        datasets = pytest.importorskip("datasets")
+        column = datasets.Dataset.from_dict({"prompt": ["one", "two"]})["prompt"]
+        assert check_prompts(column) == ("one", "two")
+        array = check_prompts(np.array(["one", "two"]))
+        assert array == ("one", "two")
+        assert [type(prompt) for prompt in array] == [str, str]
+        assert check_prompts([Word.HELLO]) == ("hello",)
+        assert type(check_prompts([Word.HELLO])[0]) is str
+
+    @pytest.mark.parametrize(
+        ("prompts", "message"),
+        [
+            ("one string", r"not one string\. Wrap it in a list: \['one string'\]"),
+            ({"law": ["a"], "med": ["b"]}, r"not a dict of 2 entries\. Pass the prompts of one task"),
+            (b"bytes", "not bytes. Make a list of it"),
+            ({"a", "b"}, "not set. Make a list of it, in a fixed order"),
+            ((p for p in "ab"), "not generator. Make a list"),
+            (None, "not NoneType"),
+            (3, "not int"),
+            (np.array([["a", "b"]]), "not a ndarray of 2 dimensions. Pass one column"),
+            (["fine", 7], r"prompts\[1\] must be a string, not int \(7\)"),
+            (["fine", None], r"prompts\[1\] must be a string, not NoneType"),
+            ([{"role": "user", "content": "hi"}], r"prompts\[0\] must be a string, not dict .*'content'"),
+            ([["nested"]], r"prompts\[0\] must be a string, not list"),
+            ([b"bytes"], r"prompts\[0\] must be a string, not bytes"),
+        ],
+    )
+    def test_wrong_kinds(self, prompts, message):
+        with pytest.raises(PromptTypeError, match=message) as caught:
+            check_prompts(prompts)
+        assert isinstance(caught.value, TypeError)
+
+    @pytest.mark.parametrize(
+        ("prompts", "message"),
+        [
+            ([], "prompts is empty: expected at least one string"),
+            ((), "prompts is empty"),
+            (["fine", ""], r"prompts\[1\] is empty"),
+            (["fine", "fine", " \t\n\u3000"], r"prompts\[2\] is only white space"),
+            (["fine", "bad \ud83d"], r"prompts\[1\] holds a lone surrogate, '\\ud83d' at position 4"),
+        ],
+    )
+    def test_unusable_text(self, prompts, message):
+        with pytest.raises(PromptError, match=message) as caught:
+            check_prompts(prompts)
+        assert isinstance(caught.value, ValueError)
+
+    def test_the_mend_for_surrogates_works(self):
+        emoji_in_two_halves = "\ud83d\ude00 hi"
+        with pytest.raises(PromptError, match="lone surrogate"):
+            check_prompts([emoji_in_two_halves])
+        mended = emoji_in_two_halves.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        assert check_prompts([mended]) == ("😀 hi",)
+
+    def test_messages_are_ascii_short_and_named(self):
+        with pytest.raises(PromptTypeError, match=r"the prompts of task 'law'\[0\]") as caught:
+            check_prompts([["é" * 10_000]], what="the prompts of task 'law'")
+        message = str(caught.value)
+        assert message.isascii()
+        assert len(message) < 300
+
+
+class TestDigest:
+    def test_is_that_of_length_prefixed_utf8(self):
+        import hashlib
+
+        data = b"\x03\0\0\0\0\0\0\0one" + b"\x02\0\0\0\0\0\0\0\xc3\xa9"
+        assert prompts_digest(["one", "é"]) == hashlib.sha256(data).hexdigest()
+
+    def test_tells_pools_apart(self):
+        pools = [["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"], ["ab", "c", "c"], ["ab", "c "], ["AB", "c"]]
+        assert len({prompts_digest(pool) for pool in pools}) == len(pools)
+        assert prompts_digest(("ab", "c")) == prompts_digest(["ab", "c"])
+
+    def test_refuses_what_check_prompts_refuses(self):
+        with pytest.raises(PromptError):
+            prompts_digest(["\ud800"])
+
+
+class TestSelectPrompts:
+    def test_more_than_wanted_are_drawn_without_replacement(self):
+        chosen = select_prompts(1000, 50, 3)
+        assert chosen.shape == (50,)
+        assert chosen.dtype == torch.int64
+        assert len(set(chosen.tolist())) == 50
+        assert 0 <= min(chosen) <= max(chosen) < 1000
+
+    @pytest.mark.parametrize("seed", [0, 1, 2**63])
+    def test_as_many_as_wanted_keep_their_order(self, seed):
+        assert select_prompts(7, 7, seed).tolist() == list(range(7))
+
+    @pytest.mark.parametrize(("pool", "wanted"), [(1, 5), (2, 5), (3, 9), (5, 128), (127, 128)])
+    def test_of_fewer_all_are_used_almost_equally_often(self, pool, wanted):
+        times = Counter(select_prompts(pool, wanted, 0).tolist())
+        assert sum(times.values()) == wanted
+        assert set(times) == set(range(pool))
+        assert sorted(set(times.values())) == sorted({wanted // pool, -(-wanted // pool)})
+
+    def test_seed_decides(self):
+        for pool in (3, 100):
+            same = [select_prompts(pool, 8, 5).tolist() for _ in range(2)]
+            assert same[0] == same[1]
+            assert len({tuple(select_prompts(pool, 8, seed).tolist()) for seed in range(50)}) > 40
+
+    def test_every_place_gets_every_prompt_equally_often(self):
+        draws = torch.stack([select_prompts(5, 3, seed) for seed in range(4000)])
+        for place in range(3):
+            share = torch.bincount(draws[:, place], minlength=5) / 4000
+            assert torch.allclose(share, torch.full((5,), 0.2), atol=0.03)
+        fewer = torch.stack([select_prompts(2, 3, seed) for seed in range(4000)])
+        assert (fewer.float().mean(dim=0) - 0.5).abs().max() < 0.03
+
+    def test_choice_is_the_same_on_every_platform_and_version(self):
+        # Written down once: a generator's adapters would change with it.
+        assert select_prompts(10, 4, 0).tolist() == [8, 7, 5, 4]
+        assert select_prompts(3, 8, 1).tolist() == [0, 2, 1, 2, 0, 2, 1, 0]
+
+    def test_torch_generator_gives_one_seed(self):
+        first, second = (torch.Generator().manual_seed(9) for _ in range(2))
+        assert select_prompts(100, 5, first).tolist() == select_prompts(100, 5, second).tolist()
+        assert select_prompts(100, 5, first).tolist() != select_prompts(100, 5, 9).tolist()
+        select_prompts(4, 7, second)
+        # Whatever the pool, one number was drawn each time, so that tasks do not disturb each other's chance.
+        assert torch.equal(first.get_state(), second.get_state())
+
+    @pytest.mark.parametrize(("pool", "wanted", "seed"), [(0, 1, 0), (1, 0, 0), (1, 1, -1), (-2, 3, 0)])
+    def test_impossible_numbers(self, pool, wanted, seed):
+        with pytest.raises(GeneratorConfigError, match="must be at least"):
+            select_prompts(pool, wanted, seed)
+
+
+@pytest.fixture
+def states() -> TokenStates:
+    """Prompts of 2, 4, 1 tokens of width 3, numbered through."""
+    return TokenStates(torch.arange(1.0, 22.0).view(7, 3), torch.tensor([0, 2, 6, 7]))
+
+
+class TestTokenStates:
+    def test_describes_itself(self, states):
+        assert len(states) == 3
+        assert states.embedding_size == 3
+        assert states.lengths.tolist() == [2, 4, 1]
+        assert states.nbytes == 7 * 3 * 4 + 4 * 8
+        assert states[1].tolist() == states.flat[2:6].tolist()
+        assert torch.equal(states[-1], states[2])
+        with pytest.raises(IndexError):
+            states[3]
+
+    @pytest.mark.parametrize("length", [1, 2, 3, 4, 9])
+    def test_cut_leaves_what_select_would(self, states, length):
+        cut = states.cut(length)
+        assert cut.lengths.tolist() == [min(n, length) for n in (2, 4, 1)]
+        for number in range(3):
+            assert torch.equal(cut[number], states[number][:length])
+        assert (cut is states) == (length >= 4)
+
+    def test_select_pads_cuts_and_repeats(self, states):
+        selected, mask = states.select(torch.tensor([2, 1, 0, 1]), max_length=3)
+        assert selected.shape == (4, 3, 3)
+        assert mask.tolist() == [[True, False, False], [True] * 3, [True, True, False], [True] * 3]
+        assert torch.equal(selected[1], states[1][:3])
+        assert torch.equal(selected[3], states[1][:3])
+        assert torch.equal(selected[2][:2], states[0])
+        assert torch.equal(selected[0][0], states[2][0])
+        assert selected[~mask].abs().max() == 0
+
+    def test_select_has_one_length_whatever_is_chosen(self, states):
+        selected, mask = states.select(torch.tensor([0]), max_length=9)
+        assert selected.shape == (1, 9, 3)
+        assert mask.sum() == 2
+
+    def test_select_equals_a_loop(self):
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.randint(1, 12, (30,), generator=generator)
+        states = TokenStates.from_list([torch.randn(int(n), 5, generator=generator) for n in lengths])
+        indices = torch.randint(0, 30, (64,), generator=generator)
+        selected, mask = states.select(indices, max_length=7)
+        for row, index in enumerate(indices.tolist()):
+            kept = states[index][:7]
+            assert torch.equal(selected[row, : len(kept)], kept)
+            assert mask[row].sum() == len(kept)
+            assert not selected[row, len(kept) :].any()
+
+    def test_garbage_in_other_prompts_does_not_leak(self, states):
+        flat = states.flat.clone()
+        flat[2:6] = float("nan")
+        selected, _ = TokenStates(flat, states.offsets).select(torch.tensor([0, 2]), max_length=4)
+        assert torch.isfinite(selected).all()
+
+    def test_gradients_reach_exactly_the_selected_tokens(self, states):
+        flat = states.flat.clone().requires_grad_(True)
+        selected, _ = TokenStates(flat, states.offsets).select(torch.tensor([1, 1]), max_length=3)
+        selected.sum().backward()
+        assert flat.grad[:, 0].tolist() == [0, 0, 2, 2, 2, 0, 0]
+
+    def test_half_precision_is_given_as_float32(self, states):
+        half = states.to(dtype=torch.float16)
+        selected, _ = half.select(torch.tensor([0]), max_length=2)
+        assert half.flat.dtype == torch.float16
+        assert selected.dtype == torch.float32
+        assert torch.equal(selected[0], states[0])
+
+    def test_mean_is_over_tokens_only(self, states):
+        assert torch.allclose(states.mean(), torch.stack([states[i].mean(dim=0) for i in range(3)]))
+
+    def test_vectors_are_states_of_one_token(self):
+        vectors = torch.randn(4, 6)
+        states = TokenStates.from_vectors(vectors)
+        selected, mask = states.select(torch.arange(4), max_length=1)
+        assert torch.equal(selected[:, 0], vectors)
+        assert mask.all()
+        assert torch.equal(states.mean(), vectors)
+
+    @pytest.mark.parametrize("indices", [[3], [-1], [0, 99]])
+    def test_select_refuses_indices_out_of_range(self, states, indices):
+        with pytest.raises(IndexError, match="from 0 to 2"):
+            states.select(torch.tensor(indices), max_length=2)
+
+    def test_select_refuses_no_length(self, states):
+        with pytest.raises(GeneratorConfigError, match="max_length"):
+            states.select(torch.tensor([0]), max_length=0)
+
+    @pytest.mark.parametrize(
+        ("flat", "offsets", "message"),
+        [
+            (torch.zeros(7), torch.tensor([0, 7]), r"shape \(total_tokens, C\)"),
+            (torch.zeros(7, 3, dtype=torch.int64), torch.tensor([0, 7]), "floating point"),
+            (torch.zeros(7, 3), torch.tensor([0, 6]), "rise from 0 to 7"),
+            (torch.zeros(7, 3), torch.tensor([1, 7]), "rise from 0 to 7"),
+            (torch.zeros(7, 3), torch.tensor([0, 5, 4, 7]), "rise from 0 to 7"),
+            (torch.zeros(7, 3), torch.tensor([0]), r"shape \(n \+ 1,\)"),
+            (torch.zeros(7, 3), torch.tensor([0.0, 7.0]), "int64"),
+        ],
+    )
+    def test_refuses_what_is_no_ragged_store(self, flat, offsets, message):
+        with pytest.raises(TextEncoderError, match=message):
+            TokenStates(flat, offsets)
