@@ -22,6 +22,7 @@ from ..storage.files import PathLike, read_safetensors
 from ..storage.progress import with_progress
 from ..text.condition_text import condition_texts
 from ..text.prompts import select_prompts
+from .distillation import RECORD_NAME, ROWS_NAME
 from .examples import EXAMPLES_NAME, TaskExamples
 from .folder import CHECKPOINTS_FOLDER, TASK_NAME, Task, check_alike, find_tasks, load_task
 from .prompt_pool import PROMPTS_NAME
@@ -43,6 +44,7 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
       for others;
     - `"state_dict"`: the checkpoint, PEFT's on-disk key -> float32 tensor; `None` for a task without any;
     - `"examples"`: the task's [`TaskExamples`], from which rows can be drawn, or `None`;
+    - `"distillation"`: the same of what a teacher said to inputs of the task, or `None`;
     - `"seed"`: the seed for drawing prompts from the pool. It follows from the data set's seed, the epoch and the
       index alone: each visit draws afresh, and a resumed run, or one with more worker processes, draws the same.
 
@@ -165,7 +167,8 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         if names is not None:
             found = find_tasks(download([f"*/{TASK_NAME}"]), names)
             folders = [glob.escape(folder.name) for folder in found.values()]
-        files = (TASK_NAME, PROMPTS_NAME, EXAMPLES_NAME, ADAPTER_CONFIG_NAME, f"{CHECKPOINTS_FOLDER}/*.safetensors")
+        files = (TASK_NAME, PROMPTS_NAME, EXAMPLES_NAME, RECORD_NAME, ROWS_NAME, ADAPTER_CONFIG_NAME)
+        files += (f"{CHECKPOINTS_FOLDER}/*.safetensors",)
         path = download([f"{folder}/{file}" for folder in folders for file in files])
         return cls.from_folder(path, names, seed=seed, keep_in_memory=keep_in_memory, layout=layout)
 
@@ -241,6 +244,10 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         """A task's examples, if it has any."""
         return self._task(task).examples
 
+    def distillation(self, task: str) -> TaskExamples | None:
+        """What a teacher said to inputs of a task, if any did; see [`distil_task`][peft_dnd.fitting.distil_task]."""
+        return self._task(task).distillation
+
     def checkpoints(self, task: str) -> tuple[Path, ...]:
         """The files of a task's checkpoints, in the order of their steps."""
         return self._task(task).checkpoints
@@ -303,6 +310,7 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
             "prompts": task.prompts,
             "state_dict": None if path is None else self._read(task, path),
             "examples": task.examples,
+            "distillation": task.distillation,
             "seed": _stable_seed(self.seed, epoch, number),
         }
 
@@ -320,7 +328,7 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
     def _task_with_checkpoints(self, name: str) -> Task:
         task = self._task(name)
         if not task.checkpoints:
-            raise PairsFolderError(f"Task {name!r} has no checkpoints, only examples.")
+            raise PairsFolderError(f"Task {name!r} has no checkpoints.")
         return task
 
     def _read(self, task: Task, path: Path) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@
       <task>/prompts.jsonl                  its pool of prompts, one {"prompt": "..."} a line, or each with its answer:
                                             {"prompt": "...", "answer": "..."}
       <task>/examples.jsonl                 where given: what the base's forward takes, one example a line
+      <task>/distillation.jsonl, .json      where made: what a teacher said to inputs of the task; see `distillation`
       <task>/adapter_config.json            plain PEFT, so that with it each checkpoint is an adapter
       <task>/checkpoints/step-00000051.safetensors
 
@@ -32,6 +33,7 @@ from ..errors import CorruptFileError, FormatVersionError, LayoutError, PairsFol
 from ..storage.files import PathLike, read_json, read_safetensors_shapes, write_json, write_safetensors
 from ..text.prompts import check_prompts
 from ..version import __version__
+from .distillation import load_distillation
 from .examples import EXAMPLES_NAME, TaskExamples
 from .prompt_pool import PROMPTS_NAME, read_answers, read_prompts
 from .prompt_pool import write_prompts as write_prompts  # for those who look for it here
@@ -84,6 +86,7 @@ class Task:
         layout: The layout that they share; `None` where there are no checkpoints.
         initialization: As in its [`TaskRecord`].
         examples: Its examples, for a fit on the base's own loss, if it has any.
+        distillation: What a teacher said to inputs of the task, for a fit by context distillation, if any did.
         answers: The answers to its prompts, one each, if it has any.
         condition_text: Which texts stand in `prompts`, one of `CONDITION_TEXTS`.
     """
@@ -95,6 +98,7 @@ class Task:
     layout: AdapterLayout | None
     initialization: str | None
     examples: TaskExamples | None = None
+    distillation: TaskExamples | None = None
     answers: tuple[str, ...] | None = None
     condition_text: str = "prompts"
 
@@ -159,7 +163,8 @@ def load_task(folder: PathLike) -> Task:
     """Read a task and check that it can be fitted to: everything but the weights, of which the headers are read.
 
     Raises:
-        PairsFolderError: If it is incomplete, lacks a checkpoint, has no prompts, or neither checkpoints nor examples.
+        PairsFolderError: If it is incomplete, lacks a checkpoint, has no prompts, or neither checkpoints nor examples nor a teacher's
+            answers.
         PromptError: If a prompt is empty.
         LayoutError: If its checkpoints differ in their layouts.
         CorruptFileError: If a file is unreadable, for instance cut short.
@@ -168,7 +173,8 @@ def load_task(folder: PathLike) -> Task:
     folder = Path(folder)
     record = read_task(folder)
     examples = TaskExamples(folder / EXAMPLES_NAME) if (folder / EXAMPLES_NAME).is_file() else None
-    if not record.complete or not (record.steps or examples):
+    distillation = load_distillation(folder)
+    if not record.complete or not (record.steps or examples or distillation):
         raise PairsFolderError(
             f"Task {record.task!r} in {str(folder)!r} is incomplete: its training did not come to its end, and holds "
             f"{len(stored_steps(folder))} checkpoints so far. Train it again or resume it, or leave it out with "
@@ -184,7 +190,17 @@ def load_task(folder: PathLike) -> Task:
     prompts = check_prompts(read_prompts(folder), f"{str(folder / PROMPTS_NAME)!r}")
     layout = _shared_layout(folder, checkpoints) if checkpoints else None
     answers = read_answers(folder)
-    return Task(record.task, folder, prompts, checkpoints, layout, record.initialization, examples, answers)
+    return Task(
+        record.task,
+        folder,
+        prompts,
+        checkpoints,
+        layout,
+        record.initialization,
+        examples=examples,
+        distillation=distillation,
+        answers=answers,
+    )
 
 
 def check_alike(tasks: Sequence[Task]) -> None:

@@ -97,7 +97,7 @@ class PairWriter:
         self._begun = False
         self._record = TaskRecord(self.task)
         self._last_kept_step = 0
-        found = _read_record(self.folder)
+        found = task_record(self.folder)
         if found is None:
             return
         if resume_from is not None:
@@ -212,7 +212,7 @@ def write_task_without_checkpoints(
     folder = Path(folder).absolute()
     prompts = check_prompts(prompts)
     answers = None if answers is None else check_answers(prompts, answers)
-    found = _read_record(folder)
+    found = task_record(folder)
     if found is not None:
         _check_may_replace(found, folder, overwrite)
     record = TaskRecord(folder.name if task is None else task)
@@ -224,7 +224,12 @@ def write_task_without_checkpoints(
     write_task(folder, dataclasses.replace(record, complete=True))
 
 
-def _read_record(folder: Path) -> TaskRecord | None:
+def task_record(folder: Path) -> TaskRecord | None:
+    """What the folder's `task.json` says; `None` where there is no folder yet, or an empty one.
+
+    Raises:
+        PairsFolderError: If it cannot be a task's folder, or holds something else.
+    """
     if folder.name == INITIALIZATION_FOLDER or folder.name.startswith("."):
         raise PairsFolderError(f"{folder.name!r} cannot be a task's folder; name another one.")
     if (folder / TASK_NAME).is_file():
