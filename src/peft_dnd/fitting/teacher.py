@@ -66,7 +66,7 @@ def distil_task(
     Args:
         folder: The task's folder inside the pairs folder, for instance `"pairs/support"`.
         inputs: What the student will see, one text each; for a model without chat template just as it will stand in
-            its window, for instance `"Question: ...\\nAnswer:"`.
+            its window, for instance `"Question: ... Answer:"`.
         teacher: The frozen base whose answers are wanted: the one that the generator writes for, with or without an
             adapter of its own. It is not changed.
         tokenizer: Its tokenizer.
@@ -77,7 +77,7 @@ def distil_task(
             the input as the user's.
         max_new_tokens: The most tokens of an answer.
         top_tokens: k, of how many of the teacher's likeliest next tokens the probabilities are kept.
-        stop: A text at whose first appearance an answer ends, such as `"\\n"` for a base that was never tuned to end.
+        stop: A text at whose first appearance an answer ends, such as a line end for a base that was never tuned to end.
         rows_at_once: How many inputs go through the teacher at once.
         task: The task's name; by default that of the folder.
         overwrite: Whether to begin anew where another teacher, or other inputs, were at work before.
@@ -89,11 +89,8 @@ def distil_task(
             an answer is empty; if prompts are given for a task that has some.
         GeneratorConfigError: If a setting is impossible.
     """
-    for name, value in (
-        ("max_new_tokens", max_new_tokens),
-        ("top_tokens", top_tokens),
-        ("rows_at_once", rows_at_once),
-    ):
+    sizes = {"max_new_tokens": max_new_tokens, "top_tokens": top_tokens, "rows_at_once": rows_at_once}
+    for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise GeneratorConfigError(f"{name} must be a positive integer, got {value!r}.")
     inputs = check_prompts(inputs, "the inputs")
@@ -211,8 +208,8 @@ class _Answering:
             kept.append(token)
             if token in self._ends or (self._stop is not None and self._stop in self._tokenizer.decode(kept)):
                 break
-        said = self._tokenizer.decode([token for token in kept if token not in self._ends])
-        if not said.partition(self._stop)[0].strip() if self._stop else not said.strip():
+        said = str(self._tokenizer.decode([token for token in kept if token not in self._ends]))
+        if not (said.partition(self._stop)[0] if self._stop else said).strip():
             raise PairsFolderError(
                 f"The teacher answers {text[:60]!r} with nothing. Give it solved examples or a clearer text in its "
                 "context, end the input where the answer is to begin, or leave that input out."

@@ -167,8 +167,8 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         if names is not None:
             found = find_tasks(download([f"*/{TASK_NAME}"]), names)
             folders = [glob.escape(folder.name) for folder in found.values()]
-        files = (TASK_NAME, PROMPTS_NAME, EXAMPLES_NAME, RECORD_NAME, ROWS_NAME, ADAPTER_CONFIG_NAME)
-        files += (f"{CHECKPOINTS_FOLDER}/*.safetensors",)
+        files = [TASK_NAME, PROMPTS_NAME, EXAMPLES_NAME, RECORD_NAME, ROWS_NAME, ADAPTER_CONFIG_NAME]
+        files.append(f"{CHECKPOINTS_FOLDER}/*.safetensors")
         path = download([f"{folder}/{file}" for folder in folders for file in files])
         return cls.from_folder(path, names, seed=seed, keep_in_memory=keep_in_memory, layout=layout)
 

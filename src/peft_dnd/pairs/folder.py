@@ -163,8 +163,8 @@ def load_task(folder: PathLike) -> Task:
     """Read a task and check that it can be fitted to: everything but the weights, of which the headers are read.
 
     Raises:
-        PairsFolderError: If it is incomplete, lacks a checkpoint, has no prompts, or neither checkpoints nor examples nor a teacher's
-            answers.
+        PairsFolderError: If it is incomplete, lacks a checkpoint, has no prompts, or nothing to be fitted to: no
+            checkpoints, no examples and no teacher's answers.
         PromptError: If a prompt is empty.
         LayoutError: If its checkpoints differ in their layouts.
         CorruptFileError: If a file is unreadable, for instance cut short.
