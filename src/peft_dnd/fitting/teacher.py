@@ -20,7 +20,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 
 from ..adapters.lora import live_state_dict
 from ..adapters.matching import adaptable_modules, base_model_of
@@ -77,7 +83,8 @@ def distil_task(
             the input as the user's.
         max_new_tokens: The most tokens of an answer.
         top_tokens: k, of how many of the teacher's likeliest next tokens the probabilities are kept.
-        stop: A text at whose first appearance an answer ends, such as a line end for a base that was never tuned to end.
+        stop: A text at whose first appearance an answer ends, such as a line end for a base that was not tuned to
+            stop by itself.
         rows_at_once: How many inputs go through the teacher at once.
         task: The task's name; by default that of the folder.
         overwrite: Whether to begin anew where another teacher, or other inputs, were at work before.
@@ -172,7 +179,6 @@ class _Answering:
             do_sample=False,
             eos_token_id=sorted(self._ends) or None,
             pad_token_id=self._padding,
-            stop_strings=None if stop is None else [stop],
         )
 
     def rows(self, windows: Sequence[tuple[list[int], list[int]]], inputs: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -187,7 +193,7 @@ class _Answering:
             attention_mask=mask,
             generation_config=self._config,
             logits_processor=LogitsProcessorList([keeper]),
-            tokenizer=self._tokenizer,
+            stopping_criteria=StoppingCriteriaList([lambda now, _: self._stopped(now[:, longest:])]),
         )[:, longest:].tolist()
         for place, ((_, student), answer) in enumerate(zip(windows, given, strict=True)):
             answer = self._cut(answer, inputs[place])
@@ -200,6 +206,12 @@ class _Answering:
                     [round(value, 4) for value in keeper.log_probs[step][place].tolist()] for step in steps
                 ],
             }
+
+    def _stopped(self, given: torch.Tensor) -> torch.Tensor:
+        # transformers' own stop strings want a tokenizer whose tokens can be put together letter by letter.
+        stop = self._stop
+        stopped = [stop is not None and stop in str(self._tokenizer.decode(answer)) for answer in given.tolist()]
+        return torch.tensor(stopped, device=given.device)
 
     def _cut(self, answer: list[int], text: str) -> list[int]:
         """The answer up to its end, which is part of it: the end of text, or the token that brings the stop."""
