@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors in a model's safetensors files, read one at a time or by slices of their first axis, never the whole file.
 
+Also what a name of a floating-point type means, as callers give it for what they read.
+
 Plain reads rather than a memory map: what is read through a map stays counted as this process's memory for as long as
 the system likes, and the point here is to stay below a bound.
 """
