@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 from .layout import LoraTensor
@@ -44,7 +44,7 @@ def token_positions(tokenizer: WeightTokenizer) -> TokenPositions:
     """
     tensors = tokenizer.layout.tensors
     layers: list[int] = []
-    slots: list[Hashable] = []
+    slots: list[tuple[str, str, int]] = []
     seen: dict[int, int] = {}
     for index in tokenizer.tensor_index().tolist():
         tensor = tensors[index]
@@ -58,12 +58,13 @@ def token_positions(tokenizer: WeightTokenizer) -> TokenPositions:
 def _parse(tensor: LoraTensor) -> tuple[int, str]:
     """A tensor's layer, and its module's path without it."""
     parts = tensor.module.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    layer = int(parts[numbers[0]]) if numbers else 0
-    rest = [part for i, part in enumerate(parts) if not numbers or i != numbers[0]]
-    return layer, ".".join(rest)
+    numbers = [part for part in parts if part.isdigit()]
+    if not numbers:
+        return 0, tensor.module
+    parts.remove(numbers[0])
+    return int(numbers[0]), ".".join(parts)
 
 
-def _numbered(values: list[int] | list[Hashable]) -> tuple[int, ...]:
+def _numbered(values: Iterable[Hashable]) -> tuple[int, ...]:
     order: dict[Hashable, int] = {}
     return tuple(order.setdefault(value, len(order)) for value in values)

@@ -16,7 +16,7 @@ from ..generator.modeling import PromptConditionedLoraGenerator
 from ..generator.settings import available_settings
 from ..generator.streaming import StreamedLoraGenerator
 from ..published.files import read_published_prompts
-from ..published.reader import import_published_adapters, load_published_generator
+from ..published.importer import import_published_adapters, load_published_generator
 from ..text.out_of_distribution import ACTIONS
 from ..version import __version__
 

@@ -57,7 +57,7 @@ class StreamedWeight:
         if isinstance(rows, int):
             return self[rows : rows + 1][0]
         start, stop, _ = rows.indices(len(self))
-        found = self._stored.read(start, stop).to(self.device, self.dtype)
+        found = self._stored.read((start, stop)).to(self.device, self.dtype)
         if stop > self._rows_read:
             self._on_read((stop - max(start, self._rows_read)) * self._stored.row_bytes)
             self._rows_read = stop
