@@ -47,7 +47,7 @@ def clean_name(name: str) -> str:
     return name.replace(_COMPILED, "")
 
 
-def _adaptable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def adaptable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of a base model under the names that PEFT knows them by.
 
     What adapters have put into the model is left out: a module that is adapted already appears once, as LoRA layer.
@@ -79,7 +79,7 @@ def match_modules(model: nn.Module, layout: AdapterLayout) -> dict[str, str]:
     Raises:
         BaseModelMismatchError: If a module is missing, or more than one could be meant.
     """
-    available = {name for name, _ in _adaptable_modules(model)}
+    available = {name for name, _ in adaptable_modules(model)}
     prefixes = _bare_model_prefixes(base_model_of(model))
     names: dict[str, str] = {}
     owners: dict[str, str] = {}
@@ -107,7 +107,7 @@ def check_fits(model: nn.Module, layout: AdapterLayout, names: Mapping[str, str]
     Raises:
         BaseModelMismatchError: Otherwise; it names the first module, what was expected and what was found.
     """
-    available = dict(_adaptable_modules(model))
+    available = dict(adaptable_modules(model))
     for module in layout.modules:
         name = names[module.name]
         layer = available[name]
@@ -170,7 +170,7 @@ def lora_config_for(
     Raises:
         BaseModelMismatchError: If PEFT would adapt other modules too, or cannot be made to adapt all.
     """
-    keys = [name for name, _ in _adaptable_modules(model)]
+    keys = [name for name, _ in adaptable_modules(model)]
     wanted = set(names.values())
     listed = replace(layout, target_modules=None)
     for candidate in (layout, listed):
