@@ -17,10 +17,14 @@ class TokenPositions:
     Attributes:
         layers: (N_w,) layer of each token, counted from 0.
         slots: (N_w,) place of each token within its layer (module, side and chunk), counted from 0.
+        matrices: (N_w,) which of the adapter's matrices each token is a chunk of, counted from 0.
+        sides: (N_w,) `"A"` or `"B"`, the side of that matrix.
     """
 
     layers: tuple[int, ...]
     slots: tuple[int, ...]
+    matrices: tuple[int, ...] = ()
+    sides: tuple[str, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -52,7 +56,8 @@ def token_positions(tokenizer: WeightTokenizer) -> TokenPositions:
         chunk = seen[index] = seen.get(index, -1) + 1
         layers.append(layer)
         slots.append((rest, tensor.side, chunk))
-    return TokenPositions(_numbered(layers), _numbered(slots))
+    sides = tuple(side for _, side, _ in slots)
+    return TokenPositions(_numbered(layers), _numbered(slots), tuple(tokenizer.tensor_index().tolist()), sides)
 
 
 def _parse(tensor: LoraTensor) -> tuple[int, str]:

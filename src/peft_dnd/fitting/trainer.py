@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from ..adapters.generated_adapter import GeneratedAdapter
-from ..decoders import SetTransformerDecoder
+from ..decoders import CenteredDecoder
 from ..evaluation import EvaluationReport, score_generated
 from ..generator.conditioning import TEXT_ENCODER_FOLDER
 from ..generator.model_card import EVALUATION
@@ -297,7 +297,7 @@ class DnDTrainer(UploadingTrainer):
                 if isinstance(dataset, PromptCheckpointDataset):
                     collator.warm_up(dataset)
             decoder = self.generator.decoder
-            if self.pairs is not None and isinstance(decoder, SetTransformerDecoder) and not decoder.centered:
+            if self.pairs is not None and isinstance(decoder, CenteredDecoder) and not decoder.centered:
                 decoder.center_on(self._collator.states_of_tasks(self.pairs))
 
     def _keep_prompts(self) -> None:
