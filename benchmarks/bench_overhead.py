@@ -35,9 +35,9 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "worked_example"))
 
 from base import load_base
-from run import ALL_SETTINGS, FITTING_SETTINGS, collect_pairs, fit_generator, make_the_base
+from run import ALL_SETTINGS, FITTING_SETTINGS, fit_generator, make_the_base
 from stages import STAGES, Progress
-from tasks import SETTINGS, score, train_adapter
+from tasks import SETTINGS, collect_pairs, score, train_adapter
 from world import Example, Task, World, build_world
 
 from peft_dnd import (

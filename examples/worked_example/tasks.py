@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tasks of the worked example: training their LoRA adapters, and asking a model their questions."""
+"""The tasks of the worked example: training their adapters, collecting checkpoints, asking a model their questions."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import PrinterCallback
 from world import Example, World
 
+from peft_dnd import CheckpointCollector, PromptCheckpointDataset
+from peft_dnd.pairs import uncollected
 from peft_dnd.storage.files import staged_directory
 
 
@@ -95,6 +97,23 @@ def train_and_save(
     model = train_adapter(base_folder, examples, seed, settings=settings)
     with staged_directory(target) as staged:
         model.save_pretrained(staged)
+
+
+def collect_pairs(world: World, progress: Progress, settings: Mapping[str, Any] = SETTINGS) -> PromptCheckpointDataset:
+    """Train an adapter for each training task and collect its last checkpoints, where that is not done yet."""
+    tasks = {task.name: task for task in world.training_tasks}
+    folder = progress.folder / "pairs"
+    missing = uncollected(tasks, folder)
+    if missing:
+        logger.info("2. Training an adapter for each of %d tasks, and collecting checkpoints", len(missing))
+    for name in tqdm(missing, desc="training tasks", disable=not missing):
+        with progress.working_on("pairs"):
+            collector = CheckpointCollector(
+                folder / name, prompts=world.prompts(tasks[name]), last=settings["checkpoints"]
+            )
+            examples = world.training_examples(tasks[name])
+            train_adapter(progress.folder / "base", examples, world.seed, [collector], settings)
+    return PromptCheckpointDataset.from_folder(folder, tasks=list(tasks))
 
 
 def train_ceilings(world: World, progress: Progress, settings: Mapping[str, Any] = SETTINGS) -> None:
