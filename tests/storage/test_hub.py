@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from peft_dnd import (
 )
 from peft_dnd.errors import GeneratorConfigError, GeneratorNotFoundError, MissingFileError
 from peft_dnd.peft_integration import injection
+from peft_dnd.storage.hub import HubOptions
 from peft_dnd.text.out_of_distribution import REFERENCE_NAME
 from peft_dnd.text.sentence_transformer import SentenceTransformerTextEncoder
 
@@ -213,6 +215,35 @@ def test_a_text_encoder_knows_its_commit(encoder_folder: Path, cache: Path, tmp_
     put_into_cache(tmp_path / "elsewhere", "org/encoder", FIRST, encoder_folder)
     assert load("org/encoder", cache_dir=tmp_path / "elsewhere").commit_hash == FIRST
     assert load(encoder_folder).commit_hash is None
+
+
+class TestHubOptions:
+    @pytest.mark.parametrize("loader", [GeneratedAdapter, PromptConditionedLoraGenerator, StreamedLoraGenerator])
+    def test_a_signature_shows_them_all(self, loader: Any) -> None:
+        shown = inspect.signature(loader.from_pretrained).parameters
+        defaults = {name: shown[name].default for name in HubOptions.__annotations__}
+        assert defaults == {
+            "revision": None,
+            "subfolder": "",
+            "token": None,
+            "cache_dir": None,
+            "force_download": False,
+            "local_files_only": False,
+        }
+        assert all(shown[name].annotation == kind.__forward_arg__ for name, kind in HubOptions.__annotations__.items())
+
+    @pytest.mark.parametrize("loader", [GeneratedAdapter, PromptConditionedLoraGenerator, StreamedLoraGenerator])
+    def test_a_misspelt_one_is_refused(self, loader: Any, generator_folder: Path) -> None:
+        with pytest.raises(TypeError, match="unexpected keyword argument 'revison'"):
+            loader.from_pretrained(str(generator_folder), revison="v1")
+
+    def test_what_was_meant_is_said(self) -> None:
+        with pytest.raises(
+            TypeError, match=r"from_pretrained\(\) .* 'local_file_only'\. Did you mean 'local_files_only'"
+        ):
+            GeneratedAdapter.from_pretrained("org/adapter", local_file_only=True)  # type: ignore[call-arg]
+        with pytest.raises(TypeError, match=r"'dytpe'\. Did you mean 'dtype'"):
+            StreamedLoraGenerator.from_pretrained("org/generator", dytpe="float32")  # type: ignore[call-arg]
 
 
 class TestGeneratorKwargs:

@@ -14,11 +14,12 @@ import torch
 from huggingface_hub import CommitInfo, ModelCardData
 from peft import LoraConfig
 from torch import nn
+from typing_extensions import Unpack
 
 from ..errors import GeneratorConfigError
 from ..storage.cards import CARD_NAME, GENERATED_MARK, may_write_card
 from ..storage.files import PathLike, read_json, read_safetensors, staged_directory, write_json, write_safetensors
-from ..storage.hub import hub_id, name_for_others, resolve_adapter, upload
+from ..storage.hub import HubOptions, find_adapter, hub_id, name_for_others, takes_hub_options, upload
 from .layout import AdapterLayout
 from .loading import load_matrices
 from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
@@ -175,27 +176,13 @@ class GeneratedAdapter:
                 (staged / CARD_NAME).write_text(self._card(), encoding="utf-8")
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: PathLike,
-        *,
-        revision: str | None = None,
-        subfolder: str = "",
-        token: str | bool | None = None,
-        cache_dir: PathLike | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-    ) -> GeneratedAdapter:
+    @takes_hub_options
+    def from_pretrained(cls, name_or_path: PathLike, **hub: Unpack[HubOptions]) -> GeneratedAdapter:
         """Read an adapter that [`save_pretrained`][GeneratedAdapter.save_pretrained], `push_to_hub` or PEFT wrote.
 
         Args:
             name_or_path: Folder or Hub id.
-            revision: Branch, tag or commit on the Hub.
-            subfolder: Folder inside the repository or folder.
-            token: Access token for the Hub.
-            cache_dir: Where downloads are kept.
-            force_download: Whether to download anew what is there already.
-            local_files_only: Whether to do without the network.
+            hub: See [`HubOptions`][peft_dnd.storage.hub.HubOptions].
 
         Raises:
             FileNotFoundError: If there is no such folder or repository, or the configuration or the weights are
@@ -203,16 +190,7 @@ class GeneratedAdapter:
             CorruptFileError: If a file is unreadable, for instance cut short.
             LayoutError: If it is no plain LoRA adapter.
         """
-        folder = resolve_adapter(
-            name_or_path,
-            (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, PROVENANCE_NAME),
-            revision=revision,
-            subfolder=subfolder,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
+        folder = find_adapter(name_or_path, (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, PROVENANCE_NAME), **hub)
         layout = AdapterLayout.from_folder(folder)
         provenance = folder / PROVENANCE_NAME
         return cls(

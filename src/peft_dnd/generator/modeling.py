@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from huggingface_hub import CommitInfo
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from typing_extensions import Unpack
 
 from ..adapters.positions import token_positions
 from ..adapters.tokenizer import WeightNormalization, WeightTokenizer
@@ -22,8 +23,18 @@ from ..decoders import Decoder, build_decoder
 from ..errors import CorruptFileError, GeneratorNotFoundError
 from ..storage.cards import CARD_NAME, may_write_card
 from ..storage.files import PathLike, staged_directory
-from ..storage.hub import check_loading_info, generator_name, hub_id, name_for_others, resolve_generator, upload
+from ..storage.hub import (
+    HubOptions,
+    check_loading_info,
+    find_generator,
+    generator_name,
+    hub_id,
+    name_for_others,
+    takes_hub_options,
+    upload,
+)
 from ..storage.processes import check_whole
+from ..storage.progress import short_bars_hidden
 from ..storage.stored_weights import floating_dtype
 from ..text.encoder import TextEncoder, check_text_encoder
 from ..text.out_of_distribution import REFERENCE_NAME, PromptReference
@@ -118,17 +129,33 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
     def get_input_embeddings(self) -> None:  # type: ignore[override]
         """There are none: accelerate asks when it shards a model."""
 
+    @overload  # type: ignore[override]  # a revision may be None
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # the Hub's arguments are named, the rest is passed on
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: PathLike,
+        *,
+        text_encoder: TextEncoder | None = None,
+        dtype: torch.dtype | str | None = None,
+        **hub: Unpack[HubOptions],
+    ) -> PromptConditionedLoraGenerator: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: PathLike,
         *model_args: Any,
-        revision: str | None = None,
-        subfolder: str = "",
-        token: str | bool | None = None,
-        cache_dir: PathLike | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
+        text_encoder: TextEncoder | None = None,
+        **kwargs: Any,
+    ) -> Any: ...
+
+    @classmethod
+    @takes_hub_options
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: PathLike,
+        *model_args: Any,
         text_encoder: TextEncoder | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -137,14 +164,9 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
             model_args: Passed on.
-            revision: Branch, tag or commit on the Hub.
-            subfolder: Folder inside the repository or folder.
-            token: Access token for the Hub.
-            cache_dir: Where downloads are kept.
-            force_download: Whether to download anew what is there already.
-            local_files_only: Whether to do without the network.
             text_encoder: A loaded text encoder to use in place of the one that the configuration names.
-            kwargs: What any transformers model takes: `dtype` (or `torch_dtype`), `device_map`, ...
+            kwargs: See [`HubOptions`][peft_dnd.storage.hub.HubOptions]; and what any transformers model takes: `dtype`
+                (or `torch_dtype`), `device_map`, ...
 
         Returns:
             The generator, in evaluation mode; with `output_loading_info=True` a pair of it and what was loaded.
@@ -161,29 +183,23 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         for option in {"dtype", "torch_dtype"} & set(kwargs):
             if kwargs[option] not in (None, "auto"):
                 kwargs[option] = floating_dtype(kwargs[option])
-        folder, commit = resolve_generator(
-            name,
-            revision=revision,
-            subfolder=subfolder,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
+        hub: Any = {option: kwargs.pop(option) for option in HubOptions.__annotations__ if option in kwargs}
+        folder, commit = find_generator(name, **hub)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.pop("ignore_mismatched_sizes", None)
         config = kwargs.pop("config", None) or PromptConditionedLoraGeneratorConfig.from_pretrained(folder)
         try:
-            loaded: Any = super().from_pretrained(
-                folder,
-                *model_args,
-                config=config,
-                output_loading_info=True,
-                local_files_only=True,
-                use_safetensors=True,  # a pickle is never read
-                ignore_mismatched_sizes=True,  # check_loading_info refuses them by name
-                **kwargs,
-            )
+            with short_bars_hidden():
+                loaded: Any = super().from_pretrained(
+                    folder,
+                    *model_args,
+                    config=config,
+                    output_loading_info=True,
+                    local_files_only=True,
+                    use_safetensors=True,  # a pickle is never read
+                    ignore_mismatched_sizes=True,  # check_loading_info refuses them by name
+                    **kwargs,
+                )
         except OSError as error:
             raise GeneratorNotFoundError(
                 f"The generator {name!r} has a configuration but no weights in safetensors format ({error}). Save it "
@@ -196,12 +212,18 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
             ) from error
         model, info = loaded
         check_loading_info(name, info)
-        model.name_or_path = model.config.name_or_path = name
-        model._folder, model._commit, model._token, model._text_encoder = folder, commit, token, text_encoder
-        model.load_prompt_reference(folder)
-        if not model.config.freeze_text_encoder:
-            model.load_text_encoder()
+        model._loaded_from(name, folder, commit, hub.get("token"), text_encoder)
         return (model, info) if wants_info else model
+
+    def _loaded_from(
+        self, name: str, folder: Path, commit: str | None, token: str | bool | None, text_encoder: TextEncoder | None
+    ) -> None:
+        """Note where the weights came from, and take up what lies beside them."""
+        self.name_or_path = self.config.name_or_path = name
+        self._folder, self._commit, self._token, self._text_encoder = folder, commit, token, text_encoder
+        self.load_prompt_reference(folder)
+        if not self.config.freeze_text_encoder:
+            self.load_text_encoder()
 
     def save_pretrained(  # type: ignore[override]  # one more keyword than the base class
         self,
@@ -241,7 +263,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         if is_main_process:
             carry = self.config.carries_text_encoder(include_text_encoder)
             encoder = self.text_encoder if carry else None  # before anything is written: it may be missing
-            with staged_directory(save_directory) as staged:
+            with staged_directory(save_directory) as staged, short_bars_hidden():
                 weights = {
                     key: value
                     for key, value in (state_dict or self.state_dict()).items()

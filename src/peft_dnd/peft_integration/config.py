@@ -17,7 +17,7 @@ from ..errors import GeneratorConfigError
 from ..generator.configuration import PromptConditionedLoraGeneratorConfig
 from ..generator.generation import THRESHOLD
 from ..generator.modeling import PromptConditionedLoraGenerator
-from ..storage.hub import resolve_generator
+from ..storage.hub import HubOptions, find_generator
 from ..text.condition_text import condition_texts
 from ..text.out_of_distribution import check_action
 from ..text.prompts import check_prompts
@@ -59,8 +59,7 @@ _FREE_FIELDS = (
     "runtime_config",
 )
 _PEFT_OWN_FIELDS = ("peft_type", "auto_mapping", "peft_version")
-# Of generator_kwargs, what bears on where the configuration is read; and what cannot be among them.
-_FINDING = ("subfolder", "token", "cache_dir", "force_download", "local_files_only")
+# What cannot be among generator_kwargs.
 _REFUSED_OPTIONS = ("revision", "config", "text_encoder", "output_loading_info")
 
 
@@ -286,11 +285,9 @@ class DnDConfig(LoraConfig):
                 f"DnDConfig needs a generator: a Hub id, a folder or a loaded PromptConditionedLoraGenerator; got "
                 f"{generator!r}."
             )
-        folder, self._generator_commit = resolve_generator(
-            generator,
-            revision=self.generator_revision,
-            config_only=True,
-            **{name: value for name, value in options.items() if name in _FINDING},
+        hub: Any = {name: value for name, value in options.items() if name in HubOptions.__annotations__}
+        folder, self._generator_commit = find_generator(
+            generator, config_only=True, revision=self.generator_revision, **hub
         )
         return PromptConditionedLoraGeneratorConfig.from_pretrained(folder)
 

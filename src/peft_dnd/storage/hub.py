@@ -3,23 +3,29 @@
 
 from __future__ import annotations
 
+import functools
 import glob
+import inspect
 import os
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypedDict, TypeVar
 
 from huggingface_hub import CommitInfo, HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from transformers.utils import CONFIG_NAME
+from typing_extensions import Unpack
 
-from ..errors import CorruptFileError, GeneratorNotFoundError, MissingFileError, PeftDndError
+from ..errors import CorruptFileError, GeneratorNotFoundError, MissingFileError, PeftDndError, did_you_mean
 from .files import PathLike
 
+
+_P = ParamSpec("_P")
+_Result = TypeVar("_Result")
 
 # All that is read of a generator; what else lies in its repository is not downloaded.
 GENERATOR_FILES = (CONFIG_NAME, "model*.safetensors*", "prompt_reference.safetensors", "text_encoder/*")
@@ -33,32 +39,60 @@ class _Kind(NamedTuple):
     error: type[PeftDndError]
 
 
+class HubOptions(TypedDict, total=False):
+    """Which version is read of what lies on the Hub, and how: keywords of all that loads a generator or an adapter.
+
+    Attributes:
+        revision: Branch, tag or commit; `None` is the main branch.
+        subfolder: Folder inside the repository, or inside a folder of this machine.
+        token: Access token; `None` takes the one that is logged in.
+        cache_dir: Where downloads are kept; `None` is the Hub's own cache.
+        force_download: Whether to download anew what is there already.
+        local_files_only: Whether to do without the network.
+    """
+
+    revision: str | None
+    subfolder: str
+    token: str | bool | None
+    cache_dir: PathLike | None
+    force_download: bool
+    local_files_only: bool
+
+
 _GENERATOR = _Kind("generator", "PromptConditionedLoraGenerator.save_pretrained", GeneratorNotFoundError)
 _ADAPTER = _Kind("adapter", "GeneratedAdapter.save_pretrained or PEFT", MissingFileError)
 
 
-def resolve_generator(
-    name: str,
-    *,
-    revision: str | None = None,
-    subfolder: str = "",
-    token: str | bool | None = None,
-    cache_dir: PathLike | None = None,
-    force_download: bool = False,
-    local_files_only: bool = False,
-    config_only: bool = False,
-) -> tuple[Path, str | None]:
+def takes_hub_options(function: Callable[_P, _Result]) -> Callable[_P, _Result]:
+    """Have a function that takes [`HubOptions`] as `**hub` show and check its keywords as if all stood there.
+
+    `help`, notebooks and the reference see their names and defaults, and a misspelt one is a `TypeError`. A function
+    with `**kwargs`, which takes these and more, shows them as well and checks the rest itself.
+    """
+    signature = inspect.signature(function)
+    own = [parameter for name, parameter in signature.parameters.items() if name != "hub"]
+    rest = [own.pop()] if own[-1].kind is inspect.Parameter.VAR_KEYWORD else []
+    options = inspect.signature(_find).parameters
+    signature = signature.replace(parameters=[*own, *(options[name] for name in HubOptions.__annotations__), *rest])
+
+    @functools.wraps(function)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _Result:
+        for name in () if rest else kwargs.keys() - signature.parameters.keys():
+            meant = did_you_mean(name, signature.parameters)
+            raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}.{meant}")
+        return function(*args, **kwargs)
+
+    checked.__signature__ = signature  # type: ignore[attr-defined]
+    return checked
+
+
+def find_generator(name: str, *, config_only: bool = False, **hub: Unpack[HubOptions]) -> tuple[Path, str | None]:
     """Find a generator's folder, downloading it from the Hub where needed, as one snapshot of one commit.
 
     Args:
         name: Folder or Hub id.
-        revision: Branch, tag or commit on the Hub.
-        subfolder: Folder inside the repository or folder.
-        token: Access token for the Hub.
-        cache_dir: Where downloads are kept.
-        force_download: Whether to download anew what is there already.
-        local_files_only: Whether to do without the network.
         config_only: Whether to download its configuration alone, without the weights.
+        hub: See [`HubOptions`].
 
     Returns:
         The local folder, and the commit if it is from the Hub.
@@ -66,17 +100,7 @@ def resolve_generator(
     Raises:
         GeneratorNotFoundError: If there is none.
     """
-    folder, commit = _resolve(
-        _GENERATOR,
-        name,
-        (CONFIG_NAME,) if config_only else GENERATOR_FILES,
-        subfolder,
-        revision=revision,
-        token=token,
-        cache_dir=None if cache_dir is None else Path(cache_dir),
-        force_download=force_download,
-        local_files_only=local_files_only,
-    )
+    folder, commit = _find(_GENERATOR, name, (CONFIG_NAME,) if config_only else GENERATOR_FILES, **hub)
     if not (folder / CONFIG_NAME).is_file():
         raise GeneratorNotFoundError(
             f"{str(folder)!r} holds no {CONFIG_NAME}, so it is no generator's folder. Expected what "
@@ -85,8 +109,27 @@ def resolve_generator(
     return folder, commit
 
 
-def resolve_adapter(
-    name: PathLike,
+def find_adapter(name: PathLike, files: Sequence[str], **hub: Unpack[HubOptions]) -> Path:
+    """Find an adapter's folder, downloading it from the Hub where needed.
+
+    Args:
+        name: Folder or Hub id.
+        files: Which files to download.
+        hub: See [`HubOptions`].
+
+    Raises:
+        FileNotFoundError: If there is no such folder, nor such a repository. Whether it holds an adapter is not
+            looked at.
+    """
+    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+        raise MissingFileError(f"An adapter is named by its folder or its Hub id, a string; got {name!r}.")
+    folder, _ = _find(_ADAPTER, os.fspath(name), files, **hub)
+    return folder
+
+
+def _find(
+    kind: _Kind,
+    name: str,
     files: Sequence[str],
     *,
     revision: str | None = None,
@@ -95,41 +138,6 @@ def resolve_adapter(
     cache_dir: PathLike | None = None,
     force_download: bool = False,
     local_files_only: bool = False,
-) -> Path:
-    """Find an adapter's folder, downloading it from the Hub where needed.
-
-    Args:
-        name: Folder or Hub id.
-        files: Which files to download.
-        revision: As for [`resolve_generator`].
-        subfolder: As there.
-        token: As there.
-        cache_dir: As there.
-        force_download: As there.
-        local_files_only: As there.
-
-    Raises:
-        FileNotFoundError: If there is no such folder, nor such a repository. Whether it holds an adapter is not
-            looked at.
-    """
-    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
-        raise MissingFileError(f"An adapter is named by its folder or its Hub id, a string; got {name!r}.")
-    folder, _ = _resolve(
-        _ADAPTER,
-        str(os.fspath(name)),
-        files,
-        subfolder,
-        revision=revision,
-        token=token,
-        cache_dir=None if cache_dir is None else Path(cache_dir),
-        force_download=force_download,
-        local_files_only=local_files_only,
-    )
-    return folder
-
-
-def _resolve(
-    kind: _Kind, name: str, files: Sequence[str], subfolder: str, *, revision: str | None, **options: Any
 ) -> tuple[Path, str | None]:
     if Path(name).is_dir():
         return Path(name) / subfolder, None
@@ -137,7 +145,13 @@ def _resolve(
     prefix = f"{glob.escape(subfolder.strip('/'))}/" if subfolder else ""
     try:
         snapshot = snapshot_download(
-            name, revision=revision, allow_patterns=[prefix + file for file in files], **options
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            force_download=force_download,
+            local_files_only=local_files_only,
+            allow_patterns=[prefix + file for file in files],
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise kind.error(
