@@ -32,7 +32,7 @@ from peft_dnd import (
 )
 from peft_dnd.errors import GeneratorConfigError, GeneratorNotFoundError, MissingFileError
 from peft_dnd.peft_integration import injection
-from peft_dnd.storage.hub import HubOptions
+from peft_dnd.storage.hub import HubOptions, UploadOptions
 from peft_dnd.text.out_of_distribution import REFERENCE_NAME
 from peft_dnd.text.sentence_transformer import SentenceTransformerTextEncoder
 
@@ -244,6 +244,29 @@ class TestHubOptions:
             GeneratedAdapter.from_pretrained("org/adapter", local_file_only=True)  # type: ignore[call-arg]
         with pytest.raises(TypeError, match=r"'dytpe'\. Did you mean 'dtype'"):
             StreamedLoraGenerator.from_pretrained("org/generator", dytpe="float32")  # type: ignore[call-arg]
+
+
+class TestUploadOptions:
+    @pytest.mark.parametrize("kind", [GeneratedAdapter, PromptConditionedLoraGenerator])
+    def test_a_signature_shows_them_all(self, kind: Any) -> None:
+        shown = inspect.signature(kind.push_to_hub).parameters
+        assert {name: shown[name].annotation for name in UploadOptions.__annotations__} == {
+            name: annotation.__forward_arg__ for name, annotation in UploadOptions.__annotations__.items()
+        }
+
+    def test_a_misspelt_one_is_refused(self, generator: PromptConditionedLoraGenerator, calls: dict[str, Any]) -> None:
+        with pytest.raises(TypeError, match=r"push_to_hub\(\) .* 'privat'\. Did you mean 'private'"):
+            generator.push_to_hub("me/generator", privat=True)  # type: ignore[call-arg]
+        assert not calls
+
+    def test_a_commit_says_what_was_uploaded(
+        self, generator: PromptConditionedLoraGenerator, adapter: GeneratedAdapter, calls: dict[str, Any]
+    ) -> None:
+        adapter.push_to_hub("me/adapter")
+        assert calls["upload_folder"]["commit_message"] == "Upload generated LoRA adapter"
+        with pytest.warns(UserWarning, match="text encoder is"):
+            generator.push_to_hub("me/generator")
+        assert calls["upload_folder"]["commit_message"] == "Upload PromptConditionedLoraGenerator"
 
 
 class TestGeneratorKwargs:

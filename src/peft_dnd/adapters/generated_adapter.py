@@ -19,7 +19,16 @@ from typing_extensions import Unpack
 from ..errors import GeneratorConfigError
 from ..storage.cards import CARD_NAME, GENERATED_MARK, may_write_card
 from ..storage.files import PathLike, read_json, read_safetensors, staged_directory, write_json, write_safetensors
-from ..storage.hub import HubOptions, find_adapter, hub_id, name_for_others, takes_hub_options, upload
+from ..storage.hub import (
+    HubOptions,
+    UploadOptions,
+    find_adapter,
+    hub_id,
+    name_for_others,
+    takes_hub_options,
+    takes_upload_options,
+    upload,
+)
 from .layout import AdapterLayout
 from .loading import load_matrices
 from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
@@ -199,17 +208,8 @@ class GeneratedAdapter:
             read_json(provenance) if provenance.is_file() else None,
         )
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload generated LoRA adapter",
-        commit_description: str | None = None,
-        create_pr: bool = False,
-    ) -> CommitInfo:
+    @takes_upload_options
+    def push_to_hub(self, repo_id: str, **commit: Unpack[UploadOptions]) -> CommitInfo:
         """Save the adapter and upload it to the Hub.
 
         Names of folders on this machine, of the base model and of the generator, are left out of what is uploaded;
@@ -217,12 +217,7 @@ class GeneratedAdapter:
 
         Args:
             repo_id: Hub id, `"user/name"`.
-            private: Whether a new repository is private; `None` leaves it to the account's default.
-            token: Access token; `None` takes the one that is logged in.
-            revision: Branch to commit to; made where missing. `None` is the main branch.
-            commit_message: What the commit says.
-            commit_description: And its longer text.
-            create_pr: Whether to open a pull request rather than commit.
+            commit: See [`UploadOptions`][peft_dnd.storage.hub.UploadOptions].
 
         Returns:
             The Hub's description of the commit.
@@ -230,16 +225,7 @@ class GeneratedAdapter:
         Raises:
             HfHubHTTPError: The Hub's own, if you may not write there.
         """
-        return upload(
-            self._for_others().save_pretrained,
-            repo_id,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        return upload(self._for_others().save_pretrained, repo_id, "generated LoRA adapter", **commit)
 
     def _for_others(self) -> GeneratedAdapter:
         base = name_for_others(

@@ -25,12 +25,14 @@ from ..storage.cards import CARD_NAME, may_write_card
 from ..storage.files import PathLike, staged_directory
 from ..storage.hub import (
     HubOptions,
+    UploadOptions,
     check_loading_info,
     find_generator,
     generator_name,
     hub_id,
     name_for_others,
     takes_hub_options,
+    takes_upload_options,
     upload,
 )
 from ..storage.processes import check_whole
@@ -42,10 +44,6 @@ from .conditioning import TEXT_ENCODER_FOLDER
 from .configuration import PromptConditionedLoraGeneratorConfig
 from .generation import AdapterWritingMixin
 from .model_card import generator_card
-
-
-# What save_pretrained passes on to push_to_hub.
-_PUSH_OPTIONS = ("commit_message", "commit_description", "private", "revision", "create_pr")
 
 
 class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
@@ -234,7 +232,6 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         *,
         include_text_encoder: bool | None = None,
         repo_id: str | None = None,
-        token: str | bool | None = None,
         **kwargs: Any,
     ) -> None:
         """Save to a folder: configuration, sharded safetensors with the normalisation statistics, model card.
@@ -251,15 +248,14 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
                 generator self-contained. `None` leaves it as the configuration says. Always done for a text encoder
                 that was fitted too.
             repo_id: Hub id to push to; `None` takes the folder's name.
-            token: Access token for the Hub.
-            kwargs: What any transformers model takes, `max_shard_size` for one; and what
-                [`push_to_hub`][PromptConditionedLoraGenerator.push_to_hub] takes, `private` for one.
+            kwargs: What any transformers model takes, `max_shard_size` for one; and
+                [`UploadOptions`][peft_dnd.storage.hub.UploadOptions] for `push_to_hub`.
 
         Raises:
             DestinationError: If `save_directory` names no place, or a file is in its way.
             SavingError: If writing fails, on a full disk for instance.
         """
-        push_options = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if name in kwargs}
+        commit: Any = {option: kwargs.pop(option) for option in UploadOptions.__annotations__ if option in kwargs}
         if is_main_process:
             carry = self.config.carries_text_encoder(include_text_encoder)
             encoder = self.text_encoder if carry else None  # before anything is written: it may be missing
@@ -285,22 +281,18 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
                     path.unlink()
         if push_to_hub and is_main_process:
             if "max_shard_size" in kwargs:
-                push_options["max_shard_size"] = kwargs["max_shard_size"]
+                commit["max_shard_size"] = kwargs["max_shard_size"]
             name = repo_id or Path(save_directory).name
-            self.push_to_hub(name, token=token, include_text_encoder=include_text_encoder, **push_options)
+            self.push_to_hub(name, include_text_encoder=include_text_encoder, **commit)
 
+    @takes_upload_options
     def push_to_hub(  # type: ignore[override]  # the model card is ours
         self,
         repo_id: str,
         *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
         max_shard_size: int | str = "50GB",
         include_text_encoder: bool | None = None,
+        **commit: Unpack[UploadOptions],
     ) -> CommitInfo:
         """Save the generator and upload it to the Hub.
 
@@ -309,14 +301,9 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
 
         Args:
             repo_id: Hub id, `"user/name"`.
-            commit_message: What the commit says.
-            commit_description: And its longer text.
-            private: Whether a new repository is private; `None` leaves it to the account's default.
-            token: Access token; `None` takes the one that is logged in.
-            revision: Branch to commit to; made where missing. `None` is the main branch.
-            create_pr: Whether to open a pull request rather than commit.
             max_shard_size: Largest weights file.
             include_text_encoder: See [`save_pretrained`].
+            commit: See [`UploadOptions`][peft_dnd.storage.hub.UploadOptions].
 
         Returns:
             The Hub's description of the commit.
@@ -329,18 +316,10 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         if self.config.carries_text_encoder(include_text_encoder):
             self.load_text_encoder()  # while its name is still there
         with _changed(self.config, **names):
-            return upload(
-                partial(
-                    self.save_pretrained, max_shard_size=max_shard_size, include_text_encoder=include_text_encoder
-                ),
-                repo_id,
-                commit_message=commit_message or "Upload PromptConditionedLoraGenerator",
-                commit_description=commit_description,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
+            save = partial(
+                self.save_pretrained, max_shard_size=max_shard_size, include_text_encoder=include_text_encoder
             )
+            return upload(save, repo_id, "PromptConditionedLoraGenerator", **commit)
 
     def names_for_others(self, include_text_encoder: bool | None = None) -> dict[str, str | None]:
         """What the configuration may say on the Hub, where folders of this machine mean nothing.

@@ -63,20 +63,20 @@ _PEFT_OWN_FIELDS = ("peft_type", "auto_mapping", "peft_version")
 _REFUSED_OPTIONS = ("revision", "config", "text_encoder", "output_loading_info")
 
 
-class LoadingOptions(dict[str, Any]):
+class GeneratorKwargs(dict[str, Any]):
     """How a [`DnDConfig`] loads its generator. An access token among it is neither shown nor pickled."""
 
     def __repr__(self) -> str:
         return repr({name: "***" if name == "token" else value for name, value in self.items()})
 
-    def __copy__(self) -> LoadingOptions:
-        return LoadingOptions(self)
+    def __copy__(self) -> GeneratorKwargs:
+        return GeneratorKwargs(self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LoadingOptions:
-        return LoadingOptions((name, copy.deepcopy(value, memo)) for name, value in self.items())
+    def __deepcopy__(self, memo: dict[int, Any]) -> GeneratorKwargs:
+        return GeneratorKwargs((name, copy.deepcopy(value, memo)) for name, value in self.items())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LoadingOptions, ({name: value for name, value in self.items() if name != "token"},)
+        return GeneratorKwargs, ({name: value for name, value in self.items() if name != "token"},)
 
 
 class LiveGenerator:
@@ -204,7 +204,7 @@ class DnDConfig(LoraConfig):
             elif isinstance(value, os.PathLike):
                 value = os.fspath(value)
         elif name == "generator_kwargs":
-            value = _loading_options(value)
+            value = _checked_kwargs(value)
         super().__setattr__(name, value)
         if name == "modules_to_save":
             # PEFT sets it on the configuration that it was given, for some task types only after the adapter is made.
@@ -307,7 +307,7 @@ class DnDConfig(LoraConfig):
                 )
 
 
-def _loading_options(given: Mapping[str, Any] | None) -> LoadingOptions:
+def _checked_kwargs(given: Mapping[str, Any] | None) -> GeneratorKwargs:
     if given is not None and not isinstance(given, Mapping):
         raise GeneratorConfigError(
             "DnDConfig's generator_kwargs must be a dictionary of what PromptConditionedLoraGenerator.from_pretrained "
@@ -321,7 +321,7 @@ def _loading_options(given: Mapping[str, Any] | None) -> LoadingOptions:
                 else "Load the generator yourself and pass it: DnDConfig(generator=loaded_generator, ...)."
             )
             raise GeneratorConfigError(f"DnDConfig's generator_kwargs cannot hold {name!r}. {mend}")
-    return LoadingOptions(given or {})
+    return GeneratorKwargs(given or {})
 
 
 def _default(config_field: Field[Any]) -> Any:

@@ -63,17 +63,46 @@ _GENERATOR = _Kind("generator", "PromptConditionedLoraGenerator.save_pretrained"
 _ADAPTER = _Kind("adapter", "GeneratedAdapter.save_pretrained or PEFT", MissingFileError)
 
 
+class UploadOptions(TypedDict, total=False):
+    """How something is uploaded to the Hub: keywords of every `push_to_hub`.
+
+    Attributes:
+        commit_message: What the commit says; `None` says what was uploaded.
+        commit_description: And its longer text.
+        private: Whether a new repository is private; `None` leaves it to the account's default.
+        token: Access token; `None` takes the one that is logged in.
+        revision: Branch to commit to, made where missing; `None` is the main branch.
+        create_pr: Whether to open a pull request rather than commit.
+    """
+
+    commit_message: str | None
+    commit_description: str | None
+    private: bool | None
+    token: str | bool | None
+    revision: str | None
+    create_pr: bool
+
+
 def takes_hub_options(function: Callable[_P, _Result]) -> Callable[_P, _Result]:
     """Have a function that takes [`HubOptions`] as `**hub` show and check its keywords as if all stood there.
 
     `help`, notebooks and the reference see their names and defaults, and a misspelt one is a `TypeError`. A function
     with `**kwargs`, which takes these and more, shows them as well and checks the rest itself.
     """
+    return _with_keywords_of(_find, function)
+
+
+def takes_upload_options(function: Callable[_P, _Result]) -> Callable[_P, _Result]:
+    """The same for a function that takes [`UploadOptions`] as `**commit`."""
+    return _with_keywords_of(upload, function)
+
+
+def _with_keywords_of(source: Callable[..., Any], function: Callable[_P, _Result]) -> Callable[_P, _Result]:
     signature = inspect.signature(function)
-    own = [parameter for name, parameter in signature.parameters.items() if name != "hub"]
-    rest = [own.pop()] if own[-1].kind is inspect.Parameter.VAR_KEYWORD else []
-    options = inspect.signature(_find).parameters
-    signature = signature.replace(parameters=[*own, *(options[name] for name in HubOptions.__annotations__), *rest])
+    *own, last = signature.parameters.values()
+    rest = [last] if last.name == "kwargs" else []
+    keywords = [value for value in inspect.signature(source).parameters.values() if value.kind is value.KEYWORD_ONLY]
+    signature = signature.replace(parameters=[*own, *keywords, *rest])
 
     @functools.wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _Result:
@@ -188,8 +217,9 @@ def commit_in_cache(
 def upload(
     save: Callable[[Path], None],
     repo_id: str,
+    what: str,
     *,
-    commit_message: str,
+    commit_message: str | None = None,
     commit_description: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
@@ -201,12 +231,13 @@ def upload(
     Args:
         save: Writes into the folder that it is given, which is there for the upload only.
         repo_id: Hub id, `"user/name"`.
-        commit_message: What the commit says.
-        commit_description: And its longer text.
-        private: Whether a new repository is private; `None` leaves it to the account's default.
-        token: Access token; `None` takes the one that is logged in.
-        revision: Branch to commit to; `None` is the main branch.
-        create_pr: Whether to open a pull request rather than commit.
+        what: What is uploaded, for a commit without a message.
+        commit_message: As in [`UploadOptions`], and so are the others.
+        commit_description: As there.
+        private: As there.
+        token: As there.
+        revision: As there.
+        create_pr: As there.
 
     Returns:
         The Hub's description of the commit.
@@ -220,7 +251,7 @@ def upload(
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            commit_message=commit_message,
+            commit_message=commit_message or f"Upload {what}",
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
