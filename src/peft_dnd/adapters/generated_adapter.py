@@ -23,10 +23,10 @@ from ..storage.hub import (
     HubOptions,
     UploadOptions,
     find_adapter,
+    find_folder,
     hub_id,
     name_for_others,
-    takes_hub_options,
-    takes_upload_options,
+    takes_keywords_of,
     upload,
 )
 from .layout import AdapterLayout
@@ -185,7 +185,7 @@ class GeneratedAdapter:
                 (staged / CARD_NAME).write_text(self._card(), encoding="utf-8")
 
     @classmethod
-    @takes_hub_options
+    @takes_keywords_of(find_folder)
     def from_pretrained(cls, name_or_path: PathLike, **hub: Unpack[HubOptions]) -> GeneratedAdapter:
         """Read an adapter that [`save_pretrained`][GeneratedAdapter.save_pretrained], `push_to_hub` or PEFT wrote.
 
@@ -208,7 +208,7 @@ class GeneratedAdapter:
             read_json(provenance) if provenance.is_file() else None,
         )
 
-    @takes_upload_options
+    @takes_keywords_of(upload)
     def push_to_hub(self, repo_id: str, **commit: Unpack[UploadOptions]) -> CommitInfo:
         """Save the adapter and upload it to the Hub.
 

@@ -27,12 +27,12 @@ from ..storage.hub import (
     HubOptions,
     UploadOptions,
     check_loading_info,
+    find_folder,
     find_generator,
     generator_name,
     hub_id,
     name_for_others,
-    takes_hub_options,
-    takes_upload_options,
+    takes_keywords_of,
     upload,
 )
 from ..storage.processes import check_whole
@@ -149,7 +149,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
     ) -> Any: ...
 
     @classmethod
-    @takes_hub_options
+    @takes_keywords_of(find_folder)
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: PathLike,
@@ -285,7 +285,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
             name = repo_id or Path(save_directory).name
             self.push_to_hub(name, include_text_encoder=include_text_encoder, **commit)
 
-    @takes_upload_options
+    @takes_keywords_of(upload)
     def push_to_hub(  # type: ignore[override]  # the model card is ours
         self,
         repo_id: str,

@@ -14,7 +14,14 @@ from typing_extensions import Unpack
 
 from ..errors import GeneratorConfigError, GeneratorNotFoundError, WeightValueError
 from ..storage.files import PathLike
-from ..storage.hub import HubOptions, check_loading_info, find_generator, generator_name, takes_hub_options
+from ..storage.hub import (
+    HubOptions,
+    check_loading_info,
+    find_folder,
+    find_generator,
+    generator_name,
+    takes_keywords_of,
+)
 from ..storage.stored_weights import StoredTensor, floating_dtype, stored_tensors
 from ..text.encoder import TextEncoder, check_text_encoder
 from .configuration import PromptConditionedLoraGeneratorConfig
@@ -89,7 +96,7 @@ class StreamedLoraGenerator(PromptConditionedLoraGenerator):
     _execution_device: torch.device
 
     @classmethod
-    @takes_hub_options
+    @takes_keywords_of(find_folder)
     def from_pretrained(  # type: ignore[override]  # nothing is passed on to transformers here
         cls,
         pretrained_model_name_or_path: PathLike,

@@ -7,7 +7,7 @@ import copy
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import LoraConfig
@@ -260,9 +260,9 @@ class DnDConfig(LoraConfig):
                 "Leave it out."
             )
         understood = {*_OWN_FIELDS, *_WRITTEN_FIELDS, *_FREE_FIELDS, *_PEFT_OWN_FIELDS}
-        for config_field in fields(self):
-            name = config_field.name
-            if name not in understood and getattr(self, name) != _default(config_field):
+        plain = LoraConfig()
+        for name in (config_field.name for config_field in fields(plain)):
+            if name not in understood and getattr(self, name) != getattr(plain, name):
                 raise GeneratorConfigError(
                     f"DnDConfig got {name}={getattr(self, name)!r}. A generator writes the A and B matrices of plain "
                     f"LoRA, for the modules that it was fitted for, and nothing else: leave {name} out."
@@ -322,9 +322,3 @@ def _checked_kwargs(given: Mapping[str, Any] | None) -> GeneratorKwargs:
             )
             raise GeneratorConfigError(f"DnDConfig's generator_kwargs cannot hold {name!r}. {mend}")
     return GeneratorKwargs(given or {})
-
-
-def _default(config_field: Field[Any]) -> Any:
-    if config_field.default_factory is not MISSING:
-        return config_field.default_factory()
-    return config_field.default

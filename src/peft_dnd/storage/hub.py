@@ -83,36 +83,31 @@ class UploadOptions(TypedDict, total=False):
     create_pr: bool
 
 
-def takes_hub_options(function: Callable[_P, _Result]) -> Callable[_P, _Result]:
-    """Have a function that takes [`HubOptions`] as `**hub` show and check its keywords as if all stood there.
+def takes_keywords_of(source: Callable[..., Any]) -> Callable[[Callable[_P, _Result]], Callable[_P, _Result]]:
+    """Have a function that passes its `**` on to `source` show and check the keywords as if they stood there.
 
     `help`, notebooks and the reference see their names and defaults, and a misspelt one is a `TypeError`. A function
     with `**kwargs`, which takes these and more, shows them as well and checks the rest itself.
     """
-    return _with_keywords_of(_find, function)
-
-
-def takes_upload_options(function: Callable[_P, _Result]) -> Callable[_P, _Result]:
-    """The same for a function that takes [`UploadOptions`] as `**commit`."""
-    return _with_keywords_of(upload, function)
-
-
-def _with_keywords_of(source: Callable[..., Any], function: Callable[_P, _Result]) -> Callable[_P, _Result]:
-    signature = inspect.signature(function)
-    *own, last = signature.parameters.values()
-    rest = [last] if last.name == "kwargs" else []
     keywords = [value for value in inspect.signature(source).parameters.values() if value.kind is value.KEYWORD_ONLY]
-    signature = signature.replace(parameters=[*own, *keywords, *rest])
 
-    @functools.wraps(function)
-    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _Result:
-        for name in () if rest else kwargs.keys() - signature.parameters.keys():
-            meant = did_you_mean(name, signature.parameters)
-            raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}.{meant}")
-        return function(*args, **kwargs)
+    def decorate(function: Callable[_P, _Result]) -> Callable[_P, _Result]:
+        signature = inspect.signature(function)
+        *own, last = signature.parameters.values()
+        rest = [last] if last.name == "kwargs" else []
+        signature = signature.replace(parameters=[*own, *keywords, *rest])
 
-    checked.__signature__ = signature  # type: ignore[attr-defined]
-    return checked
+        @functools.wraps(function)
+        def checked(*args: _P.args, **kwargs: _P.kwargs) -> _Result:
+            for name in () if rest else kwargs.keys() - signature.parameters.keys():
+                meant = did_you_mean(name, signature.parameters)
+                raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}.{meant}")
+            return function(*args, **kwargs)
+
+        checked.__signature__ = signature  # type: ignore[attr-defined]
+        return checked
+
+    return decorate
 
 
 def find_generator(name: str, *, config_only: bool = False, **hub: Unpack[HubOptions]) -> tuple[Path, str | None]:
@@ -129,7 +124,7 @@ def find_generator(name: str, *, config_only: bool = False, **hub: Unpack[HubOpt
     Raises:
         GeneratorNotFoundError: If there is none.
     """
-    folder, commit = _find(_GENERATOR, name, (CONFIG_NAME,) if config_only else GENERATOR_FILES, **hub)
+    folder, commit = find_folder(_GENERATOR, name, (CONFIG_NAME,) if config_only else GENERATOR_FILES, **hub)
     if not (folder / CONFIG_NAME).is_file():
         raise GeneratorNotFoundError(
             f"{str(folder)!r} holds no {CONFIG_NAME}, so it is no generator's folder. Expected what "
@@ -150,13 +145,11 @@ def find_adapter(name: PathLike, files: Sequence[str], **hub: Unpack[HubOptions]
         FileNotFoundError: If there is no such folder, nor such a repository. Whether it holds an adapter is not
             looked at.
     """
-    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
-        raise MissingFileError(f"An adapter is named by its folder or its Hub id, a string; got {name!r}.")
-    folder, _ = _find(_ADAPTER, os.fspath(name), files, **hub)
+    folder, _ = find_folder(_ADAPTER, _name(_ADAPTER, name), files, **hub)
     return folder
 
 
-def _find(
+def find_folder(
     kind: _Kind,
     name: str,
     files: Sequence[str],
@@ -168,6 +161,7 @@ def _find(
     force_download: bool = False,
     local_files_only: bool = False,
 ) -> tuple[Path, str | None]:
+    """The folder, and the commit if it is from the Hub, of what is asked for with the keywords of [`HubOptions`]."""
     if Path(name).is_dir():
         return Path(name) / subfolder, None
     _refuse_what_is_no_hub_id(kind, name)
@@ -264,8 +258,12 @@ def generator_name(name: object) -> str:
     Raises:
         GeneratorNotFoundError: If it is neither, or empty.
     """
-    if not isinstance(name, (str, os.PathLike)) or not str(name):
-        raise GeneratorNotFoundError(f"A generator is named by its folder or its Hub id, a string; got {name!r}.")
+    return _name(_GENERATOR, name)
+
+
+def _name(kind: _Kind, name: object) -> str:
+    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+        raise kind.error(f"The {kind.noun} is named by its folder or its Hub id, a string; got {name!r}.")
     return str(os.fspath(name))
 
 
