@@ -9,8 +9,8 @@ from .fitting.task_loss import TaskLoss as TaskLoss
 from .fitting.trainer import DnDTrainer as DnDTrainer
 from .generator.configuration import PromptConditionedLoraGeneratorConfig as PromptConditionedLoraGeneratorConfig
 from .generator.modeling import PromptConditionedLoraGenerator as PromptConditionedLoraGenerator
-from .generator.settings import PaperSettings as PaperSettings
-from .generator.settings import available_settings as available_settings
+from .generator.paper_settings import PaperSettings as PaperSettings
+from .generator.paper_settings import available_settings as available_settings
 from .generator.streaming import StreamedLoraGenerator as StreamedLoraGenerator
 from .pairs.collator import PromptCheckpointCollator as PromptCheckpointCollator
 from .pairs.collector import CheckpointCollector as CheckpointCollector

@@ -13,7 +13,7 @@ from ..decoders import check_decoder_type
 from ..errors import PeftDndError, PromptError
 from ..generator.configuration import PromptConditionedLoraGeneratorConfig
 from ..generator.modeling import PromptConditionedLoraGenerator
-from ..generator.settings import available_settings
+from ..generator.paper_settings import available_settings
 from ..generator.streaming import StreamedLoraGenerator
 from ..published.files import read_published_prompts
 from ..published.importer import import_published_adapters, load_published_generator

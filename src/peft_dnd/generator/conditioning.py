@@ -66,6 +66,7 @@ class PromptReadingMixin(nn.Module):
 
     def _find_text_encoder(self) -> TextEncoder:
         config = self.config
+        name, revision, token = config.text_encoder, config.text_encoder_revision, self._token
         if config.text_encoder_in_folder and self._folder is not None:
             folder = self._folder / TEXT_ENCODER_FOLDER
             if not folder.is_dir():
@@ -73,20 +74,14 @@ class PromptReadingMixin(nn.Module):
                     f"The generator is to carry its text encoder in {str(folder)!r}, and that folder is missing. Save "
                     "the generator again with save_pretrained(..., include_text_encoder=True)."
                 )
-            return self._load_by_name(str(folder))
-        if config.text_encoder is None:
+            name, revision, token = str(folder), None, None
+        if name is None:
             raise TextEncoderError(
                 "The configuration names no text encoder. Set config.text_encoder to a sentence-transformers model, "
                 "or pass PromptConditionedLoraGenerator(config, text_encoder=...)."
             )
-        return self._load_by_name(config.text_encoder, revision=config.text_encoder_revision, token=self._token)
-
-    def _load_by_name(
-        self, name: str, revision: str | None = None, token: str | bool | None = None
-    ) -> SentenceTransformerTextEncoder:
-        layer, window_tokens = self.config.text_encoder_layer, self.config.window_tokens
         return SentenceTransformerTextEncoder.from_pretrained(
-            name, revision=revision, token=token, layer=layer, window_tokens=window_tokens
+            name, revision=revision, token=token, layer=config.text_encoder_layer, window_tokens=config.window_tokens
         )
 
     def condition_texts(

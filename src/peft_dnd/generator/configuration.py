@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,13 +15,13 @@ from transformers.utils import CONFIG_NAME
 from ..adapters.layout import AdapterLayout
 from ..adapters.published_tokenizer import PublishedTokenizer
 from ..adapters.tokenizer import WeightTokenizer
-from ..errors import FormatVersionError, GeneratorConfigError, GeneratorNotFoundError
+from ..errors import FormatVersionError, GeneratorConfigError, GeneratorNotFoundError, did_you_mean
 from ..storage.files import PathLike, read_json
 from ..storage.hub import generator_name, what_it_is_instead
 from ..text.condition_text import check_condition_text
 from ..text.encoder import TextEncoder, check_how_it_reads, check_text_encoder, condition_size, longest_prompt
 from ..text.sentence_transformer import SentenceTransformerTextEncoder
-from .settings import PaperSettings
+from .paper_settings import PaperSettings
 
 
 FORMAT_VERSION = 1
@@ -264,10 +263,8 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         known = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "kwargs")]
         for name in overrides:
             if name not in known or name == "layout":
-                near = difflib.get_close_matches(name, known, n=1)
-                raise GeneratorConfigError(
-                    f"Unknown setting {name!r}." + (f" Did you mean {near[0]!r}?" if near else f" Known: {known}.")
-                )
+                meant = did_you_mean(name, known) or f" Known: {known}."
+                raise GeneratorConfigError(f"Unknown setting {name!r}.{meant}")
         return cls(layout=layout or settings.layout(), **{**settings.generator, **overrides})
 
     @classmethod
@@ -382,6 +379,6 @@ def _refuse_misspelt(kwargs: Mapping[str, Any], own: list[str]) -> None:
     # transformers keeps unknown keywords as attributes, so that configurations of other versions load; a near miss of
     # one of our own names is a typo, though, and would silently leave the default in force.
     for name in kwargs:
-        near = difflib.get_close_matches(name, own, n=1, cutoff=0.85)
-        if near:
-            raise GeneratorConfigError(f"Unknown setting {name!r}. Did you mean {near[0]!r}?")
+        meant = did_you_mean(name, own, cutoff=0.85)
+        if meant:
+            raise GeneratorConfigError(f"Unknown setting {name!r}.{meant}")

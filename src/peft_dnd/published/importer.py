@@ -20,7 +20,7 @@ from ..decoders.hyper_convolution import PUBLISHED_PARAMETER_NAMES
 from ..errors import CorruptFileError, GeneratorConfigError, LayoutError, PairsFolderError, PromptError
 from ..generator.configuration import PromptConditionedLoraGeneratorConfig
 from ..generator.modeling import PromptConditionedLoraGenerator
-from ..generator.settings import PaperSettings
+from ..generator.paper_settings import PaperSettings
 from ..pairs.writer import PairWriter
 from ..storage.files import PathLike, staged_directory
 from ..text.encoder import TextEncoder, check_text_encoder

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..errors import GeneratorConfigError, TextEncoderError
 from ..storage.processes import loaded_whole
+from ..storage.progress import short_bars_hidden
 from .blocks import check_token_limits
 
 
@@ -42,7 +43,7 @@ def load_sentence_transformer(
     source = _checked_source(name_or_path)
     is_folder = os.path.isdir(source)
     try:
-        with loaded_whole():
+        with loaded_whole(), short_bars_hidden():
             module = SentenceTransformer(
                 source,
                 device="cpu" if device is None else str(device),
