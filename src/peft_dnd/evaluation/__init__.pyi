@@ -7,6 +7,7 @@ from .bench import Scorer as Scorer
 from .bench import score_generated as score_generated
 from .controls import junk_prompts as junk_prompts
 from .controls import shuffled_tasks as shuffled_tasks
+from .figures import ReportFigures as ReportFigures
 from .harness import HarnessScorer as HarnessScorer
 from .held_out import AdapterGenerator as AdapterGenerator
 from .held_out import HeldOutTask as HeldOutTask

@@ -5,19 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .figures import ReportFigures
 from .rows import row_label
 from .statistics import Estimate, Interval
 
 
-if TYPE_CHECKING:
-    from .report import EvaluationReport
-
 _PLAIN_BAR, _OWN_BAR = "#9db4c8", "#3b6ea5"
 
 
-def markdown(report: EvaluationReport) -> str:
+def markdown(report: ReportFigures) -> str:
     """Write a report as Markdown: the rows, the two headline figures, each task, costs, what is missing."""
     settings = report.settings
     parts = [
@@ -39,7 +37,7 @@ def markdown(report: EvaluationReport) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw(report: EvaluationReport, path: Path) -> None:
+def draw(report: ReportFigures, path: Path) -> None:
     """Draw the rows as bars with their intervals over examples, into a PNG file.
 
     Raises:
@@ -73,7 +71,7 @@ def draw(report: EvaluationReport, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _rows_table(report: EvaluationReport) -> str:
+def _rows_table(report: ReportFigures) -> str:
     lines = [
         "| | adapter | mean score | over examples | over tasks | generated minus this row |",
         "| ---: | --- | ---: | ---: | ---: | ---: |",
@@ -87,7 +85,7 @@ def _rows_table(report: EvaluationReport) -> str:
     return "\n".join(lines)
 
 
-def _headlines(report: EvaluationReport) -> str:
+def _headlines(report: ReportFigures) -> str:
     return "\n".join(
         f"- {what}: {_estimate(estimate)}"
         for what, estimate in (
@@ -97,7 +95,7 @@ def _headlines(report: EvaluationReport) -> str:
     )
 
 
-def _task_table(report: EvaluationReport) -> str:
+def _task_table(report: ReportFigures) -> str:
     numbers = " | ".join(f"{row.number} {row.key.replace('_', ' ')}" for row in report.rows.values())
     lines = [f"| task | {numbers} |", f"| --- |{' ---: |' * len(report.rows)}"]
     for task in report.tasks:
