@@ -16,7 +16,7 @@ from ..errors import CorruptFileError, EvaluationError, FormatVersionError
 from ..generator.model_card import EVALUATION
 from ..generator.modeling import PromptConditionedLoraGenerator
 from ..storage.files import PathLike, read_json, staged_file, write_text
-from .presentation import draw, markdown
+from .presentation import draw, facts_table, headlines, rows_table, task_table
 from .readout import Row, RowReader, Scores, score_tables
 from .rows import in_order, row_label
 from .statistics import Estimate, Resampling, ScoreTable
@@ -250,7 +250,7 @@ class EvaluationReport:
         folder = Path(folder)
         try:
             with staged_file(folder / PLOT_NAME) as staged:
-                draw(self, staged)
+                draw(list(self.rows.values()), self.settings["confidence"], staged)
         except ImportError:
             (folder / PLOT_NAME).unlink(missing_ok=True)
         write_text(folder / MARKDOWN_NAME, self.to_markdown())
@@ -270,8 +270,25 @@ class EvaluationReport:
         return cls.from_dict(read_json(Path(folder) / REPORT_NAME))
 
     def to_markdown(self) -> str:
-        """The report as Markdown tables."""
-        return markdown(self)
+        """The report as Markdown: the rows, the two headline figures, each task, what is missing, costs, settings."""
+        rows, settings = list(self.rows.values()), self.settings
+        parts = [
+            f"# Evaluation on {len(self.tasks)} held-out task{'s' if len(self.tasks) > 1 else ''}",
+            rows_table(rows),
+            f"Mean over the tasks of their mean scores. Intervals are {settings['confidence']:.0%} percentile "
+            f"bootstrap, {settings['resamples']} resamples: over the examples within each task, and over the tasks. "
+            '"Generated minus this row" is paired by example.',
+            headlines(self.share_of_gap_closed, self.conditioning_gain),
+            "## By task",
+            task_table(rows, self.tasks),
+        ]
+        if self.not_measured:
+            missing = [f"- {row_label(key)}: {why}" for key, why in self.not_measured.items()]
+            parts += ["## Not measured", "\n".join(missing)]
+        if self.costs:
+            parts += ["## Costs", facts_table(self.costs, leave_out=("by_report", "seconds_by_task"))]
+        parts += ["## Settings", facts_table(settings)]
+        return "\n\n".join(parts) + "\n"
 
     def model_card_rows(self) -> dict[str, Any]:
         """What a model card shows of it, as JSON values: see `peft_dnd.generator.model_card`."""
