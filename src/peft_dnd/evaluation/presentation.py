@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .intervals import Estimate, Interval
 from .readout import Row
-from .statistics import Estimate, Interval
 
 
 _PLAIN_BAR, _OWN_BAR = "#9db4c8", "#3b6ea5"
