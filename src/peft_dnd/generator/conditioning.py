@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from ..errors import TextEncoderError
-from ..text.condition_text import condition_texts
 from ..text.encoder import TextEncoder, check_how_it_reads, condition_size
-from ..text.padded_states import padded_token_states
-from ..text.prompts import TokenStates, draw_prompt_set, select_prompts
-from ..text.sentence_transformer import SentenceTransformerTextEncoder
+from ..text.padded_token_states import padded_token_states
+from ..text.prompts import draw_prompt_set, select_prompts
+from ..text.prompts_and_answers import condition_texts
+from ..text.sentence_transformer_encoder import SentenceTransformerTextEncoder
+from ..text.token_states import TokenStates
 from .configuration import PromptConditionedLoraGeneratorConfig
 
 
@@ -96,7 +97,7 @@ class PromptReadingMixin(nn.Module):
             what: What error messages call the prompts.
 
         Raises:
-            PromptTypeError: As in [`condition_texts`][peft_dnd.text.condition_text.condition_texts].
+            PromptTypeError: As in [`condition_texts`][peft_dnd.text.prompts_and_answers.condition_texts].
             PromptError: As there.
         """
         config = self.config

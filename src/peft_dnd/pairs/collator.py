@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..adapters.tokenizer import WeightTokenizer
 from ..storage.progress import with_progress
-from ..text.prompts import TokenStates, draw_prompt_set, select_prompts
+from ..text.prompts import draw_prompt_set, select_prompts
+from ..text.token_states import TokenStates
 from .dataset import PromptCheckpointDataset
 
 
