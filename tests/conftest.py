@@ -28,7 +28,7 @@ from peft_dnd import (
     PromptConditionedLoraGeneratorConfig,
 )
 from peft_dnd.pairs.writer import PairWriter
-from peft_dnd.text.sentence_transformer import SentenceTransformerTextEncoder
+from peft_dnd.text.sentence_transformer_encoder import SentenceTransformerTextEncoder
 
 
 # The matrices here are tiny: threads would only wait for one another, and badly where cores are shared.

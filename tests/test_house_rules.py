@@ -132,7 +132,7 @@ def test_an_import_turned_round_is_found() -> None:
     assert upward_imports(turned) == ["adapters.layout <- generator.modeling"]
     assert first_circle(turned) is not None
     turned = {module: set(imports) for module, imports in IMPORTS.items()}
-    turned["text.prompts"].add("text.condition_text")
+    turned["text.prompts"].add("text.prompts_and_answers")
     assert upward_imports(turned) == [] and first_circle(turned) is not None
     assert first_circle({**IMPORTS, "adapters.layout": {"adapters"}}) is not None, "a circle through a face"
 

@@ -28,9 +28,9 @@ from ..pairs.dataset import PromptCheckpointDataset
 from ..storage.cards import CARD_NAME, may_write_card
 from ..storage.files import write_text
 from ..storage.processes import agree, check_sharding, separate_noise
-from ..text.encoder import PromptEmbeddingCache
+from ..text.embedding_cache import PromptEmbeddingCache
 from ..text.out_of_distribution import FEWEST_TASKS
-from ..text.sentence_transformer import SentenceTransformerTextEncoder
+from ..text.sentence_transformer_encoder import SentenceTransformerTextEncoder
 from .arguments import DnDTrainingArguments
 from .inputs import EpochSampler, as_asked, check_kinds, use_one_gpu
 from .losses import add_noise

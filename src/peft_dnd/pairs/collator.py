@@ -13,8 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 from ..adapters.tokenizer import WeightTokenizer
 from ..errors import PairsFolderError
 from ..storage.progress import with_progress
-from ..text.encoder import PromptEmbeddingCache
-from ..text.prompts import TokenStates, draw_prompt_set, select_prompts
+from ..text.embedding_cache import PromptEmbeddingCache
+from ..text.prompts import draw_prompt_set, select_prompts
+from ..text.token_states import TokenStates
 from .dataset import PromptCheckpointDataset
 
 

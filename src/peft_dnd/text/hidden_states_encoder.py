@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -18,18 +18,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import GeneratorConfigError, TextEncoderError
 from ..storage.files import staged_directory
-from .blocks import CutWarning, check_token_limits, encode_in_blocks, windows
-from .loading import UNLIMITED, layer_from_front
-from .prompts import TokenStates, check_prompts
+from .blockwise_encoder import UNLIMITED, BlockwiseTextEncoder, check_token_limits, windows
+from .layers import layer_from_front
+from .prompts import check_prompts
 
 
-class HiddenStatesTextEncoder:
+class HiddenStatesTextEncoder(BlockwiseTextEncoder):
     """The hidden states of a transformers model that is loaded already, most of all of the base model itself.
 
     The model is read as the base that it is: with PEFT's adapters off, in eval mode and without gradients. It is left
     as it was found, and it is never fitted, so that it may be in training at the same time. All its layers are run.
     For a model that is only there to read prompts, use
-    [`SentenceTransformerTextEncoder.from_pretrained`][peft_dnd.text.sentence_transformer.SentenceTransformerTextEncoder]
+    [`SentenceTransformerTextEncoder.from_pretrained`][peft_dnd.text.sentence_transformer_encoder.SentenceTransformerTextEncoder]
     with `layer`, which drops the layers that are not needed; it gives the same states.
 
     What the states of a prompt depend on, and how long prompts are read in windows, is as described there. A sentence
@@ -69,18 +69,14 @@ class HiddenStatesTextEncoder:
         window_tokens: int | None = None,
         block_tokens: int = 1,
     ) -> None:
-        if block_tokens < 1:
-            raise GeneratorConfigError(f"block_tokens must be at least 1, not {block_tokens}.")
+        super().__init__(window_tokens=window_tokens, block_tokens=block_tokens)
         self.module = model
         self.tokenizer = tokenizer
-        self.block_tokens = block_tokens
-        self.window_tokens = window_tokens
         self.layer: int | None = layer_from_front(self._reader.config, layer)
         self.name_or_path: str | None = name_or_path or getattr(self._reader.config, "_name_or_path", None) or None
         self._most = getattr(self._reader.config.get_text_config(), "max_position_embeddings", None)
         check_token_limits(max_length, window_tokens, tokenizer.num_special_tokens_to_add() + 1, self._most)
         self._max_length = max_length
-        self._warn_of_cuts = CutWarning()
 
     @property
     def trainable(self) -> bool:
@@ -124,37 +120,7 @@ class HiddenStatesTextEncoder:
             PromptTypeError: As in [`check_prompts`].
             PromptError: As in [`check_prompts`].
         """
-        return [len(tokens) for tokens in self._tokenize(check_prompts(prompts))]
-
-    def encode_tokens(self, prompts: Sequence[str], *, max_length: int | None = None) -> TokenStates:
-        """The hidden states of all tokens of each prompt, special tokens included.
-
-        Args:
-            prompts: The prompts.
-            max_length: The most states of one prompt. The others are left out, and windows in which there is nothing
-                else are not read; what is left is the same as without.
-
-        Returns:
-            Token states, `float32`, on the device of the model.
-
-        Raises:
-            PromptTypeError: As in [`check_prompts`].
-            PromptError: As in [`check_prompts`], or if the tokenizer makes no token of a prompt.
-            TextEncoderError: If they are not finite, or an adapter is merged into the model.
-        """
-        checked = check_prompts(prompts)
-        tokens = dict(zip(checked, self._tokenize(checked), strict=True))
-        if self.max_length is not None:
-            whole = self.tokenizer(list(checked), truncation=False, verbose=False)["input_ids"]
-            self._warn_of_cuts(sum(len(ids) > self.max_length for ids in whole), len(checked), self.max_length)
-        with _read_as_base(self.module):
-            states = encode_in_blocks(
-                checked,
-                [len(tokens[prompt]) for prompt in checked],
-                self.block_tokens,
-                lambda texts: self._forward([tokens[text] for text in texts], max_length),
-            )
-        return TokenStates.from_list(states)
+        return self._token_lengths(check_prompts(prompts))
 
     def encode_sentences(self, prompts: Sequence[str]) -> Tensor:
         """The mean of each prompt's token states; arguments and errors are those of `encode_tokens`.
@@ -198,6 +164,16 @@ class HiddenStatesTextEncoder:
         model = self._model
         return cast(PreTrainedModel, model.get_encoder() if model.config.is_encoder_decoder else model.base_model)
 
+    def _encode(self, prompts: Sequence[str], encode: Callable[[list[str]], list[Tensor]]) -> list[Tensor]:
+        with _read_as_base(self.module):
+            return super()._encode(prompts, encode)
+
+    def _token_lengths(self, prompts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in self._tokenize(prompts)]
+
+    def _whole_lengths(self, prompts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in self.tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]]
+
     def _tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
         limit = self.max_length
         tokens: Any = self.tokenizer(
@@ -205,10 +181,9 @@ class HiddenStatesTextEncoder:
         )
         return [list(ids) for ids in tokens["input_ids"]]
 
-    def _forward(self, rows: list[list[int]], max_length: int | None) -> list[Tensor]:
-        """The states of the first tokens of texts of equal token length."""
+    def _token_states(self, prompts: list[str], max_length: int | None) -> list[Tensor]:
         model = self._reader
-        ids = torch.tensor(rows, device=cast(Tensor, model.get_input_embeddings().weight).device)
+        ids = torch.tensor(self._tokenize(prompts), device=cast(Tensor, model.get_input_embeddings().weight).device)
         cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
         states = []
         for window in windows(ids.shape[1], self.window_tokens, max_length):

@@ -11,7 +11,8 @@ from torch import nn
 
 from ..errors import TextEncoderError
 from .encoder import TextEncoder
-from .prompts import TokenStates, check_prompts
+from .prompts import check_prompts
+from .token_states import TokenStates
 
 
 def padded_token_states(encoder: TextEncoder, prompts: Sequence[str], length: int) -> TokenStates:

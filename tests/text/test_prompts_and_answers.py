@@ -27,8 +27,8 @@ from peft_dnd import (
 from peft_dnd.cli.main import main
 from peft_dnd.errors import CorruptFileError, GeneratorConfigError, PairsFolderError, PromptError, PromptTypeError
 from peft_dnd.pairs.writer import PairWriter
-from peft_dnd.text.condition_text import condition_texts
 from peft_dnd.text.prompts import ConditionText, check_prompts
+from peft_dnd.text.prompts_and_answers import condition_texts
 
 
 FORMS = ("prompts_and_answers", "mixed", "answers")

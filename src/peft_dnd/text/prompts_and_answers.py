@@ -75,7 +75,7 @@ def condition_texts(
         raise PromptError(
             f"The generator reads {_IN_WORDS[condition_text]}, and {what} came without answers. Pass answers=[...], "
             "one for each prompt; or, if the texts hold their answers already, mark them as what is to be read: "
-            "[peft_dnd.text.prompts.ConditionText(text) for text in texts]."
+            "[peft_dnd.text.ConditionText(text) for text in texts]."
         )
     paired = check_answers(checked, answers, what)
     if condition_text == "answers":

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from peft_dnd.errors import PromptError, TextEncoderError
-from peft_dnd.text.padded_states import padded_token_states
-from peft_dnd.text.sentence_transformer import SentenceTransformerTextEncoder
+from peft_dnd.text.padded_token_states import padded_token_states
+from peft_dnd.text.sentence_transformer_encoder import SentenceTransformerTextEncoder
 
 
 PROMPTS = ["what is the law ?", "a court please", "what is the colour of the river ? " * 20]

@@ -8,8 +8,9 @@ import torch
 from support.encoding import PROMPTS, bytes_of
 
 from peft_dnd.errors import GeneratorConfigError, PromptError, TextEncoderError
-from peft_dnd.text.encoder import PromptEmbeddingCache, TextEncoder
-from peft_dnd.text.prompts import TokenStates
+from peft_dnd.text.embedding_cache import PromptEmbeddingCache
+from peft_dnd.text.encoder import TextEncoder
+from peft_dnd.text.token_states import TokenStates
 
 
 class CountingEncoder:

@@ -4,44 +4,39 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from ..errors import GeneratorConfigError, TextEncoderError
+from ..errors import TextEncoderError
 from ..storage.files import staged_directory
 from ..storage.hub import commit_in_cache
-from .blocks import CutWarning, encode_in_blocks
-from .loading import (
-    UNLIMITED,
-    choose_layer,
-    chosen_layer,
+from .blockwise_encoder import UNLIMITED, BlockwiseTextEncoder
+from .layers import choose_layer, chosen_layer
+from .prompts import check_prompts
+from .sentence_transformer_loading import (
     load_sentence_transformer,
     load_word_vectors,
     model_config,
     set_limits,
     set_padding_token,
 )
-from .prompts import TokenStates, check_prompts
-from .sentence_transformer_outputs import TextOutput, count_cut, measured_sizes, text_outputs, token_lengths
+from .sentence_transformer_outputs import TextOutput, measured_sizes, text_outputs, token_lengths, whole_lengths
 
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
-_TRAINING_BLOCK_TOKENS = 1024
-
-
-class SentenceTransformerTextEncoder:
+class SentenceTransformerTextEncoder(BlockwiseTextEncoder):
     """Token states and sentence embeddings of prompts by any model that sentence-transformers loads.
 
     That is a sentence-transformers model; a plain transformers encoder; the encoder half of a T5; a decoder-only
     language model; a static embedding; a file of word vectors
     ([`from_word_vectors`][SentenceTransformerTextEncoder.from_word_vectors]). For the base model itself, as it stands
-    in memory, there is [`HiddenStatesTextEncoder`][peft_dnd.text.hidden_states.HiddenStatesTextEncoder].
+    in memory, there is [`HiddenStatesTextEncoder`][peft_dnd.text.hidden_states_encoder.HiddenStatesTextEncoder].
 
     Token states are the model's `token_embeddings` of every token that is not padding, special tokens included, or
     the hidden states of `layer`; of a static embedding, the rows of the tokens. A sentence embedding is what
@@ -96,15 +91,11 @@ class SentenceTransformerTextEncoder:
         trainable: bool = False,
         block_tokens: int = 1,
     ) -> None:
-        if block_tokens < 1:
-            raise GeneratorConfigError(f"block_tokens must be at least 1, not {block_tokens}.")
+        super().__init__(window_tokens=window_tokens, block_tokens=block_tokens)
         self.module = module
         self.name_or_path = name_or_path or getattr(model_config(module), "_name_or_path", None) or None
-        self.block_tokens = block_tokens
-        self.window_tokens = window_tokens
         self.trainable = trainable
         self._commit_hash: str | None = None
-        self._warn_of_cuts = CutWarning()
         set_padding_token(module)
         if max_length is not None or window_tokens is not None:
             set_limits(module, max_length, window_tokens)
@@ -291,28 +282,6 @@ class SentenceTransformerTextEncoder:
             raise self._no_token_states()
         return lengths
 
-    def encode_tokens(self, prompts: Sequence[str], *, max_length: int | None = None) -> TokenStates:
-        """The states of all tokens of each prompt that are not padding, special tokens included.
-
-        Args:
-            prompts: The prompts.
-            max_length: The most states of one prompt. The others are left out, and windows in which there is nothing
-                else are not read; what is left is the same as without.
-
-        Returns:
-            Token states, `float32`, on the device of the model.
-
-        Raises:
-            PromptTypeError: As in [`check_prompts`].
-            PromptError: As in [`check_prompts`], or if the tokenizer makes no token of a prompt.
-            TextEncoderError: If the model has no token states (a bag of words), or they are not finite.
-        """
-        if self._token_size is None:
-            raise self._no_token_states()
-        return TokenStates.from_list(
-            self._encode(prompts, lambda output: cast("Tensor", output.token_states)[:max_length].float(), max_length)
-        )
-
     def encode_sentences(self, prompts: Sequence[str]) -> Tensor:
         """The sentence embedding of each prompt, as `SentenceTransformer.encode` gives it.
 
@@ -327,23 +296,23 @@ class SentenceTransformerTextEncoder:
             PromptError: As in [`check_prompts`], or if the tokenizer makes no token of a prompt.
             TextEncoderError: If the embeddings are not finite.
         """
-        return torch.stack(self._encode(prompts, lambda output: output.sentence_embedding.float()))
-
-    def _encode(
-        self, prompts: Sequence[str], read: Callable[[TextOutput], Tensor], max_tokens: int | None = None
-    ) -> list[Tensor]:
-        """Encode prompts and take one tensor of each prompt's output, in the order of the prompts."""
-        checked = check_prompts(prompts)
-        lengths = token_lengths(self.module, checked)
-        if self.max_length is not None:
-            num_cut = count_cut(self.module, checked, lengths, self.max_length)
-            self._warn_of_cuts(num_cut, len(checked), self.max_length)
-        block_tokens = _TRAINING_BLOCK_TOKENS if self.trainable else self.block_tokens
-        return encode_in_blocks(
-            checked, lengths, block_tokens, lambda texts: list(map(read, self._forward(texts, max_tokens)))
+        return torch.stack(
+            self._encode(prompts, lambda texts: [output.sentence_embedding.float() for output in self._outputs(texts)])
         )
 
-    def _forward(self, texts: list[str], max_tokens: int | None) -> list[TextOutput]:
+    def _token_lengths(self, prompts: Sequence[str]) -> list[int | None]:
+        return token_lengths(self.module, prompts)
+
+    def _whole_lengths(self, prompts: Sequence[str]) -> list[int]:
+        return whole_lengths(self.module, prompts)
+
+    def _token_states(self, prompts: list[str], max_length: int | None) -> list[Tensor]:
+        if self._token_size is None:
+            raise self._no_token_states()
+        outputs = self._outputs(prompts, max_length)
+        return [cast("Tensor", output.token_states)[:max_length].float() for output in outputs]
+
+    def _outputs(self, texts: list[str], max_tokens: int | None = None) -> list[TextOutput]:
         return text_outputs(
             self.module, texts, window_tokens=self.window_tokens, trainable=self.trainable, max_tokens=max_tokens
         )
