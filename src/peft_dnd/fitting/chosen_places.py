@@ -63,10 +63,15 @@ def logits_at_places(model: nn.Module, one_pass: Pass, head: nn.Linear | None) -
     return logits[0].float()
 
 
+def output_of(output: Any, name: str) -> torch.Tensor | None:
+    """One of the tensors in what a model's forward gives, if it is there."""
+    value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    return value if isinstance(value, torch.Tensor) else None
+
+
 def _logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    output = model(**batch)
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if not isinstance(logits, torch.Tensor):
+    logits = output_of(model(**batch), "logits")
+    if logits is None:
         raise UngroupableError("the base's forward gives no logits")
     return logits
 

@@ -151,7 +151,7 @@ def _add_linear(
         added = torch.baddbmm(grouped, low, b.mT, alpha=scaling)
     else:
         added = (grouped + scaling * torch.bmm(low, b.mT)).to(result.dtype)
-    return added.view_as(result)
+    return added.reshape(result.shape)
 
 
 def _add_embedding(
@@ -169,7 +169,7 @@ def _add_embedding(
     if padding is not None:  # as nn.Embedding, which gives padding no gradient
         low = torch.where((tokens == padding)[..., None], low.detach(), low)
     added = result.reshape(groups, -1, result.shape[-1]) + scaling * torch.bmm(low, b.mT)
-    return added.view_as(result).to(result.dtype)
+    return added.reshape(result.shape).to(result.dtype)
 
 
 def _add_convolution(
@@ -188,6 +188,6 @@ def _add_convolution(
     for module, weight in ((down, a), (up, b)):
         convolve: Any = getattr(nn.functional, f"conv{weight.dim() - 3}d")
         settings = (module.stride, module.padding, module.dilation)
-        beside = convolve(beside, weight.flatten(0, 1), None, *settings, groups * module.groups)
+        beside = convolve(beside, weight.flatten(0, 1), None, *settings, groups)
     update = beside.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
     return (result + scaling * update).to(result.dtype)

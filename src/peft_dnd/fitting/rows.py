@@ -161,7 +161,7 @@ class Rows:
     def _pass(self, rows: list[int], longest: int) -> Pass:
         index = torch.tensor(rows)
         batch = {
-            name: field[index][:, :longest] if name in self._sequences else field[index]
+            name: (field[:, :longest] if name in self._sequences else field)[index]
             for name, field in self.fields.items()
         }
         aligned = self.fields.get("input_ids", self.at).shape[1] == self.at.shape[1]

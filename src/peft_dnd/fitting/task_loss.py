@@ -20,6 +20,7 @@ from ..adapters.layout import AdapterLayout
 from ..adapters.tokenizer import WeightTokenizer
 from ..errors import GeneratorConfigError
 from .adapted_base import AdaptedBase
+from .chosen_places import output_of
 from .row_groups import UngroupableError
 from .rows import LABEL_PADDING, Places, smallest, stack
 
@@ -176,7 +177,7 @@ class TaskLoss:
             few = _to_device(few, self.base.device)
             with self.base.in_place([value[0] for value in self.base.values(matrices)]):
                 output = self.model(**few)
-            own, logits = (getattr(output, name, None) for name in ("loss", "logits"))
+            own, logits = (output_of(output, name) for name in ("loss", "logits"))
             for shift in (1, 0):
                 if _is_cross_entropy(own, logits, _targets(few["labels"], shift)):
                     self._shift = shift
@@ -212,8 +213,7 @@ def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     Raises:
         GeneratorConfigError: If it gives none.
     """
-    output = model(**batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    loss = output_of(model(**batch), "loss")
     if loss is None:
         raise GeneratorConfigError(
             f"{type(model).__name__} gives no loss for a batch of {sorted(batch)}. Write examples with the labels "
@@ -252,10 +252,8 @@ def _targets(labels: torch.Tensor, shift: int) -> torch.Tensor:
     return nn.functional.pad(labels[:, shift:], (0, shift), value=LABEL_PADDING)
 
 
-def _is_cross_entropy(own: Any, logits: Any, targets: torch.Tensor) -> bool:
-    if not isinstance(own, torch.Tensor) or not isinstance(logits, torch.Tensor) or own.dim() > 0:
-        return False
-    if logits.dim() != 3 or logits.shape[:2] != targets.shape:
+def _is_cross_entropy(own: torch.Tensor | None, logits: torch.Tensor | None, targets: torch.Tensor) -> bool:
+    if own is None or own.dim() > 0 or logits is None or logits.dim() != 3 or logits.shape[:2] != targets.shape:
         return False
     loss = nn.functional.cross_entropy(logits.float().mT, targets, ignore_index=LABEL_PADDING)
     return torch.allclose(loss, own.float(), rtol=1e-5, atol=1e-6)
