@@ -6,28 +6,22 @@ What is taken of it, loss or logits, is a differentiable function of LoRA matric
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters.layout import AdapterLayout
-from ..adapters.loading import attach_adapter, matrix_slots
-from ..adapters.matching import base_model_of, uncompiled
 from ..errors import GeneratorConfigError, LayoutError
 from ..pairs.examples import ExampleCollator
 from .chosen_places import HeadError, head_of, logits_at_places
+from .frozen_copy import checkpoint_layers, frozen_copy
 from .row_groups import GroupedLayers, UngroupableError
 from .rows import Pass, Places, Rows, smallest
 
@@ -84,25 +78,13 @@ class AdaptedBase:
     ) -> None:
         self.layout = layout
         self.tokens_per_pass = tokens_per_pass
-        name = _active_adapter(base_model)
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
-            model, names = attach_adapter(_sharing_copy(base_model), name, layout)
-        self.model = base_model_of(model).requires_grad_(False).eval()
-        for module in self.model.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.set_adapter(name)
-                module.enable_adapters(True)
-            config: Any = getattr(module, "config", None)
-            if hasattr(config, "use_cache"):
-                config.use_cache = False  # keys and values are not read again, and recomputing would add to them
+        self.model, self._slots = frozen_copy(base_model, layout, seed)
         if gradient_checkpointing:
-            _checkpoint_layers(self.model)
+            checkpoint_layers(self.model)
         if device is not None and not hasattr(self.model, "hf_device_map"):
             self.model.to(device)
-        self._slots = matrix_slots(self.model, name, layout, names)
         self._own = [slot.parameter for slot in self._slots]
-        self._layers = GroupedLayers(self._slots, name)
+        self._layers = GroupedLayers(self._slots)
         self._head = head_of(self.model)
         self._vocabulary = _vocabulary(self.model)
         self._reading: dict[str, Any] = {
@@ -118,6 +100,11 @@ class AdaptedBase:
     def device(self) -> torch.device:
         """Where the base's inputs go."""
         return self._own[0].device
+
+    @property
+    def shares_passes(self) -> bool:
+        """Whether items share passes of the base, as far as is known: the first rows tell."""
+        return self._groups
 
     def initial_adapter(self) -> dict[str, torch.Tensor]:
         """The matrices that the base brought along, float32 on the CPU: for a plain model B = 0 and a random A."""
@@ -173,6 +160,7 @@ class AdaptedBase:
         Raises:
             LayoutError: If a matrix is missing.
             GeneratorConfigError: If an item has no place.
+            UngroupableError: If the batches are not of rows, or the model gives no logits of each row and column.
         """
         values = self.values(matrices)
         empty = [number for number, wanted in enumerate(at) if not wanted.any()]
@@ -387,41 +375,6 @@ def _gradients(loss: torch.Tensor, leaves: Sequence[torch.Tensor]) -> tuple[torc
     if not loss.requires_grad:
         raise GeneratorConfigError("The loss does not depend on the adapter. Check that it is taken on the logits.")
     return torch.autograd.grad(loss, leaves, allow_unused=True)
-
-
-def _active_adapter(model: nn.Module) -> str:
-    inner = uncompiled(model)
-    if not isinstance(inner, PeftModel):
-        return "default"
-    active = inner.active_adapters
-    if len(active) != 1:
-        raise LayoutError(
-            f"The base has {len(active)} active adapters ({active}); a generator writes one. Activate one."
-        )
-    return active[0]
-
-
-def _sharing_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model's structure whose weights are the model's own, but for being frozen: no weight is copied."""
-    model = uncompiled(model)
-    # deepcopy takes what its memo already has for an object.
-    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    for parameter in model.parameters():
-        plain = type(parameter) is nn.Parameter  # quantised kinds carry more than their data, and are frozen anyway
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
-    return copy.deepcopy(model, memo)
-
-
-def _checkpoint_layers(model: nn.Module) -> None:
-    """Have each layer computed again in the backward pass, in evaluation mode too, unlike transformers' own way."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise GeneratorConfigError(
-            f"base_gradient_checkpointing needs a transformers model whose layers support it; {type(model).__name__} "
-            "has none. Turn it off, and draw fewer examples."
-        )
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def _takes_masks(model: nn.Module) -> bool:

@@ -59,20 +59,19 @@ class GroupedLayers:
 
     Args:
         slots: The places of the adapter's matrices, A before B, in the layout's order.
-        adapter_name: The adapter's name.
 
     Attributes:
         refusal: Why it cannot be done for this model; `None` if it can, as far as the layers tell.
     """
 
-    def __init__(self, slots: Sequence[MatrixSlot], adapter_name: str) -> None:
+    def __init__(self, slots: Sequence[MatrixSlot]) -> None:
         self._layers: list[Any] = [slot.layer for slot in slots[::2]]
         self._owns = [slot.parameter for slot in slots]
         self._updates: list[Callable[..., torch.Tensor]] = []
         self.refusal: str | None = None
         for layer, slot in zip(self._layers, slots[::2], strict=True):
             try:
-                self._updates.append(_update_of(layer, adapter_name))
+                self._updates.append(_update_of(layer))
             except UngroupableError as error:
                 self.refusal = f"{slot.key.rpartition('.lora_')[0]}: {error}"
                 return
@@ -93,7 +92,7 @@ class GroupedLayers:
         try:
             for number, (layer, update) in enumerate(zip(self._layers, self._updates, strict=True)):
                 a, b = picked[2 * number : 2 * number + 2]
-                layer.forward = partial(_forward, layer, update, a, b, grouping)
+                layer.forward = partial(_forward, layer, partial(update, a, b), len(item))
             yield
         finally:
             for layer, own in zip(self._layers, before, strict=True):
@@ -105,23 +104,21 @@ class GroupedLayers:
 
 def _forward(
     layer: LoraLayer,
-    update: Callable[..., torch.Tensor],
-    a: torch.Tensor,
-    b: torch.Tensor,
-    grouping: Grouping,
+    update: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    rows: int,
     x: torch.Tensor,
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:
     result = layer.get_base_layer()(x, *args, **kwargs)
-    rows = len(grouping.item)
     if x.shape[0] != rows:
         raise UngroupableError(f"an adapted layer meets an input of shape {tuple(x.shape)} for {rows} rows")
-    return update(result, x, a, b, grouping)
+    return update(result, x)
 
 
-def _update_of(layer: LoraLayer, name: str) -> Callable[..., torch.Tensor]:
-    """A function `(the frozen layer's output, input, A, B, grouping)` -> output with the adapters."""
+def _update_of(layer: LoraLayer) -> Callable[..., torch.Tensor]:
+    """A function `(A, B, the frozen layer's output, its input)` -> output with the adapters; A, B for each group."""
+    (name,) = layer.active_adapters
     if name in getattr(layer, "lora_variant", {}):
         raise UngroupableError(f"{type(layer).__name__} has a variant of LoRA")
     base, scaling = layer.get_base_layer(), float(layer.scaling[name])
@@ -142,7 +139,7 @@ def _update_of(layer: LoraLayer, name: str) -> Callable[..., torch.Tensor]:
 
 
 def _add_linear(
-    scaling: float, result: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, grouping: Grouping
+    scaling: float, a: torch.Tensor, b: torch.Tensor, result: torch.Tensor, x: torch.Tensor
 ) -> torch.Tensor:
     groups = len(a)
     low = torch.bmm(x.to(a.dtype).reshape(groups, -1, x.shape[-1]), a.mT)
@@ -157,11 +154,10 @@ def _add_linear(
 def _add_embedding(
     scaling: float,
     padding: int | None,
-    result: torch.Tensor,
-    x: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
-    grouping: Grouping,
+    result: torch.Tensor,
+    x: torch.Tensor,
 ) -> torch.Tensor:
     groups = len(a)
     tokens = x.reshape(groups, -1)
@@ -176,11 +172,10 @@ def _add_convolution(
     scaling: float,
     down: nn.modules.conv._ConvNd,
     up: nn.modules.conv._ConvNd,
-    result: torch.Tensor,
-    x: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
-    grouping: Grouping,
+    result: torch.Tensor,
+    x: torch.Tensor,
 ) -> torch.Tensor:
     # Groups side by side as channels: a grouped convolution gives each of them its own weights.
     groups, rows = len(a), len(x) // len(a)

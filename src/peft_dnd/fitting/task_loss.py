@@ -93,6 +93,11 @@ class TaskLoss:
         """The copy of the base."""
         return self.base.model
 
+    @property
+    def shares_passes(self) -> bool:
+        """Whether items share passes of the base, as far as is known: the first batch tells."""
+        return self._shares and self.base.shares_passes
+
     def __call__(self, matrices: Mapping[str, torch.Tensor], batch: Any) -> torch.Tensor:
         """The loss with the adapter of these matrices.
 
@@ -255,7 +260,8 @@ def _targets(labels: torch.Tensor, shift: int) -> torch.Tensor:
 def _is_cross_entropy(own: torch.Tensor | None, logits: torch.Tensor | None, targets: torch.Tensor) -> bool:
     if own is None or own.dim() > 0 or logits is None or logits.dim() != 3 or logits.shape[:2] != targets.shape:
         return False
-    loss = nn.functional.cross_entropy(logits.float().mT, targets, ignore_index=LABEL_PADDING)
+    # Flat, as models do: the sums of a large vocabulary come out otherwise in another order.
+    loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=LABEL_PADDING)
     return torch.allclose(loss, own.float(), rtol=1e-5, atol=1e-6)
 
 
