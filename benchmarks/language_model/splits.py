@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tasks are held out, and in what way."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from .tasks import Task, share_of
+
+
+# The kinds of held-out task that never take part in fitting, each for a reason of its own.
+HELD_OUT = ("new_combinations", "new_operations", "new_languages", "new_families")
+NEW_FAMILIES = 3
+NEW_LANGUAGES = 3
+NEW_OPERATIONS_SHARE = 0.1
+NEW_COMBINATIONS_SHARE = 0.12
+
+
+@dataclass(frozen=True)
+class Split:
+    """Names of tasks by what they serve for.
+
+    `new_wordings` are training tasks, to be asked for in unseen wordings. `real_text` are tasks of real text that were
+    given as data; they are held out.
+    """
+
+    training: tuple[str, ...]
+    new_wordings: tuple[str, ...]
+    new_combinations: tuple[str, ...]
+    new_operations: tuple[str, ...]
+    new_languages: tuple[str, ...]
+    new_families: tuple[str, ...]
+    real_text: tuple[str, ...] = ()
+    held_families: tuple[str, ...] = field(default=())
+    held_languages: tuple[str, ...] = field(default=())
+    held_operations: tuple[str, ...] = field(default=())
+
+
+def _drawn(names: Iterable[str], count: int, *salt: object) -> list[str]:
+    return sorted(sorted(set(names), key=lambda name: share_of(*salt, name))[:count])
+
+
+def split_tasks(tasks: Sequence[Task], seed: int, self_contained: Sequence[str]) -> tuple[list[Task], Split]:
+    """The tasks with their kinds, and the split of a seed.
+
+    Args:
+        tasks: All tasks.
+        seed: Another seed holds out other families, languages, operations and combinations.
+        self_contained: Families whose data package serves no other family: `NEW_FAMILIES` of them are held out.
+    """
+    families = _drawn(self_contained, NEW_FAMILIES, "family", seed)
+    languages = _drawn({of for task in tasks for of in task.languages}, NEW_LANGUAGES, "language", seed)
+    operations = _held_operations(tasks, seed, families, languages)
+    kinds: dict[str, str] = {}
+    for task in tasks:
+        if task.kind != "training":
+            kinds[task.name] = task.kind
+        elif task.family in families:
+            kinds[task.name] = "new_families"
+        elif task.languages & set(languages):
+            kinds[task.name] = "new_languages"
+        elif task.operation.name in operations:
+            kinds[task.name] = "new_operations"
+    rest = [task for task in tasks if task.name not in kinds]
+    for name in _held_combinations(rest, seed):
+        kinds[name] = "new_combinations"
+    kept = [replace(task, kind=kinds.get(task.name, "training")) for task in tasks]
+    by_kind: dict[str, list[str]] = defaultdict(list)
+    for task in kept:
+        by_kind[task.kind].append(task.name)
+    training = tuple(by_kind["training"])
+    held = {kind: tuple(by_kind[kind]) for kind in (*HELD_OUT, "real_text")}
+    return kept, Split(
+        training=training, new_wordings=training, **held,
+        held_families=tuple(families), held_languages=tuple(languages), held_operations=tuple(operations),
+    )  # fmt: skip
+
+
+def _held_operations(tasks: Sequence[Task], seed: int, families: list[str], languages: list[str]) -> list[str]:
+    """A tenth of the operations of each family, one at least where it has five."""
+    by_family: dict[str, set[str]] = defaultdict(set)
+    for task in tasks:
+        # Languages are held out as such.
+        if task.kind == "training" and task.family not in families and not task.operation.languages:
+            by_family[task.family].add(task.operation.name)
+    held: list[str] = []
+    for family, names in sorted(by_family.items()):
+        count = max(round(NEW_OPERATIONS_SHARE * len(names)), int(len(names) >= 5))
+        held += _drawn(names, count, "operation", seed, family)
+    return held
+
+
+def _held_combinations(tasks: Sequence[Task], seed: int) -> list[str]:
+    """Tasks of which every part stays in fitting, in other tasks: operation and forms at least twice each."""
+    uses: dict[str, int] = defaultdict(int)
+    for task in tasks:
+        for part in task.parts:
+            uses[part] += 1
+    wanted = round(NEW_COMBINATIONS_SHARE * len(tasks))
+    held: list[str] = []
+    for task in sorted(tasks, key=lambda task: share_of("combination", seed, task.name)):
+        if len(held) == wanted:
+            break
+        if task.form != "plain" and all(uses[part] > 2 for part in task.parts):
+            held.append(task.name)
+            for part in task.parts:
+                uses[part] -= 1
+    return held

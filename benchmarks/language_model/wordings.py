@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Instructions in many wordings: the phrases of each part, put together in sentences of many shapes.
+
+The phrases stand in `phrases/*.txt`, a section a part:
+
+    == country_capital | country
+    = the capital of {the|this} country
+    Name the capital of {this|the} country.
+
+A line with `=` names the answer, any other is a whole instruction, `{a|b}` is either. `shapes.txt` has the sentences
+that a noun is put into and what may stand around a whole instruction. A fixed share of the phrases of every part, and of
+the shapes, is "unseen": never used for fitting.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from functools import cache
+from pathlib import Path
+
+from .tasks import Form, OperationWording, Task, share_of
+
+
+UNSEEN_SHARE = 0.25
+PHRASES = Path(__file__).parent / "phrases"
+
+
+@cache
+def sections(file: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """The sections of a phrase file: what follows the name, and the lines."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    lines: list[str] = []
+    for line in (PHRASES / f"{file}.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("== "):
+            name, _, rest = line[3:].partition("|")
+            lines = []
+            if name.strip() in found:
+                raise ValueError(f"{file}.txt has two sections named {name.strip()!r}: give one another name.")
+            found[name.strip()] = (rest.strip(), lines)
+        elif line.strip() and not line.startswith("# "):
+            lines.append(line.strip())
+    return {name: (rest, tuple(lines)) for name, (rest, lines) in found.items()}
+
+
+def wording_of(file: str, section: str, **slots: str) -> OperationWording:
+    """An operation's phrases, with `{slot}` filled in."""
+    rest, lines = sections(file)[section]
+    filled = [_fill(line, slots) for line in lines]
+    name, _, number = rest.partition(",")
+    return OperationWording(
+        input=_fill(name.strip(), slots),
+        nouns=tuple(line[2:] for line in filled if line.startswith("= ")),
+        sentences=tuple(line for line in filled if not line.startswith("= ")),
+        plural=number.strip() == "plural",
+    )
+
+
+def _fill(text: str, slots: dict[str, str]) -> str:
+    for slot, value in slots.items():
+        text = text.replace("{" + slot + "}", value)
+    return text
+
+
+def held_apart(phrases: tuple[str, ...], split: str, seed: int) -> list[str]:
+    """The phrases of a split: a quarter of them, drawn by the seed, are unseen."""
+    order = sorted(phrases, key=lambda phrase: share_of("wording", seed, phrase))
+    unseen = max(1, round(UNSEEN_SHARE * len(phrases))) if len(phrases) > 1 else 0
+    chosen = set(order[:unseen] if split == "unseen" else order[unseen:])
+    return [phrase for phrase in phrases if phrase in chosen]
+
+
+def _vary(text: str, draw: random.Random) -> str:
+    """One of the readings of `{a|b}`."""
+    return re.sub(r"\{([^{}]*\|[^{}]*)\}", lambda found: draw.choice(found[1].split("|")), text)
+
+
+def _capitalized(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def with_article(noun: str) -> str:
+    return f"an {noun}" if noun[:1] in "aeiou" else f"a {noun}"
+
+
+class Writer:
+    """Writes a task's instructions for one seed of the split."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __call__(self, task: Task, split: str, limit: int) -> list[str]:
+        draw = random.Random(f"instructions {self.seed} {split} {task.name}")
+        found: dict[str, None] = {}
+        # The grammar of some tasks is small: give up when nothing new comes any more.
+        for _ in range(limit * 6):
+            found.setdefault(self._write(task, split, draw))
+            if len(found) == limit:
+                break
+        return list(found)
+
+    def _some(self, phrases: tuple[str, ...], split: str) -> list[str]:
+        return held_apart(phrases, split, self.seed)
+
+    def _shapes(self, section: str, split: str) -> list[str]:
+        return self._some(sections("shapes")[section][1], split)
+
+    def _write(self, task: Task, split: str, draw: random.Random) -> str:
+        wording = task.operation.wording
+        forms = [form for form in task.forms if form.name != "plain"]
+        sentences, nouns = self._some(wording.sentences, split), self._some(wording.nouns, split)
+        # A noun can stand in many shapes, a sentence in few.
+        if nouns and (not sentences or draw.random() < 0.5):
+            text = self._around_noun(draw.choice(nouns), wording, forms, split, draw)
+        else:
+            text = self._around_sentence(draw.choice(sentences), forms, split, draw)
+        return _vary(text, draw)
+
+    def _around_noun(
+        self, noun: str, wording: OperationWording, forms: list[Form], split: str, draw: random.Random
+    ) -> str:
+        noted: list[Form] = []
+        tailed = False
+        for form in forms:
+            ways = [way for way in ("tails", "wraps", "notes") if getattr(form, way)]
+            way = draw.choice(ways)
+            # What stands around a noun must not follow a tail or a note: the forms go on from the inside.
+            if noted or (tailed and way == "wraps"):
+                way = "notes"
+            if way == "notes":
+                noted.append(form)
+                continue
+            phrase = draw.choice(self._some(getattr(form, way), split))
+            noun = phrase.replace("{np}", noun) if way == "wraps" else noun + phrase
+            tailed = tailed or way == "tails"
+        shape = draw.choice(self._shapes("noun", split))
+        text = shape.replace("{np}", noun).replace("{Np}", _capitalized(noun))
+        text = text.replace("{is}", "are" if wording.plural else "is")
+        text = text.replace("{a_input}", with_article(wording.input)).replace("{input}", wording.input)
+        return self._with_notes(text, noted, split, draw)
+
+    def _around_sentence(self, sentence: str, forms: list[Form], split: str, draw: random.Random) -> str:
+        noted = list(forms)
+        one = sentence[-1] in ".?" and not re.search(r"[.?!:;] ", sentence) and len(sentence) < 70
+        while one and noted and noted[0].tails and draw.random() < 0.4:
+            phrase = draw.choice(self._some(noted.pop(0).tails, split))
+            sentence = sentence[:-1] + phrase + sentence[-1]
+        frame = draw.choice(self._shapes("frame", split)) if draw.random() < 0.35 else "{S}"
+        small = sentence if re.match(r"I\b|[A-Z]{2}", sentence) else sentence[:1].lower() + sentence[1:]
+        sentence = frame.replace("{S}", _capitalized(sentence)).replace("{s}", small)
+        return self._with_notes(sentence, noted, split, draw)
+
+    def _with_notes(self, text: str, forms: list[Form], split: str, draw: random.Random) -> str:
+        for form in forms:
+            notes = self._some(form.notes, split)
+            after = self._some(form.after, split)
+            note = draw.choice(notes + after)
+            if text[-1] not in ".?!:":
+                text += "."
+            # A note about the first form must not be read before that of an inner one.
+            before = note not in after and len(forms) == 1 and draw.random() < 0.35
+            text = f"{note} {_capitalized(text)}" if before else f"{text} {note}"
+        if draw.random() < 0.15:
+            text = text if text[-1] in ".?!:" else text + "."
+            text = f"{text} {draw.choice(self._shapes('ending', split))}"
+        return text
