@@ -162,9 +162,9 @@ WRITTEN = (
         ("word", "name"),
         lambda answer: str(len(answer)) if _letters(answer) else None,
         wraps=(
-            "the number of letters in {np}", "how many letters there are in {np}", "the length of {np}",
+            "the number of letters in {np}", "the tally of letters in {np}", "the length of {np}",
             "the letter count of {np}", "the length in letters of {np}", "the count of letters in {np}",
-            "how long {np} is in letters", "the number of characters in {np}",
+            "the number of letters that make up {np}", "the number of characters in {np}",
         ),
         notes=(
             "Don't write the answer itself, only how many letters it has.", "Answer with the number of its letters.",
@@ -186,7 +186,7 @@ WRITTEN = (
         notes=(
             "Write the answer twice.", "Repeat your answer once.", "The answer should be given two times.",
             "Say the answer twice, with a space in between.", "Give the answer two times in a row.",
-            "I want to see the answer twice.", "Double your answer: write it two times.", "Answer, then answer again the same.",
+            "I want to see the answer twice.", "Double your answer: write it two times.", "Give the same answer two times over.",
         ),
         after=("Write it twice.", "Say it two times.", "Repeat it once.", "Then say it again."),
     ),
@@ -287,7 +287,7 @@ WRITTEN = (
     _form(
         "json",
         _SHORT,
-        lambda answer: f'{{"answer": "{answer}"}}',
+        lambda answer: f'{{"answer": "{answer}"}}' if '"' not in answer else None,
         tails=(
             " as JSON with the key \"answer\"", ", in JSON under the key \"answer\"", " as a JSON object with one field, \"answer\"",
             ", as {\"answer\": ...}", " in a JSON object, key \"answer\"", ", formatted as JSON (\"answer\")", ", JSON-encoded under \"answer\"",
@@ -420,9 +420,9 @@ def _in_language(code: str) -> Form:
         notes=(
             f"Answer in {name}.", f"Write the answer in {name}.", f"The answer must be in {name}.", f"Use {name} for your answer.",
             f"I speak {name}, so please answer in {name}.", f"Reply in {name}, not in English.", f"My readers know only {name}; answer in it.",
-            f"{name} only, please.", f"Give the {name} word.", f"The language of the answer is {name}.",
+            f"{name} only, please.", f"The language of the answer is {name}.",
         ),
-        after=(f"Say it in {name}.", f"Put it into {name}.", f"Translate it to {name}.", f"Then write it in {name}."),
+        after=(f"Say it in {name}.", f"Give the {name} word for it.", f"Put it into {name}.", f"Translate it to {name}.", f"Then write it in {name}."),
         languages=(name,),
     )  # fmt: skip
 

@@ -60,6 +60,11 @@ def _emoji_words() -> dict[str, str]:
     return {name: picture for name, picture, data in names if data["status"] == 2 and "fr" in data and name[0].islower()}
 
 
+def picture(word: str) -> str:
+    """The emoji of that name."""
+    return _emoji_words()[word]
+
+
 def _cldr_name(domain: str, name: str, language: str) -> str | None:
     code = _codes(domain).get(name)
     table = {"country": "territories", "language": "languages", "currency": "currencies", "script": "scripts"}[domain]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -82,8 +82,9 @@ def _held_operations(tasks: Sequence[Task], seed: int, families: list[str], lang
     """A tenth of the operations of each family, one at least where it has five."""
     by_family: dict[str, set[str]] = defaultdict(set)
     for task in tasks:
-        # Languages are held out as such.
-        if task.kind == "training" and task.family not in families and not task.operation.languages:
+        # Languages are held out as such, operations of several steps as combinations.
+        whole = not (task.operation.languages or task.operation.parts)
+        if task.kind == "training" and task.family not in families and whole:
             by_family[task.family].add(task.operation.name)
     held: list[str] = []
     for family, names in sorted(by_family.items()):
@@ -93,17 +94,25 @@ def _held_operations(tasks: Sequence[Task], seed: int, families: list[str], lang
 
 
 def _held_combinations(tasks: Sequence[Task], seed: int) -> list[str]:
-    """Tasks of which every part stays in fitting, in other tasks: operation and forms at least twice each."""
-    uses: dict[str, int] = defaultdict(int)
-    for task in tasks:
-        for part in task.parts:
-            uses[part] += 1
-    wanted = round(NEW_COMBINATIONS_SHARE * len(tasks))
+    """Tasks of which every part stays in fitting, in at least two other tasks.
+
+    Of operations of several steps, such as "the capital of" and "the last country in the list", some are held out in
+    all their forms: their steps stay, with other steps.
+    """
+    uses = Counter(part for task in tasks for part in task.parts)
     held: list[str] = []
+    several = sorted({task.operation.name for task in tasks if task.operation.parts})
+    for name in _drawn(several, round(NEW_COMBINATIONS_SHARE * len(several)), "steps", seed):
+        theirs = [task for task in tasks if task.operation.name == name]
+        lost = Counter(part for task in theirs for part in task.parts)
+        if all(uses[part] - lost[part] >= 2 for part in lost):
+            held += [task.name for task in theirs]
+            uses -= lost
+    wanted = len(held) + round(NEW_COMBINATIONS_SHARE * (len(tasks) - len(held)))
     for task in sorted(tasks, key=lambda task: share_of("combination", seed, task.name)):
         if len(held) == wanted:
             break
-        if task.form != "plain" and all(uses[part] > 2 for part in task.parts):
+        if task.name not in held and task.form != "plain" and all(uses[part] > 2 for part in task.parts):
             held.append(task.name)
             for part in task.parts:
                 uses[part] -= 1

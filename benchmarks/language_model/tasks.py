@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
 
 # This share of all inputs is for testing, in every task: an input never stands on both sides anywhere in the world.
@@ -18,6 +18,7 @@ MOST_TEST = 120
 Pair = tuple[str, str]
 
 
+@cache
 def share_of(*names: object) -> float:
     """A number in [0, 1) that depends on the names alone, the same on every machine and in every process."""
     text = "\x1f".join(str(name) for name in names)
@@ -38,15 +39,17 @@ class OperationWording:
 
     `nouns` name the answer ("the capital of the country") and fit into the shapes of `wordings`; `sentences` are whole
     instructions. `{a|b}` stands for either. `input` is what the input is called ("country").
+    `inner` are nouns to stand for `{it}` in the others, where an operation has two steps.
     """
 
     input: str
     nouns: tuple[str, ...]
     sentences: tuple[str, ...]
     plural: bool = False
+    inner: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operation:
     """What to do to the input.
 
@@ -60,6 +63,8 @@ class Operation:
         domain: In which `lexicon` answers are translated, if any.
         languages: The languages that it has to do with in itself (it reads or writes them).
         forms: Names of the forms that it comes in; None: drawn from those that fit.
+        parts: Where it is made of several steps, their names; else empty.
+        most_forms: At most so many forms beside the plain one; None: as many as others have.
     """
 
     name: str
@@ -70,6 +75,8 @@ class Operation:
     domain: str | None = None
     languages: tuple[str, ...] = ()
     forms: tuple[str, ...] | None = None
+    parts: tuple[str, ...] = ()
+    most_forms: int | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ class Task:
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts that it is made of: its operation, then its forms."""
-        return (self.operation.name, *(form.name for form in self.forms))
+        return (*(self.operation.parts or (self.operation.name,)), *(form.name for form in self.forms))
 
     @property
     def languages(self) -> frozenset[str]:
@@ -131,23 +138,21 @@ class Task:
     @cached_property
     def train(self) -> list[Example]:
         """Examples for fitting; no input of theirs is in any task's test."""
-        return list(self.given[0]) if self.given else self._examples(test=False)[:MOST_TRAIN]
+        return list(self.given[0]) if self.given else self._examples(MOST_TRAIN, test=False)
 
     @cached_property
     def test(self) -> list[Example]:
-        return list(self.given[1]) if self.given else self._examples(test=True)[:MOST_TEST]
+        return list(self.given[1]) if self.given else self._examples(MOST_TEST, test=True)
 
-    def _examples(self, *, test: bool) -> list[Example]:
-        found: dict[str, str] = {}
-        for text, answer in self.operation.pairs():
-            if (share_of("input", text) < TEST_SHARE) != test or text in found:
-                continue
+    def _examples(self, most: int, *, test: bool) -> list[Example]:
+        found: list[Example] = []
+        for text, answer in pairs_of(self.operation)[test]:
             output = apply_forms(answer, self.operation, self.forms)
             if output is not None and 0 < len(output) <= LONGEST_ANSWER:
-                found[text] = output
-        # In no order of the alphabet or of size: a prefix of the list is a fair draw.
-        order = sorted(found, key=lambda text: share_of("order", text))
-        return [Example(text, found[text]) for text in order]
+                found.append(Example(text, output))
+            if len(found) == most:
+                break
+        return found
 
     def examples(self, split: str) -> list[Example]:
         """`train` or `test`, by name."""
@@ -168,6 +173,22 @@ class Task:
     def instructions_in(self, language: str) -> list[str]:
         """Whole instructions in another language, written by hand; empty where there are none."""
         return self.write_in(self, language) if self.write_in else []
+
+
+@cache
+def pairs_of(operation: Operation) -> dict[bool, list[Pair]]:
+    """An operation's inputs with their plain answers, each input once, by whether they are for testing.
+
+    They are in no order of the alphabet or of size: the first of them are a fair draw.
+    """
+    pairs = dict(reversed(operation.pairs()))
+    order = sorted(pairs.items(), key=lambda pair: share_of("order", pair[0]))
+    return {test: [pair for pair in order if is_test(pair[0]) == test] for test in (False, True)}
+
+
+def is_test(text: str) -> bool:
+    """Whether an input is for testing, in every task that has it."""
+    return share_of("input", text) < TEST_SHARE
 
 
 def apply_forms(answer: str, operation: Operation, forms: Iterable[Form]) -> str | None:

@@ -58,6 +58,8 @@ def wording_of(file: str, section: str, **slots: str) -> OperationWording:
 
 def _fill(text: str, slots: dict[str, str]) -> str:
     for slot, value in slots.items():
+        article = "an" if value[:1].lower() in "aeiou" else "a"
+        text = re.sub(r"\b([Aa]) \{" + slot + r"\}", lambda a, an=article: (an.capitalize() if a[1] == "A" else an) + " {" + slot + "}", text)  # noqa: B023
         text = text.replace("{" + slot + "}", value)
     return text
 
@@ -79,8 +81,18 @@ def _capitalized(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def _ended(text: str) -> str:
+    """The text, ready for another sentence."""
+    text = text.removesuffix(":")
+    return text if text[-1] in ".?!" else f"{text}."
+
+
 def with_article(noun: str) -> str:
     return f"an {noun}" if noun[:1] in "aeiou" else f"a {noun}"
+
+
+# "What friends call the person", "how old the person is": such a noun does not fit everywhere.
+_CLAUSE = r"(how|what|which|who|whose|where|whether|when)\b"
 
 
 class Writer:
@@ -109,6 +121,9 @@ class Writer:
         wording = task.operation.wording
         forms = [form for form in task.forms if form.name != "plain"]
         sentences, nouns = self._some(wording.sentences, split), self._some(wording.nouns, split)
+        if wording.inner:
+            found = draw.choice(self._some(wording.inner, split))
+            sentences, nouns = ([text.replace("{it}", found) for text in texts] for texts in (sentences, nouns))
         # A noun can stand in many shapes, a sentence in few.
         if nouns and (not sentences or draw.random() < 0.5):
             text = self._around_noun(draw.choice(nouns), wording, forms, split, draw)
@@ -133,7 +148,7 @@ class Writer:
             phrase = draw.choice(self._some(getattr(form, way), split))
             noun = phrase.replace("{np}", noun) if way == "wraps" else noun + phrase
             tailed = tailed or way == "tails"
-        shape = draw.choice(self._shapes("noun", split))
+        shape = draw.choice(self._shapes("clause" if re.match(_CLAUSE, noun) else "noun", split))
         text = shape.replace("{np}", noun).replace("{Np}", _capitalized(noun))
         text = text.replace("{is}", "are" if wording.plural else "is")
         text = text.replace("{a_input}", with_article(wording.input)).replace("{input}", wording.input)
@@ -145,7 +160,10 @@ class Writer:
         while one and noted and noted[0].tails and draw.random() < 0.4:
             phrase = draw.choice(self._some(noted.pop(0).tails, split))
             sentence = sentence[:-1] + phrase + sentence[-1]
-        frame = draw.choice(self._shapes("frame", split)) if draw.random() < 0.35 else "{S}"
+        frames = self._shapes("frame", split)
+        if sentence.partition(" ")[0] not in sections("shapes")["imperative verbs"][1] or sentence.endswith("?"):
+            frames = [frame for frame in frames if "{s}" not in frame and not frame.startswith("Do ")]
+        frame = draw.choice(frames) if frames and draw.random() < 0.35 else "{S}"
         small = sentence if re.match(r"I\b|[A-Z]{2}", sentence) else sentence[:1].lower() + sentence[1:]
         sentence = frame.replace("{S}", _capitalized(sentence)).replace("{s}", small)
         return self._with_notes(sentence, noted, split, draw)
@@ -155,12 +173,10 @@ class Writer:
             notes = self._some(form.notes, split)
             after = self._some(form.after, split)
             note = draw.choice(notes + after)
-            if text[-1] not in ".?!:":
-                text += "."
+            text = _ended(text)
             # A note about the first form must not be read before that of an inner one.
             before = note not in after and len(forms) == 1 and draw.random() < 0.35
             text = f"{note} {_capitalized(text)}" if before else f"{text} {note}"
         if draw.random() < 0.15:
-            text = text if text[-1] in ".?!:" else text + "."
-            text = f"{text} {draw.choice(self._shapes('ending', split))}"
+            text = f"{_ended(text)} {draw.choice(self._shapes('ending', split))}"
         return text

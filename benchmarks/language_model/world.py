@@ -24,7 +24,7 @@ FEWEST_TEST = 20
 MOST_FORMS = 4
 MOST_LANGUAGES = 3
 # One form on top of another.
-COMPOSED_SHARE = 0.25
+COMPOSED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ def _forms_of(operation: Operation) -> list[tuple[Form, ...]]:
 
     chosen: list[tuple[Form, ...]] = [(FORMS["plain"],)]
     # An operation that has a language in it comes in a language's place: two forms are enough.
-    few = 1 if operation.languages else MOST_FORMS
+    few = operation.most_forms or (1 if operation.languages else MOST_FORMS)
     chosen += [(form,) for form in drawn(written, few)]
-    if not operation.languages:
+    if not operation.languages and operation.most_forms is None:
         chosen += [(form,) for form in drawn(languages, MOST_LANGUAGES)]
     if share_of("composed", operation.name) < COMPOSED_SHARE and written:
         chosen += _composed(chosen, written, operation)

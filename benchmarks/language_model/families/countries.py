@@ -93,7 +93,7 @@ def _field(name: str) -> Callable[[str], str | None]:
     return lambda code: str(countries()[code][name]) or None
 
 
-def _continent(code: str) -> str | None:
+def continent(code: str) -> str | None:
     # Turkey and Russia lie on two.
     return None if code in ("TR", "RU", "KZ", "EG", "AZ", "GE") else _CONTINENTS[countries()[code]["continentcode"]]
 
@@ -108,7 +108,7 @@ def operations() -> Iterable[Operation]:
         return Operation(name, "countries", answer, wording_of("countries", name), pairs, **more)
 
     yield make("country_capital", "name", lambda: _per_country(capital))
-    yield make("country_continent", "name", lambda: _per_country(_continent))
+    yield make("country_continent", "name", lambda: _per_country(continent))
     yield make("country_currency", "name", lambda: _per_country(currency), domain="currency")
     yield make("country_code", "code", lambda: _per_country(lambda code: code))
     yield make("country_code3", "code", lambda: _per_country(_field("iso3")))
@@ -121,6 +121,6 @@ def operations() -> Iterable[Operation]:
     yield make("code3_country", "name", lambda: _per_country(country_name, _field("iso3")), domain="country")
     yield make("domain_country", "name", lambda: _per_country(country_name, _field("tld")), domain="country")
     yield make("city_country", "name", lambda: _per_city(country_name), domain="country")
-    yield make("city_continent", "name", lambda: _per_city(_continent))
+    yield make("city_continent", "name", lambda: _per_city(continent))
     yield make("city_currency", "name", lambda: _per_city(currency), domain="currency")
     yield make("city_language", "name", lambda: _per_city(language), domain="language")

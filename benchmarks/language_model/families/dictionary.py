@@ -18,7 +18,7 @@ from .countries import countries, country_name
 
 
 PACKAGES = ("Babel", "emoji")
-_MOST_LANGUAGES = 110
+_MOST_LANGUAGES = 95
 
 
 @cache
