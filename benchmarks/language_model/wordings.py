@@ -95,6 +95,19 @@ def with_article(noun: str) -> str:
 _CLAUSE = r"(how|what|which|who|whose|where|whether|when)\b"
 
 
+def languages() -> list[str]:
+    """The languages that whole instructions are there in, beside English."""
+    return sorted(path.stem.capitalize() for path in (PHRASES / "languages").glob("*.txt"))
+
+
+def write_in(task: Task, language: str) -> list[str]:
+    """A plain task's instructions in another language, written by hand; none for most tasks."""
+    if language.capitalize() not in languages():
+        raise ValueError(f"There are no instructions in {language!r}; there are in {', '.join(languages())}.")
+    known = sections(f"languages/{language.lower()}")
+    return list(known[task.operation.name][1]) if task.form == "plain" and task.operation.name in known else []
+
+
 class Writer:
     """Writes a task's instructions for one seed of the split."""
 

@@ -8,6 +8,7 @@ their examples are always the same; the seed says which of them, and which wordi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from .families import MODULES
 from .forms import FORMS, LANGUAGE_FORMS, fitting_forms
 from .splits import Split, split_tasks
 from .tasks import Form, Operation, Task, share_of
-from .wordings import Writer
+from .supplied import SuppliedDataError, read_folder
+from .wordings import Writer, write_in
 
 
 FEWEST_TRAIN = 30
@@ -25,6 +27,10 @@ MOST_FORMS = 4
 MOST_LANGUAGES = 3
 # One form on top of another.
 COMPOSED_SHARE = 0.5
+
+
+class UnknownTaskError(LookupError):
+    """The world has no task of that name; the message says which there are."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class World:
         if name not in self.tasks:
             near = [known for known in self.tasks if known.startswith(name.partition("/")[0])][:5]
             hint = f" There is: {', '.join(near)}." if near else " `world.tasks` has their names."
-            raise KeyError(f"The world has no task {name!r}.{hint}")
+            raise UnknownTaskError(f"The world has no task {name!r}.{hint}")
         return self.tasks[name]
 
 
@@ -55,10 +61,22 @@ def build_world(seed: int = 0, data: Sequence[str | Path] = ()) -> World:
         data: Folders of further tasks (`supplied.read_folder`).
     """
     operations = [operation for module in MODULES for operation in module.operations()]
-    tasks = [task for operation in operations for task in _tasks_of(operation)]
+    given: list[Task] = []
+    for folder in data:
+        of_words, of_text = read_folder(folder)
+        operations += of_words
+        given += of_text
+    tasks = [*(task for operation in operations for task in _tasks_of(operation)), *given]
+    _refuse_doubles(tasks)
     tasks, split = split_tasks(tasks, seed, _self_contained())
     write = Writer(seed)
-    return World({task.name: replace(task, write=write) for task in tasks}, split, seed)
+    return World({task.name: replace(task, write=write, write_in=write_in) for task in tasks}, split, seed)
+
+
+def _refuse_doubles(tasks: Sequence[Task]) -> None:
+    twice = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
+    if twice:
+        raise SuppliedDataError(f"Two folders of data have a task {twice[0]!r}: rename one of them.")
 
 
 def _self_contained() -> list[str]:
