@@ -44,11 +44,17 @@ def territories() -> dict[str, str]:
 
 
 @cache
+def languages_in_english() -> dict[str, str]:
+    """English names of languages by their codes."""
+    return {**locale("en").languages, "bn": "Bengali"}
+
+
+@cache
 def _codes(domain: str) -> dict[str, str]:
     """The code of an English name."""
     if domain == "country":
         return {name: code for code, name in territories().items()}
-    names = getattr(locale("en"), {"language": "languages", "currency": "currencies", "script": "scripts"}[domain])
+    names = languages_in_english() if domain == "language" else locale("en").currencies
     return {name: code for code, name in reversed(list(names.items()))}
 
 
@@ -57,7 +63,9 @@ def _emoji_words() -> dict[str, str]:
     """The emoji that has a single English word for its name."""
     emoji.config.load_language()
     names = ((data["en"].strip(":"), picture, data) for picture, data in emoji.EMOJI_DATA.items())
-    return {name: picture for name, picture, data in names if data["status"] == 2 and "fr" in data and name[0].islower()}
+    return {
+        name: picture for name, picture, data in names if data["status"] == 2 and "fr" in data and name[0].islower()
+    }
 
 
 def picture(word: str) -> str:
@@ -67,7 +75,7 @@ def picture(word: str) -> str:
 
 def _cldr_name(domain: str, name: str, language: str) -> str | None:
     code = _codes(domain).get(name)
-    table = {"country": "territories", "language": "languages", "currency": "currencies", "script": "scripts"}[domain]
+    table = {"country": "territories", "language": "languages", "currency": "currencies"}[domain]
     return getattr(locale(language), table).get(code) if code else None
 
 
@@ -83,6 +91,9 @@ def _emoji_word(_: str, name: str, language: str) -> str | None:
     if picture is None or language not in EMOJI_LANGUAGES:
         return None
     word = emoji.EMOJI_DATA[picture][language].strip(":").replace("_", " ")
+    # What has no one word there is described ("pencil and paper", "man or woman"): no translation of the word.
+    if len(word.split()) > (1 if language == "de" else 2) or "(" in word:
+        return None
     # The package writes all names small; German nouns are not.
     return word.capitalize() if language == "de" else word
 
@@ -90,7 +101,8 @@ def _emoji_word(_: str, name: str, language: str) -> str | None:
 def _number_word(_: str, name: str, language: str) -> str | None:
     if not name.isdigit() or language not in (*NUMBER_LANGUAGES, "en"):
         return None
-    return num2words.num2words(int(name), lang=language).strip()
+    # Brazil's, as CLDR's Portuguese is.
+    return num2words.num2words(int(name), lang={"pt": "pt_BR"}.get(language, language)).strip()
 
 
 def _any_word(_: str, name: str, language: str) -> str | None:
@@ -103,7 +115,6 @@ _DOMAINS: dict[str, Callable[[str, str, str], str | None]] = {
     "country": _cldr_name,
     "language": _cldr_name,
     "currency": _cldr_name,
-    "script": _cldr_name,
     "month": _calendar_name,
     "weekday": _calendar_name,
     "thing": _emoji_word,

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from .tasks import Task, share_of
+from .tasks import Operation, Task, share_of
 
 
 # The kinds of held-out task that never take part in fitting, each for a reason of its own.
@@ -79,18 +79,29 @@ def split_tasks(tasks: Sequence[Task], seed: int, self_contained: Sequence[str])
 
 
 def _held_operations(tasks: Sequence[Task], seed: int, families: list[str], languages: list[str]) -> list[str]:
-    """A tenth of the operations of each family, one at least where it has five."""
+    """A tenth of the operations of each family, one at least where it has five.
+
+    What is also a step of another operation, or a form of answer, stays in fitting: it would be new by name alone. And
+    operations that do the same, such as those of data of the user's own, are held out together.
+    """
     by_family: dict[str, set[str]] = defaultdict(set)
+    elsewhere = {form.sense for task in tasks for form in task.forms}
+    elsewhere |= {sense for task in tasks if task.operation.parts for sense in task.operation.senses}
     for task in tasks:
         # Languages are held out as such, operations of several steps as combinations.
-        whole = not (task.operation.languages or task.operation.parts)
+        whole = not (task.operation.languages or task.operation.parts) and not elsewhere & senses_of(task.operation)
         if task.kind == "training" and task.family not in families and whole:
             by_family[task.family].add(task.operation.name)
     held: list[str] = []
     for family, names in sorted(by_family.items()):
         count = max(round(NEW_OPERATIONS_SHARE * len(names)), int(len(names) >= 5))
         held += _drawn(names, count, "operation", seed, family)
-    return held
+    senses = {sense for task in tasks if task.operation.name in held for sense in senses_of(task.operation)}
+    return sorted({task.operation.name for task in tasks if senses & senses_of(task.operation)})
+
+
+def senses_of(operation: Operation) -> set[str]:
+    return {operation.name, *operation.senses}
 
 
 def _held_combinations(tasks: Sequence[Task], seed: int) -> list[str]:

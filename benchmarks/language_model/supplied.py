@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .supplied_wordings import WORD_TASKS, KindOfTask, text_wording
+from .supplied_wordings import LEFT_OUT, WORD_TASKS, KindOfTask, text_wording
 from .tasks import LONGEST_ANSWER, MOST_TEST, MOST_TRAIN, Example, Form, Operation, OperationWording, Task, share_of
-from .wordings import sections
+from .wordings import fill, sections
 
 
 LONGEST_TEXT = 60
@@ -48,7 +48,8 @@ def read_folder(folder: str | Path) -> tuple[list[Operation], list[Task]]:
             "give --data a folder of either sort."
         )
     instructions = _read_json(folder / "instructions.json") if (folder / "instructions.json").is_file() else {}
-    return [_word_operation(file, instructions.get(file.stem, [])) for file in files], []
+    kept = [file for file in files if file.stem not in LEFT_OUT]
+    return [_word_operation(file, instructions.get(file.stem, [])) for file in kept], []
 
 
 def _read_json(path: Path) -> Any:
@@ -61,7 +62,9 @@ def _read_json(path: Path) -> Any:
 def read_rows(path: Path, *fields: str) -> Iterator[dict[str, Any]]:
     """The rows of a JSONL file, each with the given fields."""
     if not path.is_file():
-        raise SuppliedDataError(f"{path} is missing: the task in {path.parent} needs it. Add it, or take the task out.")
+        raise SuppliedDataError(
+            f"{path} is missing: the task in {path.parent} needs it. Add it, or take the task out."
+        )
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -97,7 +100,7 @@ def _word_operation(file: Path, instructions: list[str]) -> Operation:
 
     return Operation(
         f"words_{file.stem}", "supplied words", kind.answer, wording, pairs, domain=kind.domain, most_forms=2,
-        languages=kind.languages,
+        languages=kind.languages, senses=(kind.sense,) if kind.sense else (), forms=None if known else ("plain",),
     )  # fmt: skip
 
 
@@ -150,10 +153,8 @@ def _clean(choice: str) -> str:
 
 def _labels_form(labels: list[str]) -> Form:
     _, lines = sections("real_text")["labels"]
-    lists = (", ".join(labels), f"{', '.join(labels[:-1])} or {labels[-1]}")
-    filled = [line.replace("{labels}", lists[place % 2]) for place, line in enumerate(lines)]
-    return Form("labels", frozenset(), lambda answer, _: answer,
-                notes=tuple(line for line in filled if not line.startswith("= ")))  # fmt: skip
+    notes = tuple(fill(line, {"labels": ", ".join(labels)}) for line in lines)
+    return Form("labels", frozenset(), lambda answer, _: answer, notes=notes)
 
 
 def _choice_form() -> Form:

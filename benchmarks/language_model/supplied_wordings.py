@@ -17,25 +17,32 @@ class KindOfTask:
     wording: OperationWording
     domain: str | None = None
     languages: tuple[str, ...] = ()
+    sense: str | None = None
 
 
 def _kind(kind: str, file: str = "supplied") -> KindOfTask:
-    plural = f"{kind}s"
-    return KindOfTask("word", wording_of(file, "kind", kind=kind, a_kind=with_article(kind), kinds=plural), "any")
+    wording = wording_of(file, "kind", kind=kind, a_kind=with_article(kind), kinds=f"{kind}s")
+    return KindOfTask("word", wording, "any", sense=f"list_{kind}")
 
 
 def _list(section: str) -> KindOfTask:
-    return KindOfTask("word", wording_of("lists", section), "any")
+    return KindOfTask("word", wording_of("lists", section), "any", sense=f"list_{section}")
 
 
 def _translation(language: str) -> KindOfTask:
     return KindOfTask("foreign", wording_of("dictionary", "translate", language=language), languages=(language,))
 
 
+# What operations of the world are called, by the file of their phrases.
+_SENSES = {"word_forms": "{}_form", "words": "word_{}", "countries": "{}", "numbers": "number_{}"}
+
+
 def _word(section: str, answer: str = "word", file: str = "supplied") -> KindOfTask:
-    return KindOfTask(answer, wording_of(file, section))
+    return KindOfTask(answer, wording_of(file, section), sense=_SENSES.get(file, "supplied_{}").format(section))
 
 
+# Their answers are in no order that a rule gives.
+LEFT_OUT = ("induction_taxonomy_animal",)
 WORD_TASKS: dict[str, KindOfTask] = {
     "ag_news": _word("news", "phrase"),
     "antonym": _word("opposite", file="word_forms"),
@@ -55,7 +62,7 @@ WORD_TASKS: dict[str, KindOfTask] = {
     "induction_num_to_verbal": _word("words", "phrase", "numbers"),
     "induction_second_word_letter": _word("second_letter", "letter", "words"),
     "induction_singular_to_plural": _word("plural", file="word_forms"),
-    "induction_sum": _word("sum", "number", "numbers"),
+    "induction_sum": KindOfTask("number", wording_of("numbers", "sum"), sense="numbers_sum"),
     "induction_synonyms": _word("synonym"),
     "induction_translation_en_de": _translation("German"),
     "induction_translation_en_es": _translation("Spanish"),
@@ -80,7 +87,7 @@ for _count in ("3", "5"):
         f"color_v_animal_{_count}": _kind("colour", "lists"),
         f"fruit_v_animal_{_count}": _kind("fruit", "lists"),
         f"object_v_concept_{_count}": _kind("physical object"),
-        f"concept_v_object_{_count}": _kind("word for no physical object"),
+        f"concept_v_object_{_count}": _kind("word that names no physical object"),
         f"choose_first_of_{_count}": _list("first"),
         f"choose_last_of_{_count}": _list("last"),
         f"choose_middle_of_{_count}": _list("middle"),

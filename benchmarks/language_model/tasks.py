@@ -64,6 +64,7 @@ class Operation:
         languages: The languages that it has to do with in itself (it reads or writes them).
         forms: Names of the forms that it comes in; None: drawn from those that fit.
         parts: Where it is made of several steps, their names; else empty.
+        senses: Names of the operations that do the same, in full or in one of its steps; empty: it is like no other.
         most_forms: At most so many forms beside the plain one; None: as many as others have.
     """
 
@@ -76,6 +77,7 @@ class Operation:
     languages: tuple[str, ...] = ()
     forms: tuple[str, ...] | None = None
     parts: tuple[str, ...] = ()
+    senses: tuple[str, ...] = ()
     most_forms: int | None = None
 
 
@@ -85,7 +87,8 @@ class Form:
 
     `apply(answer, operation)` is None where the form does not suit this answer. `tails` follow a noun or a sentence
     ("in capital letters"), `wraps` stand around a noun ("the first letter of {np}"), `notes` are sentences of their own
-    that may stand before or after the request, `after` those that must follow it.
+    that may stand before or after the request, `after` those that must follow it. `sense` names the operation that does
+    the same to the input itself, if there is one.
     """
 
     name: str
@@ -96,6 +99,7 @@ class Form:
     notes: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     languages: tuple[str, ...] = ()
+    sense: str | None = None
 
 
 Writer = Callable[["Task", str, int], list[str]]

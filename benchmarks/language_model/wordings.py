@@ -26,6 +26,17 @@ UNSEEN_SHARE = 0.25
 PHRASES = Path(__file__).parent / "phrases"
 
 
+class Phrase(str):
+    """A phrase that knows what it was before its slots were filled: the same in all languages, seen or unseen in all."""
+
+    template: str
+
+    def __new__(cls, text: str, template: str) -> Phrase:
+        phrase = super().__new__(cls, text)
+        phrase.template = template
+        return phrase
+
+
 @cache
 def sections(file: str) -> dict[str, tuple[str, tuple[str, ...]]]:
     """The sections of a phrase file: what follows the name, and the lines."""
@@ -46,27 +57,30 @@ def sections(file: str) -> dict[str, tuple[str, tuple[str, ...]]]:
 def wording_of(file: str, section: str, **slots: str) -> OperationWording:
     """An operation's phrases, with `{slot}` filled in."""
     rest, lines = sections(file)[section]
-    filled = [_fill(line, slots) for line in lines]
+    filled = [(line.startswith("= "), fill(line.removeprefix("= "), slots)) for line in lines]
     name, _, number = rest.partition(",")
     return OperationWording(
-        input=_fill(name.strip(), slots),
-        nouns=tuple(line[2:] for line in filled if line.startswith("= ")),
-        sentences=tuple(line for line in filled if not line.startswith("= ")),
+        input=str(fill(name.strip(), slots)),
+        nouns=tuple(phrase for is_noun, phrase in filled if is_noun),
+        sentences=tuple(phrase for is_noun, phrase in filled if not is_noun),
         plural=number.strip() == "plural",
     )
 
 
-def _fill(text: str, slots: dict[str, str]) -> str:
+def fill(text: str, slots: dict[str, str]) -> Phrase:
+    """The text with its `{slot}`s filled in, and "a" before one changed to "an" where need be."""
+    filled = text
     for slot, value in slots.items():
-        article = "an" if value[:1].lower() in "aeiou" else "a"
-        text = re.sub(r"\b([Aa]) \{" + slot + r"\}", lambda a, an=article: (an.capitalize() if a[1] == "A" else an) + " {" + slot + "}", text)  # noqa: B023
-        text = text.replace("{" + slot + "}", value)
-    return text
+        filled = filled.replace("{" + slot + "}", value)
+        if value[:1].lower() in "aeiou":
+            filled = re.sub(rf"\b([Aa]) (?={re.escape(value)}\b)", r"\1n ", filled)
+    return Phrase(filled, text)
 
 
 def held_apart(phrases: tuple[str, ...], split: str, seed: int) -> list[str]:
     """The phrases of a split: a quarter of them, drawn by the seed, are unseen."""
-    order = sorted(phrases, key=lambda phrase: share_of("wording", seed, phrase))
+    ranks = {phrase: share_of("wording", seed, getattr(phrase, "template", phrase)) for phrase in phrases}
+    order = sorted(phrases, key=ranks.__getitem__)
     unseen = max(1, round(UNSEEN_SHARE * len(phrases))) if len(phrases) > 1 else 0
     chosen = set(order[:unseen] if split == "unseen" else order[unseen:])
     return [phrase for phrase in phrases if phrase in chosen]
@@ -113,6 +127,7 @@ class Writer:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
+        self._held: dict[tuple[tuple[str, ...], str], list[str]] = {}
 
     def __call__(self, task: Task, split: str, limit: int) -> list[str]:
         draw = random.Random(f"instructions {self.seed} {split} {task.name}")
@@ -125,7 +140,10 @@ class Writer:
         return list(found)
 
     def _some(self, phrases: tuple[str, ...], split: str) -> list[str]:
-        return held_apart(phrases, split, self.seed)
+        key = (phrases, split)
+        if key not in self._held:
+            self._held[key] = held_apart(phrases, split, self.seed)
+        return self._held[key]
 
     def _shapes(self, section: str, split: str) -> list[str]:
         return self._some(sections("shapes")[section][1], split)

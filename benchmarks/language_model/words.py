@@ -57,9 +57,7 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
     "drink": tuple("beer cider cocoa coffee juice lemonade milk tea vodka water whisky wine".split()),
     "tool": tuple("axe chisel drill hammer ladder rake saw screwdriver shovel spade wrench".split()),
     "weekday": tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()),
-    "month": tuple(
-        "January February March April May June July August September October November December".split()
-    ),
+    "month": tuple("January February March April May June July August September October November December".split()),
     "country": tuple(
         "Argentina Australia Austria Belgium Brazil Canada Chile China Colombia Cuba Denmark Egypt Ethiopia Finland "
         "France Germany Greece Hungary Iceland India Indonesia Iran Iraq Ireland Israel Italy Japan Kenya Mexico "
@@ -115,7 +113,7 @@ NOUNS: tuple[str, ...] = tuple(
     "bowl brick candle castle cherry circle college colour copy cousin cow crowd daisy daughter dream enemy event "
     "fairy field film fire game gift group half heart hobby holiday hour inch insect jacket judge kiss kite ladder "
     "lesson loaf lorry meal message minute movie museum neck needle number ocean page palace parent peach penny "
-    "player police pony puppy reason ring rule scarf seat shadow sheep spy stick storm strawberry sweet task tent "
+    "player pony puppy reason ring rule scarf seat shadow sheep spy stick storm strawberry sweet task tent "
     "thumb tiger tool valley victory visitor week whale wheel wish witch world worker".split()
 )
 
@@ -142,10 +140,10 @@ ADJECTIVES: tuple[str, ...] = tuple(
     "thick thin fat heavy cheap kind brave calm clear close dear dull fair fine firm flat fresh full funny gentle "
     "good bad great green grey healthy humble large lonely loud lovely lucky mad narrow near neat nice noisy odd pale "
     "plain polite pretty proud pure quick quiet rare ready red rough round rude safe sharp shiny shy silly simple "
-    "sleepy smart smooth sour steep strange strict sunny sweet tasty tidy tiny tough ugly white wild windy wise "
-    "crazy creamy curly deadly dusty fierce filthy foggy friendly gloomy grand greasy grim handy harsh hairy "
-    "icy juicy keen lively messy mild moist nasty naughty oily rainy ripe rusty salty scary sick slim smelly "
-    "spicy sticky stormy tame tender wealthy weird worthy bitter black blue bold brief cloudy clever cruel cute dense".split()
+    "sleepy smart smooth steep strange strict sunny sweet tasty tidy tiny tough ugly white wild windy wise "
+    "crazy creamy curly dusty fierce filthy foggy friendly gloomy grand greasy grim handy harsh hairy "
+    "icy juicy keen lively messy mild nasty naughty oily rainy ripe rusty salty scary sick slim smelly "
+    "spicy sticky stormy tame wealthy weird black blue bold brief cloudy clever cruel cute dense".split()
 )
 
 # Each is the usual opposite of the other.

@@ -123,7 +123,9 @@ def _forms_of(operation: Operation) -> list[tuple[Form, ...]]:
 
 
 def _composed(chosen: list[tuple[Form, ...]], written: list[Form], operation: Operation) -> list[tuple[Form, ...]]:
-    outer = [form for form in written if form.name in ("capitals", "quoted", "brackets", "prefix", "exclaimed", "bold")]
+    outer = [
+        form for form in written if form.name in ("capitals", "quoted", "brackets", "prefix", "exclaimed", "bold")
+    ]
     finished = (*outer, *(FORMS[name] for name in ("plain", "json", "full_sentence", "hashtag")))
     inner = [forms[0] for forms in chosen if forms[0] not in finished]
     if not outer or not inner:

@@ -92,6 +92,16 @@ _DOMAINS = {"currency": "currency", "weekday_next": "weekday", "month_next": "mo
             "double": "number", "next": "number"}  # fmt: skip
 
 
+# The operations that do the same in one step.
+_SENSES = {
+    "plural": "plural_form", "past": "past_form", "ing": "ing_form", "comparative": "comparative_form",
+    "article": "article_form", "first_letter": "word_first_letter", "last_letter": "word_last_letter",
+    "capitals": "word_uppercase", "hyphens": "word_spell_hyphens", "double": "number_double", "next": "number_next",
+    "words": "number_words", "ordinal": "number_ordinal_digits", "weekday_next": "date_weekday_next",
+    "month_next": "date_month_next", "month_number": "date_month_number",
+}  # fmt: skip
+
+
 @cache
 def _lists(pool: str) -> tuple[tuple[str, ...], ...]:
     draw = random.Random(f"chains {pool}")
@@ -120,7 +130,7 @@ def _make(done: str, answer: str, found: str, slots: dict[str, str], pairs: Call
     return Operation(
         f"{done}_of_{found}_{slots['thing']}" if where != "kind" else f"{done}_of_{found}",
         "chains", answer, wording, pairs, domain=_DOMAINS.get(done), parts=(f"chain {done}", f"chain {found}"),
-        most_forms=2,
+        senses=(_SENSES.get(done, f"country_{done}"), f"list_{found.removeprefix('the_')}"), most_forms=2,
     )  # fmt: skip
 
 

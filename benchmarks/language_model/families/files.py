@@ -16,7 +16,9 @@ from ..wordings import wording_of
 PACKAGES = ("mimetypes", "pathlib")
 SELF_CONTAINED = ("files",)
 _USERS = "anna ben carla daniel elena felix grace hugo ivan julia kate leo maria nina oscar paul rosa sam tara victor".split()
-_FOLDERS = "photos music videos reports work school letters taxes recipes backup drafts projects travel family notes".split()
+_FOLDERS = (
+    "photos music videos reports work school letters taxes recipes backup drafts projects travel family notes".split()
+)
 _NAMES = (
     "summer winter invoice holiday birthday meeting plan list summary report garden dinner party wedding picture song "
     "lesson speech budget contract cake trip house dog story poem map chart menu draft"

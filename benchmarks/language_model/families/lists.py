@@ -127,7 +127,9 @@ def operations() -> Iterable[Operation]:
     for kind in CATEGORIES:
         proper = kind in ("country", "city", "weekday", "month")
         domain = {"country": "country", "weekday": "weekday", "month": "month"}.get(kind, "thing")
-        wording = wording_of("lists", "kind", kind=kind, kinds=PLURALS.get(kind, f"{kind}s"), a_kind=with_article(kind))
+        wording = wording_of(
+            "lists", "kind", kind=kind, kinds=PLURALS.get(kind, f"{kind}s"), a_kind=with_article(kind)
+        )
         yield Operation(
             f"list_{kind.replace(' ', '_')}",
             "kinds",

@@ -107,9 +107,7 @@ def operations() -> Iterable[Operation]:
         language = lexicon.LANGUAGES[code]
         wording = wording_of("numbers", "words_in", language=language)
         name = f"number_words_{language.lower()}"
-        yield Operation(
-            name, "number words", "foreign", wording, lambda c=code: _words(c), languages=(language,)
-        )
+        yield Operation(name, "number words", "foreign", wording, lambda c=code: _words(c), languages=(language,))
         yield _from_words(code, language, (language,))
     yield Operation(
         "number_separated", "number formats", "code", wording_of("numbers", "separated"),

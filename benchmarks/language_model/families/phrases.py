@@ -16,7 +16,9 @@ from ..wordings import wording_of
 
 PACKAGES = ("lemminflect", "inflect")
 _SIZES = "big small tiny huge large long short tall wide narrow".split()
-_QUALITIES = "old new clean dirty cheap expensive beautiful ugly heavy light empty broken strange simple modern".split()
+_QUALITIES = (
+    "old new clean dirty cheap expensive beautiful ugly heavy light empty broken strange simple modern".split()
+)
 _COLOURS = "red blue green yellow white black brown grey orange purple".split()
 _THINGS = (
     "apple bag ball basket bed bell bench bicycle boat book bottle bowl box bridge brush bucket car castle chair clock "

@@ -16,6 +16,8 @@ from ..words import ADJECTIVES, NOUNS, OPPOSITES, VERBS
 
 
 PACKAGES = ("lemminflect", "inflect")
+# "Hardly" is not what one does in a hard manner.
+_OTHER_SENSE = ("hard", "late", "high", "near", "short", "dry", "large", "fair", "dear")
 
 
 def _inflected(word: str, tag: str) -> str | None:
@@ -49,7 +51,9 @@ def _adverb(word: str) -> str:
 
 def _adverbs() -> list[Pair]:
     return [
-        (word, _adverb(word)) for word in ADJECTIVES if lemminflect.getAllLemmas(_adverb(word), "ADV").get("ADV")
+        (word, _adverb(word))
+        for word in ADJECTIVES
+        if word not in _OTHER_SENSE and lemminflect.getAllLemmas(_adverb(word), "ADV").get("ADV")
     ]
 
 
