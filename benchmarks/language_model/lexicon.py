@@ -90,7 +90,7 @@ def _emoji_word(_: str, name: str, language: str) -> str | None:
     picture = _emoji_words().get(name)
     if picture is None or language not in EMOJI_LANGUAGES:
         return None
-    word = emoji.EMOJI_DATA[picture][language].strip(":").replace("_", " ")
+    word = emoji.EMOJI_DATA[picture][language].strip(":").replace("_", " ").strip()
     # What has no one word there is described ("pencil and paper", "man or woman"): no translation of the word.
     if len(word.split()) > (1 if language == "de" else 2) or "(" in word:
         return None

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Further tasks from folders of the user's own: short tasks on words, and real text with its labels.
 
-A folder of word tasks has a `<name>.jsonl` a task, rows `{"input", "output"}`, and may have `instructions.json`, lists
-of instructions by name. A folder of real text has a folder a task with `task.json` (`kind`, `instruction`, `labels`) and
-`train.jsonl` and `test.jsonl`, rows `{"text", "label"}` and, for multiple choice, `"choices"`. Nothing of them is kept.
+A folder of word tasks has a `<name>.jsonl` a task, rows `{"input", "output"}`, and may have `instructions.json`,
+lists of instructions by name. A folder of real text has a folder a task with `task.json` (`instruction`, `labels`),
+`train.jsonl` and `test.jsonl`, rows `{"text", "label"}` and, for multiple choice, `"choices"`. Nothing is kept.
 """
 
 from __future__ import annotations

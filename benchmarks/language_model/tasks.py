@@ -56,10 +56,10 @@ class Operation:
     Attributes:
         name: Unique in the world.
         family: The data it comes from; families are held out as a whole.
-        answer: The kind of answer, which says what forms fit: word, name, number, letter, list, phrase, sentence, code,
-            yesno or foreign.
+        answer: The kind of answer, which says what forms fit: word, name, number, letter, list, phrase, sentence,
+            code, yesno or foreign.
         wording: How people ask for it.
-        pairs: Gives the inputs with their plain answers, most common first.
+        pairs: Gives the inputs with their plain answers.
         domain: In which `lexicon` answers are translated, if any.
         languages: The languages that it has to do with in itself (it reads or writes them).
         forms: Names of the forms that it comes in; None: drawn from those that fit.
@@ -86,9 +86,9 @@ class Form:
     """The form that an answer is given in.
 
     `apply(answer, operation)` is None where the form does not suit this answer. `tails` follow a noun or a sentence
-    ("in capital letters"), `wraps` stand around a noun ("the first letter of {np}"), `notes` are sentences of their own
-    that may stand before or after the request, `after` those that must follow it. `sense` names the operation that does
-    the same to the input itself, if there is one.
+    ("in capital letters"), `wraps` stand around a noun ("the first letter of {np}"), `notes` are sentences of their
+    own that may stand before or after the request, `after` those that must follow it. `sense` names the operation that
+    does the same to the input itself, if there is one.
     """
 
     name: str

@@ -8,8 +8,8 @@ The phrases stand in `phrases/*.txt`, a section a part:
     Name the capital of {this|the} country.
 
 A line with `=` names the answer, any other is a whole instruction, `{a|b}` is either. `shapes.txt` has the sentences
-that a noun is put into and what may stand around a whole instruction. A fixed share of the phrases of every part, and of
-the shapes, is "unseen": never used for fitting.
+that a noun is put into and what may stand around a whole instruction. A fixed share of the phrases of every part,
+and of the shapes, is "unseen": never used for fitting.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from .tasks import Form, OperationWording, Task, share_of
 
 
 UNSEEN_SHARE = 0.25
+# So many seen instructions are looked through before one is called unseen.
+_SEEN = 300
 PHRASES = Path(__file__).parent / "phrases"
 
 
 class Phrase(str):
-    """A phrase that knows what it was before its slots were filled: the same in all languages, seen or unseen in all."""
+    """A phrase that knows its template, so that it is seen or unseen in all languages alike."""
 
     template: str
 
@@ -101,6 +103,11 @@ def _ended(text: str) -> str:
     return text if text[-1] in ".?!" else f"{text}."
 
 
+def _with_tail(text: str, tail: str) -> str:
+    # Not "the country that the city lies in in Greek".
+    return f"{text},{tail}" if text.endswith(" in") and tail.startswith(" in") else text + tail
+
+
 def with_article(noun: str) -> str:
     return f"an {noun}" if noun[:1] in "aeiou" else f"a {noun}"
 
@@ -131,10 +138,14 @@ class Writer:
 
     def __call__(self, task: Task, split: str, limit: int) -> list[str]:
         draw = random.Random(f"instructions {self.seed} {split} {task.name}")
+        # A noun in an unseen shape may happen to give a sentence that has been seen.
+        seen = set(self(task, "seen", _SEEN)) if split == "unseen" else set()
         found: dict[str, None] = {}
         # The grammar of some tasks is small: give up when nothing new comes any more.
         for _ in range(limit * 6):
-            found.setdefault(self._write(task, split, draw))
+            text = self._write(task, split, draw)
+            if text not in seen:
+                found.setdefault(text)
             if len(found) == limit:
                 break
         return list(found)
@@ -177,12 +188,14 @@ class Writer:
                 noted.append(form)
                 continue
             phrase = draw.choice(self._some(getattr(form, way), split))
-            noun = phrase.replace("{np}", noun) if way == "wraps" else noun + phrase
+            noun = phrase.replace("{np}", noun) if way == "wraps" else _with_tail(noun, phrase)
             tailed = tailed or way == "tails"
-        shape = draw.choice(self._shapes("clause" if re.match(_CLAUSE, noun) else "noun", split))
-        text = shape.replace("{np}", noun).replace("{Np}", _capitalized(noun))
+        shapes = self._shapes("clause" if re.match(_CLAUSE, noun) else "noun", split)
+        text = draw.choice(shapes).replace("{np}", noun).replace("{Np}", _capitalized(noun))
         text = text.replace("{is}", "are" if wording.plural else "is")
         text = text.replace("{a_input}", with_article(wording.input)).replace("{input}", wording.input)
+        if text in wording.sentences:
+            text = f"Task: {text}"
         return self._with_notes(text, noted, split, draw)
 
     def _around_sentence(self, sentence: str, forms: list[Form], split: str, draw: random.Random) -> str:
@@ -190,7 +203,7 @@ class Writer:
         one = sentence[-1] in ".?" and not re.search(r"[.?!:;] ", sentence) and len(sentence) < 70
         while one and noted and noted[0].tails and draw.random() < 0.4:
             phrase = draw.choice(self._some(noted.pop(0).tails, split))
-            sentence = sentence[:-1] + phrase + sentence[-1]
+            sentence = _with_tail(sentence[:-1], phrase) + sentence[-1]
         frames = self._shapes("frame", split)
         if sentence.partition(" ")[0] not in sections("shapes")["imperative verbs"][1] or sentence.endswith("?"):
             frames = [frame for frame in frames if "{s}" not in frame and not frame.startswith("Do ")]

@@ -7,16 +7,16 @@ their examples are always the same; the seed says which of them, and which wordi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .families import MODULES
 from .forms import FORMS, LANGUAGE_FORMS, fitting_forms
 from .splits import Split, split_tasks
-from .tasks import Form, Operation, Task, share_of
 from .supplied import SuppliedDataError, read_folder
+from .tasks import Form, Operation, Task, share_of
 from .wordings import Writer, write_in
 
 

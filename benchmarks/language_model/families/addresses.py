@@ -10,19 +10,23 @@ from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from ..tasks import Operation, Pair
 from ..wordings import wording_of
+from ..words import listed
 
 
 PACKAGES = ("urllib",)
 SELF_CONTAINED = ("web addresses",)
-_SITES = "garden music books travel kitchen sports news weather photo school market garage museum health bikes coffee".split()
-_FRONTS = "www shop blog my app m mail forum docs help".split()
-_ENDINGS = "com org net info de fr es it nl co io eu".split()
-_STEPS = "news shop user blog en help products items archive team events guides".split()
-_PAGES = "about list cart login contact prices search summer winter offers map jobs profile index recent today".split()
+_SITES = listed(
+    "garden music books travel kitchen sports news weather photo school market garage museum health bikes coffee"
+)
+_FRONTS = listed("www shop blog my app m mail forum docs help")
+_ENDINGS = listed("com org net info de fr es it nl co io eu")
+_STEPS = listed("news shop user blog en help products items archive team events guides")
+_PAGES = listed("about list cart login contact prices search summer winter offers map jobs profile index recent today")
 _KEYS = {
-    "id": [str(n) for n in range(2, 100)], "page": [str(n) for n in range(2, 30)], "lang": "en fr de es it".split(),
-    "sort": "price name date size".split(), "color": "red blue green black white".split(), "year": ["2019", "2021", "2024"],
-    "q": "shoes lamp tea bread train paint rose".split(), "user": "anna ben carla tom lena".split(),
+    "id": [str(n) for n in range(2, 100)], "page": [str(n) for n in range(2, 30)], "lang": listed("en fr de es it"),
+    "sort": listed("price name date size"), "colour": listed("red blue green black white"),
+    "year": ["2019", "2021", "2024"], "q": listed("shoes lamp tea bread train paint rose"),
+    "user": listed("anna ben carla tom lena"),
 }  # fmt: skip
 
 

@@ -22,38 +22,23 @@ _MOST_CITIES = 360
 _CITIES_EACH = 8
 # Districts, and cities that are countries.
 _NO_CITIES = {
-    "Puxi", "Pudong", "Brooklyn", "Queens", "Manhattan", "The Bronx", "Iztapalapa", "Camayenne", "Kowloon", "Hong Kong",
-    "Singapore", "New Territories", "Hong Kong Island", "Soweto", "Pest", "Buda", "Kennedy", "Budta", "Malingao",
-    "Esenyurt", "Sadr City", "Khartoum North", "Abobo", "Pikine", "Kikolo", "Maianga", "Camama", "Golfe", "Mulenvos",
-    "Bao'an", "Minhang", "Victoria", "Donetsk", "Jerusalem", "Calumbo", "Hoji ya Henda", "Evaton", "Soshanguve",
-    "Kampung Baru Subang", "Gustavo Adolfo Madero",
+    "Puxi", "Pudong", "Brooklyn", "Queens", "Manhattan", "The Bronx", "Iztapalapa", "Camayenne", "Kowloon",
+    "Hong Kong", "Singapore", "New Territories", "Hong Kong Island", "Soweto", "Pest", "Buda", "Kennedy", "Budta",
+    "Malingao", "Esenyurt", "Sadr City", "Khartoum North", "Abobo", "Pikine", "Kikolo", "Maianga", "Camama",
+    "Golfe", "Mulenvos", "Bao'an", "Minhang", "Victoria", "Donetsk", "Jerusalem", "Calumbo", "Hoji ya Henda",
+    "Evaton", "Soshanguve", "Kampung Baru Subang", "Gustavo Adolfo Madero",
 }  # fmt: skip
 _CONTINENTS = {
     "AF": "Africa", "AS": "Asia", "EU": "Europe", "OC": "Oceania", "NA": "North America", "SA": "South America",
 }  # fmt: skip
 # Capitals as people write them, where the package's differ; countries whose capital is in dispute are left out.
-_CAPITALS = {"US": "Washington", "MX": "Mexico City", "KW": "Kuwait City", "GT": "Guatemala City", "MD": "Chisinau", "KZ": "Astana",
-             "MM": "Naypyidaw"}  # fmt: skip
+_CAPITALS = {
+    "US": "Washington", "MX": "Mexico City", "KW": "Kuwait City", "GT": "Guatemala City", "MD": "Chisinau",
+    "KZ": "Astana", "MM": "Naypyidaw",
+}  # fmt: skip
 _NO_CAPITAL = {
-    "IL",
-    "PS",
-    "BO",
-    "LK",
-    "BI",
-    "ZA",
-    "NL",
-    "HK",
-    "TW",
-    "BJ",
-    "CI",
-    "TZ",
-    "MY",
-    "SG",
-    "DJ",
-    "PR",
-    "MO",
-    "CL",
-}
+    "IL", "PS", "BO", "LK", "BI", "ZA", "NL", "HK", "TW", "BJ", "CI", "TZ", "MY", "SG", "DJ", "PR", "MO", "CL",
+}  # fmt: skip
 # Where CLDR names no official language, several, or one that fewer people speak: what most people there speak.
 _LANGUAGES = {
     "US": "en", "MX": "es", "AU": "en", "CN": "zh", "VN": "vi", "KH": "km", "LA": "lo", "MM": "my", "NP": "ne",
@@ -65,7 +50,7 @@ _LANGUAGES = {
 _NO_ONE_LANGUAGE = {
     "BE", "CH", "CA", "IN", "ZA", "CM", "SG", "PH", "KE", "TZ", "UG", "RW", "BI", "PK", "PY", "AF", "LK", "HK", "BY",
     "ER", "TD", "MG", "ET", "NG", "GH", "ZM", "ZW", "MW", "BW", "NA", "SS", "ML", "NE", "BF", "SN", "GN", "CI", "BJ",
-    "TG", "CF", "CG", "CD", "GA", "LR", "SL", "GM", "MZ", "AO", "LS", "PG", "KZ", "BA", "GN", "MY", "LB", "TN",
+    "TG", "CF", "CG", "CD", "GA", "LR", "SL", "GM", "MZ", "AO", "LS", "PG", "KZ", "BA", "MY", "LB", "TN",
 }  # fmt: skip
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dates and times of day: their parts, the next and the last, and other notations, many languages' among them (Babel)."""
+"""Dates and times of day: their parts, the next and the last, and the notations of many languages (Babel)."""
 
 from __future__ import annotations
 

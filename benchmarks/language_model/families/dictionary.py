@@ -36,21 +36,21 @@ def things() -> list[str]:
 
 # Emoji that other languages name by another thing: their names are no translations.
 _UNLIKE = (
-    "camel child cinema cooking dizzy droplet fairy kiss link locomotive memo minus peanuts pill plus receipt restroom sake "
-    "seat seedling sparkles superhero"
+    "camel child cinema cooking dizzy droplet fairy kiss link locomotive memo minus peanuts pill plus receipt "
+    "restroom sake seat seedling sparkles superhero"
 )
 # Further emoji with a name of one common word.
 _MORE_THINGS = (
-    "airplane alien artist astronaut axe baby bacon bank basketball bat beans boomerang bouquet boy brain burrito candy "
-    "chair cherries chestnut child chopsticks cigarette cockroach cook cooking crutch cupcake desert desk detective dizzy "
-    "dolphin doughnut dress droplet drum ear elf eye eyes fairy family feather ferry fireworks fog foot footprints "
-    "genie ghost girl glasses grapes hamburger hammer handbag headphone herb hole honeybee hook hut information judge "
-    "keyboard king kiss ladder link locomotive luggage lungs man mechanic megaphone memo mermaid meteor microphone "
-    "microscope minus money mouth multiply ninja nose onion oyster package pancakes paperclip parachute peanuts person pie "
-    "pill plus popcorn prince princess printer purse rainbow razor receipt restroom rock rose sake salt sandwich school "
-    "scroll seedling shell shower skier sled soap spider sparkles speedboat stadium strawberry student sunflower "
-    "sunglasses sunrise sunset superhero syringe telephone tomato tongue tooth toothbrush tornado trophy tulip unicorn "
-    "vampire waffle wedding wheel woman wood zombie"
+    "airplane alien artist astronaut axe baby bacon bank basketball bat beans boomerang bouquet boy brain burrito "
+    "candy chair cherries chestnut child chopsticks cigarette cockroach cook cooking crutch cupcake desert desk "
+    "detective dizzy dolphin doughnut dress droplet drum ear elf eye eyes fairy family feather ferry fireworks fog "
+    "foot footprints genie ghost girl glasses grapes hamburger hammer handbag headphone herb hole honeybee hook hut "
+    "information judge keyboard king kiss ladder link locomotive luggage lungs man mechanic megaphone memo mermaid "
+    "meteor microphone microscope minus money mouth multiply ninja nose onion oyster package pancakes paperclip "
+    "parachute peanuts person pie pill plus popcorn prince princess printer purse rainbow razor receipt restroom "
+    "rock rose sake salt sandwich school scroll seedling shell shower skier sled soap spider sparkles speedboat "
+    "stadium strawberry student sunflower sunglasses sunrise sunset superhero syringe telephone tomato tongue tooth "
+    "toothbrush tornado trophy tulip unicorn vampire waffle wedding wheel woman wood zombie"
 )
 
 

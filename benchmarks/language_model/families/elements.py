@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
+from itertools import pairwise
 
 import periodictable
 
@@ -26,7 +27,7 @@ def elements() -> tuple[tuple[int, str, str], ...]:
 
 def _next() -> list[Pair]:
     names = [name for _, _, name in elements()]
-    return list(zip(names, names[1:], strict=False))
+    return list(pairwise(names))
 
 
 def operations() -> Iterable[Operation]:

@@ -11,20 +11,25 @@ from pathlib import PurePosixPath
 
 from ..tasks import Operation, Pair
 from ..wordings import wording_of
+from ..words import listed
 
 
 PACKAGES = ("mimetypes", "pathlib")
 SELF_CONTAINED = ("files",)
-_USERS = "anna ben carla daniel elena felix grace hugo ivan julia kate leo maria nina oscar paul rosa sam tara victor".split()
-_FOLDERS = (
-    "photos music videos reports work school letters taxes recipes backup drafts projects travel family notes".split()
+_USERS = listed(
+    "anna ben carla daniel elena felix grace hugo ivan julia kate leo maria nina oscar paul rosa sam tara victor"
 )
-_NAMES = (
-    "summer winter invoice holiday birthday meeting plan list summary report garden dinner party wedding picture song "
-    "lesson speech budget contract cake trip house dog story poem map chart menu draft"
-).split()
-_EXTENSIONS = "txt html csv css png jpg gif bmp svg mp3 wav mp4 avi mov pdf zip json js doc".split()
+_FOLDERS = listed(
+    "photos music videos reports work school letters taxes recipes backup drafts projects travel family notes"
+)
+_NAMES = listed(
+    "summer winter invoice holiday birthday meeting plan list summary report garden dinner party wedding picture "
+    "song lesson speech budget contract cake trip house dog story poem map chart menu draft"
+)
+_EXTENSIONS = listed("txt html csv css png jpg gif bmp svg mp3 wav mp4 avi mov pdf zip json js doc")
 # The library's own table only: the tables of the machine differ from place to place.
+# Of the same type in all versions of the table.
+_OF_ONE_TYPE = (".txt", ".html", ".csv", ".css", ".png", ".jpg", ".gif", ".mp4", ".pdf", ".zip", ".json")
 _TYPES = mimetypes.MimeTypes(filenames=())
 
 
@@ -52,7 +57,7 @@ _PARTS: dict[str, tuple[str, Callable[[PurePosixPath], str | None]]] = {
     "owner": ("word", lambda path: path.parts[2]),
     # JavaScript is text to newer tables and an application to older ones.
     "kind": ("word", lambda path: (_type(path) or "").partition("/")[0] if path.suffix != ".js" else None),
-    "mime": ("code", lambda path: _type(path) if path.suffix in (".txt", ".html", ".csv", ".png", ".gif", ".mp4", ".pdf", ".zip", ".json", ".jpg", ".css") else None),
+    "mime": ("code", lambda path: _type(path) if path.suffix in _OF_ONE_TYPE else None),
 }  # fmt: skip
 
 

@@ -8,14 +8,14 @@ from functools import cache
 
 from ..tasks import Operation, Pair, share_of
 from ..wordings import with_article, wording_of
-from ..words import ADJECTIVES, CATEGORIES, NOUNS, PLURALS, THINGS, VERBS
+from ..words import ADJECTIVES, CATEGORIES, NOUNS, PLURALS, THINGS, VERBS, listed
 
 
 PACKAGES = ("words written by hand",)
-_NATO = (
+_NATO = listed(
     "Alfa Bravo Charlie Delta Echo Foxtrot Golf Hotel India Juliett Kilo Lima Mike November Oscar Papa Quebec Romeo "
     "Sierra Tango Uniform Victor Whiskey X-ray Yankee Zulu"
-).split()
+)
 # Kinds that a yes or no is asked about: the large ones.
 _YES_NO = ("animal", "country", "profession", "fruit", "part of the body", "vehicle", "sport", "city")
 

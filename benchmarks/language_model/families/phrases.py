@@ -12,20 +12,21 @@ import lemminflect
 
 from ..tasks import Operation, Pair
 from ..wordings import wording_of
+from ..words import listed
 
 
 PACKAGES = ("lemminflect", "inflect")
-_SIZES = "big small tiny huge large long short tall wide narrow".split()
-_QUALITIES = (
-    "old new clean dirty cheap expensive beautiful ugly heavy light empty broken strange simple modern".split()
+_SIZES = listed("big small tiny huge large long short tall wide narrow")
+_QUALITIES = listed(
+    "old new clean dirty cheap expensive beautiful ugly heavy light empty broken strange simple modern"
 )
-_COLOURS = "red blue green yellow white black brown grey orange purple".split()
-_THINGS = (
-    "apple bag ball basket bed bell bench bicycle boat book bottle bowl box bridge brush bucket car castle chair clock "
-    "coat cup desk door dress drum flag flower garden glove guitar hat house jacket kettle kite ladder lamp letter "
-    "mirror oven pencil piano picture pillow plate river road ship shirt shoe spoon table tent ticket towel tower toy "
-    "tractor train tree truck umbrella van violin wall window egg envelope island office airplane"
-).split()
+_COLOURS = listed("red blue green yellow white black brown grey orange purple")
+_THINGS = listed(
+    "apple bag ball basket bed bell bench bicycle boat book bottle bowl box bridge brush bucket car castle chair "
+    "clock coat cup desk door dress drum flag flower garden glove guitar hat house jacket kettle kite ladder lamp "
+    "letter mirror oven pencil piano picture pillow plate river road ship shirt shoe spoon table tent ticket towel "
+    "tower toy tractor train tree truck umbrella van violin wall window egg envelope island office airplane"
+)
 
 
 @cache

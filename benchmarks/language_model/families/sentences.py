@@ -12,16 +12,18 @@ import lemminflect
 
 from ..tasks import Operation, Pair
 from ..wordings import wording_of
+from ..words import listed
 
 
 PACKAGES = ("lemminflect",)
-_PEOPLE = (
+_PEOPLE = listed(
     "teacher doctor nurse farmer girl boy woman man student child uncle aunt queen king baker singer sailor soldier "
     "artist lawyer neighbour friend visitor waiter driver"
-).split()
+)
 _ACTIONS = {
-    "read": "book letter newspaper poem map", "write": "letter book story poem", "eat": "apple sandwich banana cake egg",
-    "paint": "picture house door wall", "buy": "car hat ticket lamp dress", "sell": "car ring clock carpet",
+    "read": "book letter newspaper poem map", "write": "letter book story poem",
+    "eat": "apple sandwich banana cake egg", "paint": "picture house door wall",
+    "buy": "car hat ticket lamp dress", "sell": "car ring clock carpet",
     "find": "key coin ring letter", "carry": "bag box basket bottle", "open": "door window box letter",
     "close": "door window book gate", "clean": "car table kettle mirror", "wash": "car shirt plate dog",
     "break": "glass plate mirror cup", "repair": "clock bicycle radio roof", "drive": "bus car tractor truck",
