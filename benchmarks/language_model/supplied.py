@@ -94,12 +94,10 @@ def _word_operation(file: Path, instructions: list[str]) -> Operation:
     wording = kind.wording
     wording = OperationWording(wording.input, wording.nouns, (*wording.sentences, *people), wording.plural)
 
-    def pairs() -> list[tuple[str, str]]:
-        rows = ((row["input"].strip(), row["output"].strip()) for row in read_rows(file, "input", "output"))
-        return [(text, answer) for text, answer in rows if _is_short(text) and answer]
-
+    rows = ((row["input"].strip(), row["output"].strip()) for row in read_rows(file, "input", "output"))
+    pairs = [(text, answer) for text, answer in rows if _is_short(text) and answer]
     return Operation(
-        f"words_{file.stem}", "supplied words", kind.answer, wording, pairs, domain=kind.domain, most_forms=2,
+        f"words_{file.stem}", "supplied words", kind.answer, wording, lambda: pairs, domain=kind.domain, most_forms=2,
         languages=kind.languages, senses=(kind.sense,) if kind.sense else (), forms=None if known else ("plain",),
     )  # fmt: skip
 

@@ -60,12 +60,13 @@ def build_world(seed: int = 0, data: Sequence[str | Path] = ()) -> World:
         seed: Of the split: what is held out. Tasks and examples do not depend on it.
         data: Folders of further tasks (`supplied.read_folder`).
     """
-    operations = [operation for module in MODULES for operation in module.operations()]
+    operations: list[Operation] = []
     given: list[Task] = []
     for folder in data:
         of_words, of_text = read_folder(folder)
         operations += of_words
         given += of_text
+    operations = [*(operation for module in MODULES for operation in module.operations()), *operations]
     tasks = [*(task for operation in operations for task in _tasks_of(operation)), *given]
     _refuse_doubles(tasks)
     tasks, split = split_tasks(tasks, seed, _self_contained())

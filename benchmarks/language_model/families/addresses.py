@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from ..tasks import Operation, Pair
@@ -62,4 +62,4 @@ def _pairs(part: Callable[[SplitResult], str]) -> list[Pair]:
 def operations() -> Iterable[Operation]:
     for name, (answer, part) in _PARTS.items():
         wording = wording_of("addresses", name)
-        yield Operation(f"url_{name}", "web addresses", answer, wording, lambda p=part: _pairs(p))
+        yield Operation(f"url_{name}", "web addresses", answer, wording, partial(_pairs, part))

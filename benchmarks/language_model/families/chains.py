@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import inflect
 import lemminflect
@@ -139,8 +139,8 @@ def operations() -> Iterable[Operation]:
         for done, (answer, change) in changes.items():
             for found, find in (_SIZES if pool == "number" else _PLACES).items():
                 slots = {"thing": pool, "things": things}
-                yield _make(done, answer, found, slots, lambda p=pool, f=find, c=change: _pairs(p, f, c))
+                yield _make(done, answer, found, slots, partial(_pairs, pool, find, change))
     for kind, changes in _KINDS.items():
         for done, (answer, change) in changes.items():
             slots = {"thing": kind, "things": f"{kind}s"}
-            yield _make(done, answer, f"the_{kind}", slots, lambda k=kind, c=change: _kind_pairs(k, c))
+            yield _make(done, answer, f"the_{kind}", slots, partial(_kind_pairs, kind, change))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 
 import webcolors
 
@@ -61,4 +61,4 @@ def operations() -> Iterable[Operation]:
         lambda: [(code, name) for name, code in named()],
     )  # fmt: skip
     for name, (answer, of) in _OF_CODE.items():
-        yield Operation(f"colour_{name}", "colours", answer, wording_of("colours", name), lambda o=of: _pairs(o))
+        yield Operation(f"colour_{name}", "colours", answer, wording_of("colours", name), partial(_pairs, of))

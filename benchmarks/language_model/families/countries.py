@@ -87,7 +87,7 @@ def cities() -> dict[str, str]:
 def large_cities() -> dict[str, str]:
     """The largest cities, a few of each country."""
     taken: Counter[str] = Counter()
-    chosen = {}
+    chosen: dict[str, str] = {}
     for name, code in cities().items():
         taken[code] += 1
         if taken[code] <= _CITIES_EACH and len(chosen) < _MOST_CITIES:

@@ -7,7 +7,7 @@ import calendar
 import random
 from collections.abc import Callable, Iterable
 from datetime import date, timedelta
-from functools import cache
+from functools import cache, partial
 
 import num2words
 from babel.dates import format_date
@@ -136,13 +136,11 @@ def _tidy(text: str) -> str:
 def operations() -> Iterable[Operation]:
     for name, (answer, domain, of) in _OF_DATE.items():
         wording = wording_of("dates", name)
-        yield Operation(f"date_{name}", "dates", answer, wording, lambda of=of: _date_pairs(of), domain=domain)
+        yield Operation(f"date_{name}", "dates", answer, wording, partial(_date_pairs, of), domain=domain)
     for name, (answer, at) in _OF_TIME.items():
         domain = "number" if answer == "number" else None
         wording = wording_of("times", name)
-        yield Operation(
-            f"time_{name}", "times", answer, wording, lambda n=name, at=at: _time_pairs(n, at), domain=domain
-        )
+        yield Operation(f"time_{name}", "times", answer, wording, partial(_time_pairs, name, at), domain=domain)
     for code in dict.fromkeys((*_LONG_IN, *_FROM)):
         yield from _in_other_languages(code, lexicon.LANGUAGES[code])
 

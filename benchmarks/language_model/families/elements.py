@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import pairwise
 
@@ -31,7 +31,7 @@ def _next() -> list[Pair]:
 
 
 def operations() -> Iterable[Operation]:
-    sources = {
+    sources: dict[str, tuple[str, Callable[[], list[Pair]]]] = {
         "symbol": ("code", lambda: [(name, symbol) for _, symbol, name in elements()]),
         "from_symbol": ("word", lambda: [(symbol, name) for _, symbol, name in elements()]),
         "number": ("number", lambda: [(name, str(number)) for number, _, name in elements()]),

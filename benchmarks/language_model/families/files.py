@@ -6,7 +6,7 @@ from __future__ import annotations
 import mimetypes
 import random
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from pathlib import PurePosixPath
 
 from ..tasks import Operation, Pair
@@ -69,4 +69,4 @@ def _pairs(part: Callable[[PurePosixPath], str | None]) -> list[Pair]:
 def operations() -> Iterable[Operation]:
     for name, (answer, part) in _PARTS.items():
         wording = wording_of("files", name)
-        yield Operation(f"file_{name}", "files", answer, wording, lambda p=part: _pairs(p))
+        yield Operation(f"file_{name}", "files", answer, wording, partial(_pairs, part))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 
 from ..tasks import Operation, Pair, share_of
 from ..wordings import with_article, wording_of
@@ -77,7 +77,7 @@ def operations() -> Iterable[Operation]:
     for name, (answer, write) in _WRITES.items():
         domain = "number" if answer == "number" else None
         yield Operation(
-            f"word_{name}", "letters", answer, wording_of("words", name), lambda w=write: _pairs(w), domain=domain
+            f"word_{name}", "letters", answer, wording_of("words", name), partial(_pairs, write), domain=domain
         )
     yield Operation("word_kind", "kinds", "phrase", wording_of("words", "kind"), _kinds)
     for kind in _YES_NO:
@@ -85,4 +85,4 @@ def operations() -> Iterable[Operation]:
             "words", "is_kind", kind=kind, a_kind=with_article(kind), kinds=PLURALS.get(kind, f"{kind}s")
         )
         name = f"word_is_{kind.replace(' ', '_')}"
-        yield Operation(name, "kinds", "yesno", wording, lambda k=kind: _is_kind(k), forms=("plain", "prefix"))
+        yield Operation(name, "kinds", "yesno", wording, partial(_is_kind, kind), forms=("plain", "prefix"))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 
 from ..tasks import Operation, Pair
 from ..wordings import with_article, wording_of
@@ -122,7 +122,7 @@ _CHANGES: dict[str, Callable[[Words], str | None]] = {
 def operations() -> Iterable[Operation]:
     for name, choose in _CHOICES.items():
         yield Operation(
-            f"list_{name}", "selections", "word", wording_of("lists", name), lambda c=choose: _pairs(c), domain="any"
+            f"list_{name}", "selections", "word", wording_of("lists", name), partial(_pairs, choose), domain="any"
         )
     for kind in CATEGORIES:
         proper = kind in ("country", "city", "weekday", "month")
@@ -135,7 +135,7 @@ def operations() -> Iterable[Operation]:
             "kinds",
             "name" if proper else "word",
             wording,
-            lambda k=kind: _kind_pairs(k),
+            partial(_kind_pairs, kind),
             domain=None if kind == "city" else domain,
         )
     odd = [words for words, _ in odd_lists()]
@@ -149,7 +149,7 @@ def operations() -> Iterable[Operation]:
         lambda: _pairs(lambda words: _kind_of(words[0]), _same_kind_lists()),
     )  # fmt: skip
     for name, change in _CHANGES.items():
-        yield Operation(f"list_{name}", "lists", "list", wording_of("lists", name), lambda c=change: _pairs(c))
+        yield Operation(f"list_{name}", "lists", "list", wording_of("lists", name), partial(_pairs, change))
     yield Operation(
         "list_count", "lists", "number", wording_of("lists", "count"), lambda: _pairs(lambda words: str(len(words))),
         domain="number",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 
 import inflect
 import num2words
@@ -97,10 +97,10 @@ def operations() -> Iterable[Operation]:
     for name, (answer, change) in _UNARY.items():
         domain = "number" if answer == "number" else None
         wording = wording_of("numbers", name)
-        yield Operation(f"number_{name}", "arithmetic", answer, wording, lambda c=change: _each(c), domain=domain)
+        yield Operation(f"number_{name}", "arithmetic", answer, wording, partial(_each, change), domain=domain)
     for name, join in _BINARY.items():
         wording = wording_of("numbers", name)
-        yield Operation(f"numbers_{name}", "arithmetic", "number", wording, lambda j=join: _both(j), domain="number")
+        yield Operation(f"numbers_{name}", "arithmetic", "number", wording, partial(_both, join), domain="number")
     yield Operation(
         "numbers_product", "arithmetic", "number", wording_of("numbers", "product"),
         lambda: _both(lambda a, b: a * b, factor_pairs()), domain="number",
@@ -111,7 +111,7 @@ def operations() -> Iterable[Operation]:
         language = lexicon.LANGUAGES[code]
         wording = wording_of("numbers", "words_in", language=language)
         name = f"number_words_{language.lower()}"
-        yield Operation(name, "number words", "foreign", wording, lambda c=code: _words(c), languages=(language,))
+        yield Operation(name, "number words", "foreign", wording, partial(_words, code), languages=(language,))
         yield _from_words(code, language, (language,))
     yield Operation(
         "number_separated", "number formats", "code", wording_of("numbers", "separated"),
@@ -122,7 +122,7 @@ def operations() -> Iterable[Operation]:
         yield Operation(
             f"number_separated_{language.lower()}", "number formats", "code",
             wording_of("numbers", "separated_in", language=language),
-            lambda c=code: _each(lambda n: _grouped(n, c), large_numbers()),
+            partial(_each, partial(_grouped, language=code), large_numbers()),
             languages=(language,),
         )  # fmt: skip
 

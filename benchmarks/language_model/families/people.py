@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import inflect
 
@@ -82,5 +82,5 @@ def _pairs(field: Callable[[Person], str]) -> list[Pair]:
 def operations() -> Iterable[Operation]:
     for name, (answer, domain, field) in _FIELDS.items():
         yield Operation(
-            f"person_{name}", "people", answer, wording_of("people", name), lambda f=field: _pairs(f), domain=domain
+            f"person_{name}", "people", answer, wording_of("people", name), partial(_pairs, field), domain=domain
         )

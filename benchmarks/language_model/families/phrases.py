@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 
 import inflect
 import lemminflect
@@ -75,5 +75,5 @@ def _pairs(write: Callable[[tuple[str, ...]], str]) -> list[Pair]:
 def operations() -> Iterable[Operation]:
     for name, (answer, domain, write) in _WRITES.items():
         yield Operation(
-            f"phrase_{name}", "phrases", answer, wording_of("phrases", name), lambda w=write: _pairs(w), domain=domain
+            f"phrase_{name}", "phrases", answer, wording_of("phrases", name), partial(_pairs, write), domain=domain
         )

