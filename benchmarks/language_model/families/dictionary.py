@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
-import emoji
 from babel.core import UnknownLocaleError, get_global
 
 from .. import lexicon
@@ -156,6 +155,3 @@ def _both_ways(domain: str, code: str, language: str) -> Iterable[Operation]:
         domain=domain,
         languages=(language,),
     )
-
-
-__all__ = ["PACKAGES", "currency_names", "emoji", "language_names", "operations", "things"]
