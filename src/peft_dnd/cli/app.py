@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from inspect import cleandoc
 from typing import Annotated
 
@@ -50,9 +51,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"peft-dnd {version('peft-dnd')}")
+        typer.echo(f"peft-dnd {metadata.version('peft-dnd')}")
         raise typer.Exit
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from .console import CommandError, one_paragraph
 if TYPE_CHECKING:
     from torch import nn
 
-    from peft_dnd import AdapterLayout
+    from peft_dnd.adapters import AdapterLayout
 
 # PEFT's task type -> the class of transformers that loads such a base.
 _AUTO_CLASSES = {
@@ -99,9 +100,7 @@ def fit_to_skeleton(layout: AdapterLayout, name: str) -> tuple[dict[str, str], s
     Raises:
         CommandError: As in `skeleton`.
     """
-    from dataclasses import replace
-
-    from peft_dnd import AdapterLayout
+    from peft_dnd.adapters import AdapterLayout
     from peft_dnd.adapters.matching import lora_config_for, match_modules
     from peft_dnd.errors import BaseModelMismatchError
 

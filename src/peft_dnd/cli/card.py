@@ -52,7 +52,8 @@ def card(
 
 
 def _load(what: str, kind: str, revision: str | None) -> Any:
-    from peft_dnd import GeneratedAdapter, PromptConditionedLoraGenerator
+    from peft_dnd.adapters import GeneratedAdapter
+    from peft_dnd.generator import PromptConditionedLoraGenerator
 
     return (PromptConditionedLoraGenerator if kind == "generator" else GeneratedAdapter).from_pretrained(
         what, revision=revision

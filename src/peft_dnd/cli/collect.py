@@ -193,7 +193,7 @@ class _Collection:
         from peft import get_peft_model
         from transformers import Trainer, set_seed
 
-        from peft_dnd import CheckpointCollector
+        from peft_dnd.pairs import CheckpointCollector
         from peft_dnd.pairs.examples import ExampleCollator
 
         max_length = int(self._plan.get("max_length", 512))

@@ -68,8 +68,10 @@ def evaluate(
     if shots and by != "answers":
         raise typer.BadParameter("--shots goes with --by answers.")
     asked = None if examples is None else _questions(examples, held_out, column, answer_column, max_examples)
-    from peft_dnd import GeneratedAdapter, PromptCheckpointDataset, PromptConditionedLoraGenerator
+    from peft_dnd.adapters import GeneratedAdapter
     from peft_dnd.evaluation import HeldOutTask, evaluate_generator
+    from peft_dnd.generator import PromptConditionedLoraGenerator
+    from peft_dnd.pairs import PromptCheckpointDataset
 
     with progress(quiet):
         loaded = PromptConditionedLoraGenerator.from_pretrained(generator, revision=revision)

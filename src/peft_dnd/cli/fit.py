@@ -119,12 +119,8 @@ def fit(
 
 
 def _fit(plan: dict[str, Any], folder: Path, device: str | None, *, resume: bool, quiet: bool) -> dict[str, Any]:
-    from peft_dnd import (
-        DnDTrainer,
-        DnDTrainingArguments,
-        PromptConditionedLoraGenerator,
-        PromptConditionedLoraGeneratorConfig,
-    )
+    from peft_dnd.fitting import DnDTrainer, DnDTrainingArguments
+    from peft_dnd.generator import PromptConditionedLoraGenerator, PromptConditionedLoraGeneratorConfig
 
     own = {"output_dir": str(folder), "seed": plan.get("seed", 0), "disable_tqdm": quiet, **_TRAINING}
     if device == "cpu":
@@ -164,7 +160,8 @@ def _read_pairs(plan: dict[str, Any], base: Any) -> tuple[Any, Any]:
     """The pairs to fit to, and those held out or `None`."""
     from peft import LoraConfig
 
-    from peft_dnd import AdapterLayout, PromptCheckpointDataset
+    from peft_dnd.adapters import AdapterLayout
+    from peft_dnd.pairs import PromptCheckpointDataset
     from peft_dnd.storage.hub import hub_id
 
     lora = built(LoraConfig, "lora", section(plan, "lora"), {field.name for field in fields(LoraConfig)}, **_LORA)

@@ -13,7 +13,7 @@ from .prompt_files import STANDARD_INPUT, Format, Row, files_of_tasks, read_data
 
 
 if TYPE_CHECKING:
-    from peft_dnd import GeneratedAdapter
+    from peft_dnd.adapters import GeneratedAdapter
 
 _COLUMN = "prompt"
 
@@ -114,7 +114,7 @@ def _rows(source: str, column: str, file_format: Format | None) -> list[Row]:
 
 
 def _load(name: str, revision: str | None, *, stream: bool) -> Any:
-    from peft_dnd import PromptConditionedLoraGenerator, StreamedLoraGenerator
+    from peft_dnd.generator import PromptConditionedLoraGenerator, StreamedLoraGenerator
 
     kind = StreamedLoraGenerator if stream else PromptConditionedLoraGenerator
     return kind.from_pretrained(name, revision=revision)
@@ -129,7 +129,10 @@ def _generated(
         try:
             answers = {task: texts_of(of, answer_column, task or "the prompts") for task, of in rows.items()}
         except CommandError as error:
-            raise CommandError(f"The generator reads answers too. {error}") from error
+            raise CommandError(
+                f'The generator reads answers too. Give a .jsonl, one {{"prompt": "...", "answer": "..."}} a line, '
+                f"or another file with both. {error}"
+            ) from error
     if "" in texts:
         answers_of_one = None if answers is None else answers[""]
         return {"": generator.generate_adapter(texts[""], answers=answers_of_one, **options)}

@@ -40,7 +40,7 @@ def import_adapters(
         if task in pools:
             raise CommandError(f"--prompts names the task {task!r} twice.")
         pools[task] = read_prompts(file, column)
-    from peft_dnd import import_published_adapters
+    from peft_dnd.published import import_published_adapters
 
     with progress(quiet):
         tasks = import_published_adapters(adapters, pairs, prompts=pools, settings=settings)

@@ -32,7 +32,7 @@ def import_generator(
       peft-dnd import-generator qwen0.5lora__ARC-c.pth generator --settings common-sense-0.5b
     """
     existing_file(file, "The released file")
-    from peft_dnd import load_published_generator
+    from peft_dnd.published import load_published_generator
 
     with progress(quiet):
         loaded = load_published_generator(file, settings, text_encoder=text_encoder, base_model=base_model)

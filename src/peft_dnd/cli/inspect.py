@@ -15,7 +15,7 @@ from .engines import vllm_problems
 
 
 if TYPE_CHECKING:
-    from peft_dnd import AdapterLayout
+    from peft_dnd.adapters import AdapterLayout
 
 Kind = Literal["generator", "adapter", "pairs"]
 
@@ -120,8 +120,8 @@ def _on_hub(name: str, revision: str | None) -> Kind:
 
 
 def _look_at_generator(name: str, revision: str | None) -> tuple[dict[str, Any], AdapterLayout | None, list[str]]:
-    from peft_dnd import PromptConditionedLoraGeneratorConfig
     from peft_dnd.decoders import check_decoder_type
+    from peft_dnd.generator import PromptConditionedLoraGeneratorConfig
     from peft_dnd.storage.files import read_safetensors_shapes
     from peft_dnd.text.out_of_distribution import REFERENCE_NAME
 
@@ -150,7 +150,7 @@ def _look_at_generator(name: str, revision: str | None) -> tuple[dict[str, Any],
 
 
 def _look_at_adapter(name: str, revision: str | None) -> tuple[dict[str, Any], AdapterLayout | None, list[str]]:
-    from peft_dnd import AdapterLayout
+    from peft_dnd.adapters import AdapterLayout
     from peft_dnd.adapters.generated_adapter import PROVENANCE_NAME
     from peft_dnd.adapters.lora import ADAPTER_WEIGHTS_NAME
     from peft_dnd.errors import LayoutError
