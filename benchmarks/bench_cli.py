@@ -68,14 +68,25 @@ def write_generator(folder: Path) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "is", "the", "law", "court", "please"]
     folder.mkdir(exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
-    bert = BertConfig(len(words), 16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    bert = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
     BertModel(bert).save_pretrained(folder / "bert")
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder / "bert")
     reader = SentenceTransformer(
         modules=[Transformer(str(folder / "bert"), max_seq_length=32), Pooling(16)], device="cpu"
     )
     reader.save(str(folder / "encoder"))
-    base = LlamaForCausalLM(LlamaConfig(50, 24, 40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
     lora = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
     config = PromptConditionedLoraGeneratorConfig.from_adapters(
         AdapterLayout.from_lora_config(lora, base), str(folder / "encoder"), num_prompts=4, max_prompt_length=16
