@@ -37,9 +37,14 @@ CONTEXTS = {
 def distilled(base_model: nn.Module, word_tokenizer, tmp_path: Path) -> Path:
     for task, context in CONTEXTS.items():
         distil_task(
-            tmp_path / "pairs" / task, TASK_PROMPTS[task], teacher=base_model, tokenizer=word_tokenizer, context=context,
-            max_new_tokens=3, top_tokens=4,
-        )  # fmt: skip
+            tmp_path / "pairs" / task,
+            TASK_PROMPTS[task],
+            teacher=base_model,
+            tokenizer=word_tokenizer,
+            context=context,
+            max_new_tokens=3,
+            top_tokens=4,
+        )
     return tmp_path / "pairs"
 
 

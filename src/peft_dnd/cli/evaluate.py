@@ -201,7 +201,7 @@ def _by_labels(rows: dict[str, list[dict[str, Any]]], batch_size: int) -> Scorer
 
 
 def _batches(model: Any, rows: list[dict[str, Any]], batch_size: int) -> Any:
-    from peft_dnd.pairs.examples import ExampleCollator
+    from peft_dnd.pairs.collator import ExampleCollator
 
     collate = ExampleCollator.for_model(model)
     device = next(model.parameters()).device
