@@ -194,7 +194,7 @@ class _Collection:
         from transformers import Trainer, set_seed
 
         from peft_dnd.pairs import CheckpointCollector
-        from peft_dnd.pairs.examples import ExampleCollator
+        from peft_dnd.pairs.collator import ExampleCollator
 
         max_length = int(self._plan.get("max_length", 512))
         rows = [example_of(tokenizer, *pair, max_length) for pair in zip(questions, answers, strict=True)]
