@@ -76,7 +76,7 @@ def test_mistakes_in_a_recipe_are_named(run, collected, encoder_folder, tmp_path
     assert run("fit", "--set", "training.max_steps").code == 2
 
 
-def test_distils_tasks(run, base_folder, tmp_path) -> None:
+def test_distils_tasks_and_fits_to_them(run, base_folder, encoder_folder, tmp_path) -> None:
     inputs = tmp_path / "inputs.txt"
     inputs.write_text("what is law ?\nwhat is tax ?\n", encoding="utf-8")
     for task, context in (("one", "answer court . "), ("two", "answer doctor . ")):
@@ -86,6 +86,15 @@ def test_distils_tasks(run, base_folder, tmp_path) -> None:
         assert ran.facts["inputs"] == 2
     tasks = run("inspect", tmp_path / "pairs", "--json").facts["tasks"]
     assert tasks["one"]["distilled"] == 2 and tasks["one"]["checkpoints"] == 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"pairs: {tmp_path / 'pairs'}\noutput: {tmp_path / 'generator'}\ntext_encoder: {encoder_folder}\n"
+        f"base: {base_folder}\nlora: {{r: 2}}\ntraining: {{distillation_weight: 1.0}}\n",
+        encoding="utf-8",
+    )
+    ran = run("fit", recipe, *QUICK, "--json", "-q")
+    assert ran.code == 0, ran.err
+    assert run("inspect", tmp_path / "generator", "--base", base_folder, "--json").facts["max_rank"] == 2
     ran = run("distil", base_folder, inputs, tmp_path / "pairs" / "three")
     assert ran.code == 2 and "--context" in ran.err
     ran = run("distil", base_folder, inputs, tmp_path / "pairs" / "x", "--context-file", tmp_path / "typo")
