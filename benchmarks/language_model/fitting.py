@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The world's training tasks as a pairs folder, and a generator fitted to them on the base's own loss."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers.trainer_utils import get_last_checkpoint
+
+from language_model.base import load_base, with_small_head
+from language_model.rows import IGNORED, Row, example_row, prompt_of
+from peft_dnd import (
+    AdapterLayout,
+    DnDTrainer,
+    DnDTrainingArguments,
+    PromptCheckpointDataset,
+    PromptConditionedLoraGenerator,
+    PromptConditionedLoraGeneratorConfig,
+    write_task_without_checkpoints,
+)
+from peft_dnd.storage.files import read_json, write_json
+from peft_dnd.text import AnswerStatesTextEncoder
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How a generator is fitted; chosen on training tasks and earlier trials, on no held-out task's scores."""
+
+    steps: int = 2000
+    tasks_a_step: int = 16
+    examples: int = 4
+    prompts: int = 3
+    prompt_pool: int = 24
+    examples_a_task: int = 200
+    rank: int = 32
+    core_rank: int = 16
+    hidden_size: int = 256
+    layers: tuple[int, ...] = (2, 6, 10, 14, 18)
+    learning_rate: float = 1e-3
+    warmup: float = 0.02
+    common_tokens: int = 3000
+    seed: int = 0
+
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def lora_config(rank: int) -> LoraConfig:
+    """Plain LoRA on all projections, with a scaling of 1."""
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, task_type="CAUSAL_LM")
+
+
+def prompts_of(task: Any, split: str, count: int, seed: str, *, wordings: int | None = None) -> list[str]:
+    """Prompts of a task: wordings of its instruction and inputs of its training examples, drawn by a seed.
+
+    Args:
+        task: The world's task.
+        split: `"seen"` or `"unseen"` wordings.
+        count: How many prompts.
+        seed: What the draw depends on, beside the task.
+        wordings: In how many wordings at most; `None`: each in one of its own, as far as there are so many.
+    """
+    chance = random.Random(f"{seed} {task.name}")
+    instructions = list(task.instructions(split))
+    chosen = chance.sample(instructions, min(len(instructions), wordings or count))
+    inputs = [example.input for example in task.train]
+    return [prompt_of(chosen[i % len(chosen)], chance.choice(inputs)) for i in range(count)]
+
+
+def write_pairs(
+    folder: Path, tasks: Sequence[Any], tokenizer: Any, settings: FitSettings, names: dict[int, int]
+) -> None:
+    """Write tasks as a pairs folder without checkpoints; their examples are labelled in the small head's numbers."""
+    for number, task in enumerate(tasks):
+        rows = [example_row(tokenizer, example.input, example.output) for example in task.train]
+        labelled = [
+            {**row, "labels": [label if label == IGNORED else names[label] for label in row["labels"]]}
+            for row in rows[: settings.examples_a_task]
+        ]
+        write_task_without_checkpoints(
+            folder / f"{number:04d}",
+            prompts_of(task, "seen", settings.prompt_pool, f"pool {settings.seed}"),
+            labelled,
+            task=task.name,
+            overwrite=True,
+        )
+
+
+def answer_tokens(tasks: Sequence[Any], tokenizer: Any, settings: FitSettings) -> list[int]:
+    """The tokens of the training answers, and the first few thousand of the vocabulary beside them."""
+    answers = sorted({example.output for task in tasks for example in task.train})
+    rows: list[Row] = [example_row(tokenizer, "", answer) for answer in answers]
+    return sorted({*range(settings.common_tokens), *(label for row in rows for label in row["labels"] if label >= 0)})
+
+
+def fit_generator(
+    folder: Path, base: Path, tasks: Sequence[Any], settings: FitSettings
+) -> PromptConditionedLoraGenerator:
+    """Fit a generator, going on where an interrupted fit stopped.
+
+    Args:
+        folder: Where pairs, checkpoints and the generator are kept.
+        base: The prepared base's folder.
+        tasks: The world's training tasks.
+        settings: How.
+    """
+    model, tokenizer = load_base(base, torch.bfloat16)
+    model, names = with_small_head(model, answer_tokens(tasks, tokenizer, settings))
+    marker = {"tasks": [task.name for task in tasks], "settings": {**asdict(settings), "steps": 0}}
+    marker["settings"]["layers"] = list(settings.layers)
+    written = folder / "pairs.json"
+    if not written.is_file() or read_json(written) != marker:
+        write_pairs(folder / "pairs", tasks, tokenizer, settings, names)
+        write_json(written, marker)
+    layout = AdapterLayout.from_lora_config(lora_config(settings.rank), model)
+    pairs = PromptCheckpointDataset.from_folder(folder / "pairs", layout=layout, seed=settings.seed)
+    encoder = AnswerStatesTextEncoder.from_pretrained(base, settings.layers, dtype=torch.bfloat16, block_tokens=512)
+    config = PromptConditionedLoraGeneratorConfig.from_adapters(
+        pairs,
+        encoder,
+        num_prompts=settings.prompts,
+        decoder_type="core",
+        decoder_config={"core_rank": settings.core_rank, "hidden_size": settings.hidden_size},
+    )
+    torch.manual_seed(settings.seed)
+    generator = PromptConditionedLoraGenerator(config, encoder)
+    arguments = DnDTrainingArguments(
+        output_dir=str(folder / "fit"),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.tasks_a_step,
+        task_examples=settings.examples,
+        task_loss_weight=1.0,
+        learning_rate=settings.learning_rate,
+        warmup_steps=max(1, int(settings.warmup * settings.steps)),
+        adam_beta2=0.98,
+        weight_decay=0.0,
+        smallest_prompt_set=1,
+        save_steps=200,
+        save_total_limit=1,
+        logging_steps=20,
+        seed=settings.seed,
+        report_to=[],
+        use_cpu=not torch.cuda.is_available(),
+    )
+    trainer = DnDTrainer(generator, arguments, pairs, base_model=model)
+    last = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    generator.save_pretrained(folder / "generator")
+    write_json(folder / "log.json", trainer.state.log_history)
+    return generator
