@@ -20,7 +20,8 @@ from peft_dnd import PromptCheckpointDataset
 from peft_dnd.errors import CorruptFileError, GeneratorConfigError, PairsFolderError, PromptError
 from peft_dnd.fitting import teacher as teacher_module
 from peft_dnd.fitting.teacher import base_digest, distil_task
-from peft_dnd.pairs.distillation import PARTIAL_NAME, RECORD_NAME, ROWS_NAME, DistillationCollator, load_distillation
+from peft_dnd.pairs.collator import DistillationCollator
+from peft_dnd.pairs.distillation import PARTIAL_NAME, RECORD_NAME, ROWS_NAME, load_distillation
 
 
 INPUTS = ["what is the law ?", "a court please", "the capital ?", "medicine , doctor", "what colour is the river ?"]

@@ -145,6 +145,8 @@ def _import_adapters(options: argparse.Namespace) -> None:
         task, equals, file = given.partition("=")
         if not equals:
             raise PromptError(f"--prompts {given!r} is not of the form TASK=FILE.")
+        if task in prompts:
+            raise PromptError(f"--prompts names the task {task!r} twice. Give each task one file.")
         prompts[task] = _read_prompts(Path(file))
     tasks = import_published_adapters(options.adapters, options.pairs, prompts=prompts, settings=options.settings)
     print(f"{len(tasks)} task(s), saved to {options.pairs}: {', '.join(tasks)}")

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The protocol's result: figures made of scores, merged, saved, read back, shown and attached to a generator."""
+"""The report of an evaluation: made of scores, merged, saved and read back, shown, put into a model card."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,10 @@ from ..errors import CorruptFileError, EvaluationError, FormatVersionError
 from ..generator.model_card import EVALUATION
 from ..generator.modeling import PromptConditionedLoraGenerator
 from ..storage.files import PathLike, read_json, staged_file, write_text
-from .figures import ReportFigures
-from .presentation import draw, markdown
+from .intervals import Estimate, Resampling, ScoreTable, read_estimates
+from .presentation import draw, facts_table, headlines, rows_table, task_table
 from .readout import Row, RowReader, Scores, score_tables
 from .rows import in_order, row_label
-from .statistics import Estimate, Resampling, ScoreTable
 
 
 FORMAT_VERSION = 1
@@ -32,14 +31,39 @@ _LIST_OF_NUMBERS = re.compile(r"\[\s+((?:[-+.\deE]+,\s+)*[-+.\deE]+)\s+\]")
 
 
 @dataclass(frozen=True)
-class EvaluationReport(ReportFigures):
+class EvaluationReport:
     """What a generator's adapters are worth on held-out tasks, beside what they must be compared with.
 
     Made by [`evaluate_generator`], or from scores measured elsewhere by
     [`from_scores`][EvaluationReport.from_scores].
 
-    Its attributes are those of [`ReportFigures`][peft_dnd.evaluation.ReportFigures].
+    Attributes:
+        tasks: The held-out tasks.
+        rows: Key -> row, in the protocol's order; what was not measured is not there.
+        not_measured: Key of a row that is missing -> why.
+        share_of_gap_closed: (generated - base) / (trained - base), of the means over tasks; `None` without those
+            rows, or where the trained adapters are no better than the base.
+        share_of_gap_closed_by_task: The same for each task where it is defined.
+        conditioning_gain: Generated minus the best of the control rows (other tasks' prompts, junk, constant). The
+            best is the one with the best mean; it is chosen anew in each resample.
+        conditioning_gain_by_task: The same for each task, minus the best control of that task.
+        costs: Seconds and bytes to generate; apart, under `"fitting"`, what collecting and fitting cost.
+        details: How rows came about: each training adapter's scores, the nearest tasks, ridge's settings and so on.
+        settings: What the report was made with: seed, confidence, resamples, versions.
+        scores: Row -> task -> a score for each example; `None` in a report read back without them.
     """
+
+    tasks: tuple[str, ...]
+    rows: Mapping[str, Row]
+    not_measured: Mapping[str, str]
+    share_of_gap_closed: Estimate | None
+    share_of_gap_closed_by_task: Mapping[str, Estimate]
+    conditioning_gain: Estimate | None
+    conditioning_gain_by_task: Mapping[str, Estimate]
+    costs: Mapping[str, Any]
+    details: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    scores: Scores | None = field(default=None, repr=False)
 
     @classmethod
     def from_scores(
@@ -124,34 +148,43 @@ class EvaluationReport(ReportFigures):
             resampling=resampling,
         )
 
+    def row(self, key: str) -> Row:
+        """A row by its key.
+
+        Raises:
+            EvaluationError: If it was not measured; it says why.
+        """
+        if key not in self.rows:
+            why = self.not_measured.get(key, f"there is no such row; those measured are {', '.join(self.rows)}")
+            raise EvaluationError(f"Row {key!r} was not measured: {why}.")
+        return self.rows[key]
+
+    def clearly_above(self, key: str, *, over_tasks: bool = False) -> bool | None:
+        """Whether the generated row's interval lies wholly above another row's: the two do not touch.
+
+        The interval of the paired difference, `row(key).margin`, tells smaller differences apart.
+
+        Args:
+            key: The other row.
+            over_tasks: Which intervals, see [`Estimate`].
+
+        Returns:
+            `None` where there are no intervals.
+        """
+        ours, theirs = (
+            row.mean.over_tasks if over_tasks else row.mean.over_examples
+            for row in (self.row("generated"), self.row(key))
+        )
+        return None if ours is None or theirs is None else ours[0] > theirs[1]
+
     def to_dict(self, *, include_scores: bool = True) -> dict[str, Any]:
         """The report as JSON values.
 
         Args:
             include_scores: Whether the per-example scores are among them; without, it cannot be merged again.
         """
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, Estimate):
-                return value.to_dict()
-            return {key: plain(v) for key, v in value.items()} if isinstance(value, Mapping) else value
-
-        rows = {
-            key: {
-                "number": row.number,
-                "label": row.label,
-                "mean": plain(row.mean),
-                "by_task": plain(row.by_task),
-                "margin": plain(row.margin),
-                "margin_by_task": plain(row.margin_by_task),
-            }
-            for key, row in self.rows.items()
-        }
-        data = {name: plain(getattr(self, name)) for name in self.__dataclass_fields__}
-        scores = None
-        if include_scores and self.scores is not None:
-            scores = {key: {task: list(s) for task, s in of.items()} for key, of in self.scores.items()}
-        return {"format_version": FORMAT_VERSION, **data, "tasks": list(self.tasks), "rows": rows, "scores": scores}
+        data = {name: _plain(getattr(self, name)) for name in self.__dataclass_fields__}
+        return {"format_version": FORMAT_VERSION, **data, **({} if include_scores else {"scores": None})}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EvaluationReport:
@@ -169,12 +202,12 @@ class EvaluationReport(ReportFigures):
         try:
             return cls(
                 tasks=tuple(data["tasks"]),
-                rows={key: _read_row(key, row) for key, row in data["rows"].items()},
+                rows={key: Row.from_dict(key, row) for key, row in data["rows"].items()},
                 not_measured=data["not_measured"],
-                share_of_gap_closed=_read(data["share_of_gap_closed"]),
-                share_of_gap_closed_by_task=_read_all(data["share_of_gap_closed_by_task"]),
-                conditioning_gain=_read(data["conditioning_gain"]),
-                conditioning_gain_by_task=_read_all(data["conditioning_gain_by_task"]),
+                share_of_gap_closed=_estimate(data["share_of_gap_closed"]),
+                share_of_gap_closed_by_task=read_estimates(data["share_of_gap_closed_by_task"]),
+                conditioning_gain=_estimate(data["conditioning_gain"]),
+                conditioning_gain_by_task=read_estimates(data["conditioning_gain_by_task"]),
                 costs=data["costs"],
                 details=data["details"],
                 settings=data["settings"],
@@ -197,7 +230,7 @@ class EvaluationReport(ReportFigures):
         folder = Path(folder)
         try:
             with staged_file(folder / PLOT_NAME) as staged:
-                draw(self, staged)
+                draw(list(self.rows.values()), self.settings["confidence"], staged)
         except ImportError:
             (folder / PLOT_NAME).unlink(missing_ok=True)
         write_text(folder / MARKDOWN_NAME, self.to_markdown())
@@ -217,8 +250,25 @@ class EvaluationReport(ReportFigures):
         return cls.from_dict(read_json(Path(folder) / REPORT_NAME))
 
     def to_markdown(self) -> str:
-        """The report as Markdown tables."""
-        return markdown(self)
+        """The report as Markdown: the rows, the two headline figures, each task, what is missing, costs, settings."""
+        rows, settings = list(self.rows.values()), self.settings
+        parts = [
+            f"# Evaluation on {len(self.tasks)} held-out task{'s' if len(self.tasks) > 1 else ''}",
+            rows_table(rows),
+            f"Mean over the tasks of their mean scores. Intervals are {settings['confidence']:.0%} percentile "
+            f"bootstrap, {settings['resamples']} resamples: over the examples within each task, and over the tasks. "
+            '"Generated minus this row" is paired by example.',
+            headlines(self.share_of_gap_closed, self.conditioning_gain),
+            "## By task",
+            task_table(rows, self.tasks),
+        ]
+        if self.not_measured:
+            missing = [f"- {row_label(key)}: {why}" for key, why in self.not_measured.items()]
+            parts += ["## Not measured", "\n".join(missing)]
+        if self.costs:
+            parts += ["## Costs", facts_table(self.costs, leave_out=("by_report", "seconds_by_task"))]
+        parts += ["## Settings", facts_table(settings)]
+        return "\n\n".join(parts) + "\n"
 
     def model_card_rows(self) -> dict[str, Any]:
         """What a model card shows of it, as JSON values: see `peft_dnd.generator.model_card`."""
@@ -246,22 +296,16 @@ def _mean_costs(reports: Sequence[EvaluationReport]) -> dict[str, float]:
     }
 
 
-def _read_row(key: str, data: Mapping[str, Any]) -> Row:
-    return Row(
-        key,
-        Estimate.from_dict(data["mean"]),
-        _read_all(data["by_task"]),
-        _read(data["margin"]),
-        _read_all(data["margin_by_task"]),
-    )
+def _plain(value: Any) -> Any:
+    if isinstance(value, Estimate | Row):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: _plain(of) for key, of in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
-def _read(data: Mapping[str, Any] | None) -> Estimate | None:
+def _estimate(data: Mapping[str, Any] | None) -> Estimate | None:
     return None if data is None else Estimate.from_dict(data)
-
-
-def _read_all(data: Mapping[str, Any]) -> dict[str, Estimate]:
-    return {task: Estimate.from_dict(estimate) for task, estimate in data.items()}
 
 
 def _brief(estimate: Estimate | None) -> list[Any] | None:

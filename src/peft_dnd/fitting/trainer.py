@@ -23,9 +23,8 @@ from ..evaluation import EvaluationReport, score_generated
 from ..generator.conditioning import TEXT_ENCODER_FOLDER
 from ..generator.model_card import EVALUATION
 from ..generator.modeling import PromptConditionedLoraGenerator
-from ..pairs.collator import PromptCheckpointCollator
+from ..pairs.collator import ExampleCollator, ExamplesBesidePairs, PromptCheckpointCollator
 from ..pairs.dataset import PromptCheckpointDataset
-from ..pairs.examples import ExampleCollator, ExamplesBesidePairs
 from ..storage.cards import CARD_NAME, may_write_card
 from ..storage.files import write_text
 from ..storage.processes import agree, check_sharding, separate_noise

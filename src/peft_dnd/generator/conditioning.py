@@ -12,10 +12,10 @@ from torch import nn
 
 from ..errors import TextEncoderError
 from ..text.encoder import TextEncoder, check_how_it_reads, condition_size
+from ..text.named_encoder import load_named_encoder
 from ..text.padded_token_states import padded_token_states
 from ..text.prompts import draw_prompt_set, select_prompts
 from ..text.prompts_and_answers import condition_texts
-from ..text.sentence_transformer_encoder import SentenceTransformerTextEncoder
 from ..text.token_states import TokenStates
 from .configuration import PromptConditionedLoraGeneratorConfig
 
@@ -53,7 +53,9 @@ class PromptReadingMixin(nn.Module):
         if self._text_encoder is None:
             self._text_encoder = self._find_text_encoder()
         encoder = self._text_encoder
-        check_how_it_reads(encoder, self.config.text_encoder_layer, self.config.window_tokens)
+        check_how_it_reads(
+            encoder, self.config.text_encoder_layer, self.config.window_tokens, self.config.text_encoder_layers
+        )
         size = condition_size(encoder, self.config.condition)
         if size != self.config.condition_size:
             raise TextEncoderError(
@@ -81,8 +83,13 @@ class PromptReadingMixin(nn.Module):
                 "The configuration names no text encoder. Set config.text_encoder to a sentence-transformers model, "
                 "or pass PromptConditionedLoraGenerator(config, text_encoder=...)."
             )
-        return SentenceTransformerTextEncoder.from_pretrained(
-            name, revision=revision, token=token, layer=config.text_encoder_layer, window_tokens=config.window_tokens
+        return load_named_encoder(
+            name,
+            revision=revision,
+            token=token,
+            layer=config.text_encoder_layer,
+            layers=config.text_encoder_layers,
+            window_tokens=config.window_tokens,
         )
 
     def condition_texts(

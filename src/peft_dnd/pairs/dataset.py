@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt-checkpoint pairs as a data set: reading them, drawing batches of them, and their statistics."""
+"""The data set: a pairs folder's prompts and checkpoints, item by item, as a `Trainer` goes through them."""
 
 from __future__ import annotations
 
@@ -107,16 +107,16 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         folders = find_tasks(path, None if tasks is None else _names(tasks)).values()
         read = [load_task(folder) for folder in with_progress(folders, "Checking pairs")]
         check_alike(read)
-        found = next((task.layout for task in read if task.layout is not None), None)
-        if layout is not None and found is not None and (difference := found.difference(layout)) is not None:
+        if keep_in_memory is None:
+            sizes = (checkpoint.stat().st_size for task in read for checkpoint in task.checkpoints)
+            keep_in_memory = sum(sizes) < _KEPT_IN_MEMORY
+        pairs = cls(read, seed=seed, keep_in_memory=keep_in_memory, layout=layout)
+        if layout is not None and (difference := pairs.layout.difference(layout)) is not None:
             raise LayoutError(
                 f"The checkpoints in {str(path)!r} have another layout than layout= says: {difference} (the first is "
                 "the checkpoints'). Leave layout= out, or choose among the tasks with tasks=[...]."
             )
-        if keep_in_memory is None:
-            sizes = (checkpoint.stat().st_size for task in read for checkpoint in task.checkpoints)
-            keep_in_memory = sum(sizes) < _KEPT_IN_MEMORY
-        return cls(read, seed=seed, keep_in_memory=keep_in_memory, layout=layout)
+        return pairs
 
     @classmethod
     def from_hub(
@@ -203,7 +203,7 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
 
     def with_canonical_factors(self) -> PromptCheckpointDataset:
         """The same pairs, but each checkpoint with its factors in canonical form; see [`canonical_state_dict`]."""
-        return self if self.canonical else self._of(list(self._tasks.values()), canonical=True)
+        return self if self.canonical else self._of(self._tasks.values(), canonical=True)
 
     def with_condition(
         self, condition_text: str = "prompts", answer_ratio: float = 0.2, *, prompt_pool_size: int | None = None
@@ -226,11 +226,14 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         """
         if prompt_pool_size is not None and (not isinstance(prompt_pool_size, int) or prompt_pool_size < 1):
             raise GeneratorConfigError(f"prompt_pool_size must be at least 1, got {prompt_pool_size!r}.")
-        tasks = list(self._tasks.values())
-        formed = [_with_texts(task, condition_text, answer_ratio, prompt_pool_size, self.seed) for task in tasks]
-        if all(new is old for new, old in zip(formed, tasks, strict=True)):
+        formed = []
+        for task in self._tasks.values():
+            seed = _stable_seed(self.seed, task.name)  # the task's own, whatever other tasks there are
+            smaller = task if prompt_pool_size is None else _with_fewer_prompts(task, prompt_pool_size, seed)
+            formed.append(_with_texts(smaller, condition_text, answer_ratio, seed))
+        if all(new is old for new, old in zip(formed, self._tasks.values(), strict=True)):
             return self
-        return self._of(formed, self.canonical)
+        return self._of(formed)
 
     def prompts(self, task: str) -> tuple[str, ...]:
         """A task's whole pool of prompts, or of the texts in their place."""
@@ -292,7 +295,7 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
                 f"Holding out {len(out)} of {len(self._tasks)} tasks leaves one of the two parts empty. Name at least "
                 "one task, and not all."
             )
-        return self._of(rest, self.canonical), self._of(out, self.canonical)
+        return self._of(rest), self._of(out)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, on which the items' seeds depend."""
@@ -315,14 +318,18 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         }
 
     def _task(self, name: str) -> Task:
-        if not isinstance(name, str) or name not in self._tasks:
+        if name not in self.tasks:
             raise PairsFolderError(f"There is no task {name!r}. The tasks: {', '.join(map(repr, self._tasks))}.")
         return self._tasks[name]
 
-    def _of(self, tasks: Sequence[Task], canonical: bool) -> PromptCheckpointDataset:
+    def _of(self, tasks: Iterable[Task], *, canonical: bool = False) -> PromptCheckpointDataset:
         """Other tasks, or the same ones in another form, with all else as it is here."""
         return PromptCheckpointDataset(
-            tasks, seed=self.seed, keep_in_memory=self.keep_in_memory, layout=self._layout, canonical=canonical
+            list(tasks),
+            seed=self.seed,
+            keep_in_memory=self.keep_in_memory,
+            layout=self._layout,
+            canonical=canonical or self.canonical,
         )
 
     def _task_with_checkpoints(self, name: str) -> Task:
@@ -343,13 +350,15 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         return dict(kept)
 
 
-def _with_texts(task: Task, condition_text: str, answer_ratio: float, pool_size: int | None, seed: int) -> Task:
-    # Both draws are the task's own, whatever other tasks there are.
-    seed = _stable_seed(seed, task.name)
-    if pool_size is not None and pool_size < len(task.prompts):
-        kept = sorted(select_prompts(len(task.prompts), pool_size, seed).tolist())
-        answers = None if task.answers is None else tuple(task.answers[index] for index in kept)
-        task = replace(task, prompts=tuple(task.prompts[index] for index in kept), answers=answers)
+def _with_fewer_prompts(task: Task, pool_size: int, seed: int) -> Task:
+    if pool_size >= len(task.prompts):
+        return task
+    kept = sorted(select_prompts(len(task.prompts), pool_size, seed).tolist())
+    answers = None if task.answers is None else tuple(task.answers[index] for index in kept)
+    return replace(task, prompts=tuple(task.prompts[index] for index in kept), answers=answers)
+
+
+def _with_texts(task: Task, condition_text: str, answer_ratio: float, seed: int) -> Task:
     if task.condition_text == condition_text:
         return task
     what = f"the prompts of task {task.name!r}"

@@ -14,17 +14,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import CorruptFileError, FormatVersionError, PairsFolderError
 from ..storage.files import PathLike, read_json, write_json
 from ..version import __version__
-from .examples import ExampleCollator, TaskExamples
+from .examples import TaskExamples
 
 
 FORMAT_VERSION = 1
@@ -179,37 +177,6 @@ class DistillationWriter:
         if len(whole) != len(content):
             os.truncate(self._partial, len(whole))
         return whole.count(b"\n")
-
-
-class DistillationCollator(ExampleCollator):
-    """Makes distilled rows into a batch: as [`ExampleCollator`], with the top tokens of all answer tokens in a row.
-
-    Beside the padded `input_ids`, `labels` and `attention_mask` there are `top_tokens`, (P, k) int64, and
-    `top_log_probs`, (P, k) float32, for the P labelled positions of the batch, row by row.
-    """
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Make a batch.
-
-        Raises:
-            PairsFolderError: If the rows do not belong together, or a position lacks its top tokens.
-        """
-        batch = super().__call__([{name: row[name] for name in row if not name.startswith("top_")} for row in rows])
-        try:
-            tokens = torch.tensor([top for row in rows for top in row["top_tokens"]])
-            log_probs = torch.tensor([top for row in rows for top in row["top_log_probs"]], dtype=torch.float32)
-        except (KeyError, TypeError, ValueError) as error:
-            raise PairsFolderError(
-                f"Distilled rows need as many top_tokens as top_log_probs for each answer token ({error!r}). Have the "
-                "task distilled again, with overwrite=True."
-            ) from error
-        labelled = int((batch["labels"] != -100).sum())
-        if not len(tokens) == len(log_probs) == labelled:
-            raise PairsFolderError(
-                f"Distilled rows have {labelled} answer tokens, but {len(tokens)} sets of top_tokens and "
-                f"{len(log_probs)} of top_log_probs. Have the task distilled again, with overwrite=True."
-            )
-        return {**batch, "top_tokens": tokens, "top_log_probs": log_probs}
 
 
 def _difference(folder: Path, found: DistillationRecord, record: DistillationRecord) -> str:
