@@ -45,6 +45,8 @@ class DnDTrainingArguments(TrainingArguments):
             averaged over the items of a batch. 0 turns it off; above 0 the trainer needs a `base_model`, and the tasks
             need examples.
         task_examples: How many of its task's examples are drawn for each item of a batch.
+        task_tokens_per_pass: How many tokens, padding included, the base reads in one pass at most, for all items of a
+            batch together; an example longer than that is read alone. It bounds the memory and changes nothing else.
         rebuild_steps: How many optimiser steps of weight loss alone come before the task loss: the warm start.
         rebuild_weight: Weight of the weight loss beside the task loss, after those steps. Without task loss it is 1.
         base_gradient_checkpointing: Whether the base's layers are computed again in the backward pass of the task loss
@@ -80,6 +82,7 @@ class DnDTrainingArguments(TrainingArguments):
     )
     task_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the base's own loss; 0 turns it off."})
     task_examples: int = field(default=16, metadata={"help": "Examples of its task that an item draws."})
+    task_tokens_per_pass: int = field(default=8192, metadata={"help": "Most tokens in a pass of the base."})
     rebuild_steps: int = field(default=0, metadata={"help": "Steps of weight loss alone before the task loss."})
     rebuild_weight: float = field(default=0.0, metadata={"help": "Weight of the weight loss beside the task loss."})
     base_gradient_checkpointing: bool = field(
@@ -104,7 +107,8 @@ class DnDTrainingArguments(TrainingArguments):
                 raise GeneratorConfigError(f"{name} must be at least 0, got {getattr(self, name)}.")
         if self.prompt_pool_size is not None and self.prompt_pool_size < 1:
             raise GeneratorConfigError(f"prompt_pool_size must be at least 1, got {self.prompt_pool_size}.")
-        if self.task_examples < 1:
-            raise GeneratorConfigError(f"task_examples must be at least 1, got {self.task_examples}.")
+        for name in ("task_examples", "task_tokens_per_pass"):
+            if getattr(self, name) < 1:
+                raise GeneratorConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.remove_unused_columns:
             raise GeneratorConfigError("remove_unused_columns must be False: a pair has no columns to remove.")

@@ -201,9 +201,7 @@ class FittingObjective:
     def _task_losses(self, tokens: torch.Tensor, examples: list[Any]) -> torch.Tensor:
         """The base's loss on each item's examples with the adapter of its tokens; (B,), float32."""
         assert self.task_loss is not None
-        matrices = self._matrices(tokens)
-        adapters = (dict(zip(matrices, item, strict=True)) for item in zip(*matrices.values(), strict=True))
-        return torch.stack([self.task_loss(a, batch) for a, batch in zip(adapters, examples, strict=True)])
+        return self.task_loss.losses(self._matrices(tokens), examples)
 
     def _statistics(self, pairs: PromptCheckpointDataset) -> tuple[torch.Tensor, torch.Tensor]:
         tokenizer = self.generator.weight_tokenizer
@@ -275,4 +273,5 @@ def _task_loss(
         gradient_checkpointing=args.base_gradient_checkpointing,
         device=args.device,
         seed=args.seed,
+        tokens_per_pass=args.task_tokens_per_pass,
     )

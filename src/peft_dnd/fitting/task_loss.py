@@ -8,26 +8,24 @@ back-propagated into the adapter's matrices, and through them into the generator
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters.layout import AdapterLayout
-from ..adapters.loading import attach_adapter, matrix_slots
-from ..adapters.matching import base_model_of, uncompiled
 from ..adapters.tokenizer import WeightTokenizer
-from ..errors import GeneratorConfigError, LayoutError
+from ..errors import GeneratorConfigError
+from .adapted_base import AdaptedBase
+from .chosen_places import output_of
+from .row_groups import UngroupableError
+from .rows import LABEL_PADDING, Places, smallest, stack
 
+
+logger = logging.getLogger(__name__)
 
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 """`(base model with the adapter in place, batch) -> scalar loss`."""
@@ -36,17 +34,16 @@ _ADVICE = "Check the task_loss_function, and that it computes with the model tha
 
 
 class TaskLoss:
-    """The base model's loss on a batch of a task's examples, as a differentiable function of LoRA matrices.
+    """The base model's loss on batches of tasks' examples, as a differentiable function of LoRA matrices.
 
-    The given model is not touched, not even for a moment: the loss is taken on a copy of its structure that shares its
-    weights, in evaluation mode, frozen, in its own dtype whatever mixed precision is in force. The matrices are put in
-    place of the copy's LoRA parameters for the time of one call; nothing is merged or copied, so that the call is what
-    PEFT's own forward pass gives, for every kind of module that LoRA adapts.
+    The given model is not touched; see [`AdaptedBase`]. Of one adapter the loss is what PEFT's own forward pass gives,
+    for every kind of module that LoRA adapts. Of many it is taken in passes that many adapters share, with the same
+    result, where the base's own loss is the mean cross-entropy of its logits at the labels, as it is of language
+    models; the first batch tells. Otherwise, and with a loss function, it is taken item by item.
 
     The gradient with respect to the matrices is taken within the call, while they are in place, and kept in the graph:
-    the activations of only one task's batch are held at a time, however many are in a step, and what the backward pass
-    of a checkpointed layer computes again is computed with the same matrices. Gradients of the gradient are not to be
-    had.
+    the activations of only one pass are held at a time, however many items are in a step. Gradients of the gradient
+    are not to be had.
 
     Args:
         base_model: The base: a plain model, or a `PeftModel` whose active adapter has the layout.
@@ -57,9 +54,10 @@ class TaskLoss:
             kept: less memory, for about a third more time.
         device: Where to; by default the model stays where it is.
         seed: Of the random initialisation of A, where a plain model is given.
+        tokens_per_pass: How many tokens, padding included, items that share a pass have at most.
 
     Attributes:
-        model: The copy.
+        base: The copy of the base with adapters in place.
 
     Raises:
         BaseModelMismatchError: If the layout does not fit the base model.
@@ -76,27 +74,29 @@ class TaskLoss:
         gradient_checkpointing: bool = False,
         device: torch.device | str | None = None,
         seed: int = 0,
+        tokens_per_pass: int = 8192,
     ) -> None:
-        self.layout = layout
+        self.base = AdaptedBase(
+            base_model,
+            layout,
+            gradient_checkpointing=gradient_checkpointing,
+            device=device,
+            seed=seed,
+            tokens_per_pass=tokens_per_pass,
+        )
         self._loss_function = loss_function or default_loss
-        name = _active_adapter(base_model)
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
-            model, names = attach_adapter(_sharing_copy(base_model), name, layout)
-        self.model = base_model_of(model).requires_grad_(False).eval()
-        for module in self.model.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.set_adapter(name)
-                module.enable_adapters(True)
-            config: Any = getattr(module, "config", None)
-            if hasattr(config, "use_cache"):
-                config.use_cache = False  # keys and values are not read again, and recomputing would add to them
-        if gradient_checkpointing:
-            _checkpoint_layers(self.model)
-        if device is not None and not hasattr(self.model, "hf_device_map"):
-            self.model.to(device)
-        self._slots = matrix_slots(self.model, name, layout, names)
-        self._own = [slot.parameter for slot in self._slots]
+        self._shares = loss_function is None
+        self._shift: int | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The copy of the base."""
+        return self.base.model
+
+    @property
+    def shares_passes(self) -> bool:
+        """Whether items share passes of the base, as far as is known: the first batch tells."""
+        return self._shares and self.base.shares_passes
 
     def __call__(self, matrices: Mapping[str, torch.Tensor], batch: Any) -> torch.Tensor:
         """The loss with the adapter of these matrices.
@@ -112,42 +112,84 @@ class TaskLoss:
             LayoutError: If a matrix is missing.
             GeneratorConfigError: If what comes out is no scalar with a gradient.
         """
-        missing = [slot.key for slot in self._slots if slot.key not in matrices]
-        if missing:
-            raise LayoutError(f"The adapter lacks {missing[0]!r}, which the base's adapter has.")
-        values = [matrices[slot.key] for slot in self._slots]
-        batch = _to_device(batch, self._own[0].device)
+        values = self.base.values(matrices)
+        batch = _to_device(batch, self.base.device)
         if torch.is_grad_enabled() and any(value.requires_grad for value in values):
             return _LossWithGradients.apply(self, batch, *values)
-        with self.in_place(values):
+        with self.base.in_place(values):
             return self.loss(batch).to(values[0].device)
+
+    def losses(self, matrices: Mapping[str, torch.Tensor], batches: Sequence[Any]) -> torch.Tensor:
+        """The loss of each item's batch with its own adapter: what a call for each of them gives, in fewer passes.
+
+        Args:
+            matrices: PEFT on-disk key -> (B, *shape), any floating dtype.
+            batches: B batches.
+
+        Returns:
+            (B,), float32, on the matrices' device, with a graph to the matrices where gradients are enabled.
+
+        Raises:
+            LayoutError: If a matrix is missing.
+            GeneratorConfigError: If what comes out is no scalar with a gradient, or an item has no label.
+        """
+        if self._shares and self._shift is None:
+            self._find_shift(matrices, batches[0])
+        if self._shares:
+            try:
+                return self._shared_losses(matrices, batches)
+            except UngroupableError as error:
+                logger.info("The loss of each item of a batch is taken apart: %s.", error)
+        adapters = (dict(zip(matrices, item, strict=True)) for item in zip(*matrices.values(), strict=True))
+        return torch.stack([self(adapter, batch) for adapter, batch in zip(adapters, batches, strict=True)])
 
     def initial_adapter(self) -> dict[str, torch.Tensor]:
         """The matrices that the base brought along, float32 on the CPU: for a plain model B = 0 and a random A."""
-        return {slot.key: own.detach().cpu().float() for slot, own in zip(self._slots, self._own, strict=True)}
+        return self.base.initial_adapter()
 
     def loss(self, batch: Any) -> torch.Tensor:
         """The copy's loss, float32, with whatever matrices are in place."""
-        with torch.autocast(self._own[0].device.type, enabled=False):
+        with torch.autocast(self.base.device.type, enabled=False):
             loss = self._loss_function(self.model, batch)
         if not isinstance(loss, torch.Tensor) or loss.dim() > 0:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise GeneratorConfigError(f"The task loss must be a scalar tensor and is {what}. {_ADVICE}")
         return loss.float()
 
-    @contextmanager
-    def in_place(self, matrices: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Within this context the copy's LoRA parameters are these matrices, in the layout's order.
+    def _shared_losses(
+        self, matrices: Mapping[str, torch.Tensor], batches: Sequence[Mapping[str, torch.Tensor]]
+    ) -> torch.Tensor:
+        shift = self._shift or 0
+        if not all(_has_labels(batch) for batch in batches):
+            raise UngroupableError("an item's batch has no labels for each row and column")
+        targets = [_targets(batch["labels"], shift) for batch in batches]
+        stacked = stack(targets, LABEL_PADDING).to(self.base.device)
 
-        It does what `torch.func.functional_call` does, but for any function of the model and for its backward pass.
+        def cross_entropy(logits: torch.Tensor, places: Places) -> torch.Tensor:
+            return nn.functional.cross_entropy(logits, places.of(stacked).to(logits.device), reduction="none")
+
+        return self.base.losses(matrices, batches, [target != LABEL_PADDING for target in targets], cross_entropy)
+
+    @torch.no_grad()
+    def _find_shift(self, matrices: Mapping[str, torch.Tensor], batch: Any) -> None:
+        """Find out whether the base's own loss is the mean cross-entropy of its logits at the labels, and which.
+
+        Those of language models are at the place before the label, those of masked ones at the label's own.
         """
-        try:
-            for slot, own, matrix in zip(self._slots, self._own, matrices, strict=True):
-                slot.holder._parameters[slot.name] = matrix.to(own.device, own.dtype)  # type: ignore[assignment]
-            yield
-        finally:
-            for slot, own in zip(self._slots, self._own, strict=True):
-                slot.holder._parameters[slot.name] = own
+        reason = "the base's forward is not given labels for each row and column"
+        if _has_labels(batch):
+            few, _ = smallest(batch, batch["labels"][:, 1:] != LABEL_PADDING)
+            few = _to_device(few, self.base.device)
+            with self.base.in_place([value[0] for value in self.base.values(matrices)]):
+                output = self.model(**few)
+            own, logits = (output_of(output, name) for name in ("loss", "logits"))
+            for shift in (1, 0):
+                if _is_cross_entropy(own, logits, _targets(few["labels"], shift)):
+                    self._shift = shift
+                    return
+            reason = "the base's own loss is not the mean cross-entropy of its logits at the labels"
+        self._shares = False
+        logger.info("The loss of each item of a batch is taken apart: %s.", reason)
 
 
 class _LossWithGradients(torch.autograd.Function):
@@ -156,7 +198,7 @@ class _LossWithGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, task_loss: TaskLoss, batch: Any, *matrices: torch.Tensor) -> torch.Tensor:
         leaves = [matrix.detach().requires_grad_() for matrix in matrices]
-        with torch.enable_grad(), task_loss.in_place(leaves):
+        with torch.enable_grad(), task_loss.base.in_place(leaves):
             loss = task_loss.loss(batch)
             if not loss.requires_grad:
                 raise GeneratorConfigError(f"The task loss does not depend on the adapter. {_ADVICE}")
@@ -176,8 +218,7 @@ def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     Raises:
         GeneratorConfigError: If it gives none.
     """
-    output = model(**batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    loss = output_of(model(**batch), "loss")
     if loss is None:
         raise GeneratorConfigError(
             f"{type(model).__name__} gives no loss for a batch of {sorted(batch)}. Write examples with the labels "
@@ -206,39 +247,22 @@ def untrained_statistics(
     return tokenizer.encode(initial), scale[tokenizer.tensor_index()]
 
 
-def _active_adapter(model: nn.Module) -> str:
-    inner = uncompiled(model)
-    if not isinstance(inner, PeftModel):
-        return "default"
-    active = inner.active_adapters
-    if len(active) != 1:
-        raise LayoutError(
-            f"The base has {len(active)} active adapters ({active}); a generator writes one. Activate one."
-        )
-    return active[0]
+def _has_labels(batch: Any) -> bool:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return isinstance(labels, torch.Tensor) and labels.dim() == 2 and not labels.is_floating_point()
 
 
-def _sharing_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model's structure whose weights are the model's own, but for being frozen: no weight is copied."""
-    model = uncompiled(model)
-    # deepcopy takes what its memo already has for an object.
-    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    for parameter in model.parameters():
-        plain = type(parameter) is nn.Parameter  # quantised kinds carry more than their data, and are frozen anyway
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
-    return copy.deepcopy(model, memo)
+def _targets(labels: torch.Tensor, shift: int) -> torch.Tensor:
+    """What the logits at each place are held against: the label so many places further on."""
+    return nn.functional.pad(labels[:, shift:], (0, shift), value=LABEL_PADDING)
 
 
-def _checkpoint_layers(model: nn.Module) -> None:
-    """Have each layer computed again in the backward pass, in evaluation mode too, unlike transformers' own way."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise GeneratorConfigError(
-            f"base_gradient_checkpointing needs a transformers model whose layers support it; {type(model).__name__} "
-            "has none. Turn it off, and draw fewer examples: those of only one item are held at a time."
-        )
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+def _is_cross_entropy(own: torch.Tensor | None, logits: torch.Tensor | None, targets: torch.Tensor) -> bool:
+    if own is None or own.dim() > 0 or logits is None or logits.dim() != 3 or logits.shape[:2] != targets.shape:
+        return False
+    # Flat, as models do: the sums of a large vocabulary come out otherwise in another order.
+    loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=LABEL_PADDING)
+    return torch.allclose(loss, own.float(), rtol=1e-5, atol=1e-6)
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:
