@@ -24,7 +24,7 @@ from peft_dnd import (
     PromptConditionedLoraGeneratorConfig,
     StreamedLoraGenerator,
 )
-from peft_dnd.cli.main import main
+from peft_dnd.cli.app import main
 from peft_dnd.errors import CorruptFileError, GeneratorConfigError, NotFittedError, OutOfDistributionError
 from peft_dnd.evaluation import junk_prompts
 from peft_dnd.text.out_of_distribution import (

@@ -24,7 +24,7 @@ from peft_dnd import (
     PromptConditionedLoraGenerator,
     PromptConditionedLoraGeneratorConfig,
 )
-from peft_dnd.cli.main import main
+from peft_dnd.cli.app import main
 from peft_dnd.errors import CorruptFileError, GeneratorConfigError, PairsFolderError, PromptError, PromptTypeError
 from peft_dnd.pairs.writer import PairWriter
 from peft_dnd.text.prompts import ConditionText, check_prompts
