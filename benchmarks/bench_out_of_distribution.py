@@ -33,7 +33,7 @@ from peft_dnd.text.out_of_distribution import PromptReference, prompt_points, pr
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "real_text"))
 sys.path.insert(0, str(ROOT / "examples" / "worked_example"))
-from data import load_tasks
+from data import add_source, load_tasks, source_given
 from world import build_world
 
 
@@ -92,9 +92,7 @@ class Trials:
 def main() -> None:
     """Measure, print and keep the figures, and draw the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data", type=Path, help="folder of labelled text, as described in real_text/data.py")
-    source.add_argument("--hub", action="store_true", help="take the labelled text from the Hub")
+    add_source(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     encoder = SentenceTransformerTextEncoder.from_pretrained(str(get_model_path()), block_tokens=256)
@@ -102,9 +100,9 @@ def main() -> None:
     if options.data or options.hub:
         worlds["real text"] = on_real_text(encoder, options.data)
     result = {"threshold": THRESHOLD, "seeds": SEEDS, "worlds": {name: t.figures() for name, t in worlds.items()}}
-    command = "python benchmarks/bench_out_of_distribution.py" + (" --data FOLDER" if options.data else "")
+    command = "python benchmarks/bench_out_of_distribution.py" + source_given(options)
     name = "out_of_distribution" if len(worlds) > 1 else "out_of_distribution_worked_example"
-    write_result(name, result, command + (" --hub" if options.hub else ""))
+    write_result(name, result, command)
     draw(result["worlds"], RESULTS / f"{name}.png")
 
 

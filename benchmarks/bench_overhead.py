@@ -35,15 +35,9 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "worked_example"))
 
 from base import load_base
-from run import (
-    FITTING_SETTINGS,
-    check_settings,
-    collect_pairs,
-    fit_generator,
-    make_the_base,
-)
+from run import ALL_SETTINGS, FITTING_SETTINGS, fit_generator, make_the_base
 from stages import STAGES, Progress
-from tasks import SETTINGS, score, train_adapter
+from tasks import SETTINGS, collect_pairs, score, train_adapter
 from world import Example, Task, World, build_world
 
 from peft_dnd import (
@@ -106,16 +100,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    folder = options.output / f"seed-{options.seed}"
-    check_settings(folder)
-    world, progress = build_world(options.seed), Progress(folder)
-    make_the_base(world, folder, progress)
-    pairs = collect_pairs(world, folder, progress)
+    world, progress = build_world(options.seed), Progress(options.output / f"seed-{options.seed}")
+    progress.check_settings(ALL_SETTINGS)
+    make_the_base(world, progress)
+    pairs = collect_pairs(world, progress)
     # Frozen, as in use: PyTorch's counter of operations cannot go through some views of parameters otherwise.
-    generator = fit_generator(pairs, world, folder, progress).requires_grad_(False)
+    generator = fit_generator(pairs, world, progress).requires_grad_(False)
 
-    ways = get_adapters(generator, world, folder)
-    one_off = cost_of_one_off(generator, pairs, world, folder, progress)
+    ways = get_adapters(generator, world, progress.folder)
+    one_off = cost_of_one_off(generator, pairs, world, progress)
     result = {
         "seed": options.seed,
         "held_out_tasks": len(world.held_out_tasks),
@@ -124,7 +117,7 @@ def main() -> None:
         "an_adapter": ways,
         "one_off": one_off,
         "pays_after_tasks": {name: pays_after(one_off["together"], way, ways) for name, way in ways.items()},
-        "in_context": in_context(world, folder),
+        "in_context": in_context(world, progress.folder),
     }
     del result["pays_after_tasks"]["generated"]
     command = f"python benchmarks/bench_overhead.py --seed {options.seed} --output {options.output.name}"
@@ -226,11 +219,10 @@ def cost_of_one_off(
     generator: PromptConditionedLoraGenerator,
     pairs: PromptCheckpointDataset,
     world: World,
-    folder: Path,
     progress: Progress,
 ) -> dict[str, Any]:
     """Of collecting on all training tasks, and of fitting."""
-    collecting = cost_of_training(folder, world, ALL).times(len(pairs.tasks))
+    collecting = cost_of_training(progress.folder, world, ALL).times(len(pairs.tasks))
     # The operations of a step depend on how many prompts its items draw, so they are those of several.
     first, more = (cost_of_fitting(generator, pairs, steps) for steps in (1, 1 + FEW_STEPS))
     steps = (more.gflop - first.gflop) / FEW_STEPS * FITTING_SETTINGS["max_steps"]

@@ -31,7 +31,7 @@ from peft_dnd.text.representative import METHODS, representative_indices
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "real_text"))
 sys.path.insert(0, str(ROOT / "examples" / "worked_example"))
-from data import load_tasks
+from data import add_source, load_tasks, source_given
 from world import build_world
 
 
@@ -45,9 +45,7 @@ FIGURES = {"distance_of_means": False, "distance_to_nearest": False, "labels": T
 def main() -> None:
     """Measure, print and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data", type=Path, help="folder of labelled text, as described in real_text/data.py")
-    source.add_argument("--hub", action="store_true", help="take the labelled text from the Hub")
+    add_source(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     encoder = SentenceTransformerTextEncoder.from_pretrained(str(get_model_path()), block_tokens=256)
@@ -58,9 +56,9 @@ def main() -> None:
         by_pool[name] = {str(size): compare(points, np.array(labels), size) for size in SIZES}
         print(name, len(texts), {size: round(found["kmeans"]["seconds"], 2) for size, found in by_pool[name].items()})
     result = {"seed": SEED, "random_picks": RANDOM_PICKS, "mean_over_pools": summary(by_pool), "by_pool": by_pool}
-    command = "python benchmarks/bench_representative.py" + (" --data FOLDER" if options.data else "")
+    command = "python benchmarks/bench_representative.py" + source_given(options)
     name = "representative" if options.data or options.hub else "representative_worked_example"
-    write_result(name, result, command + (" --hub" if options.hub else ""))
+    write_result(name, result, command)
 
 
 def pools_of_real_text(folder: Path | None) -> dict[str, tuple[list[str], list[int]]]:

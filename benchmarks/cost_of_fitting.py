@@ -61,7 +61,7 @@ def main() -> None:
     """Measure, print and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", choices=WORLDS, required=True)
-    parser.add_argument("--folder", type=Path, required=True, help="what the world's run left: base/ and pairs/")
+    parser.add_argument("--folder", type=Path, required=True, help="what the world's run left")
     options = parser.parse_args()
     if not (options.folder / "pairs").is_dir():
         raise SystemExit(
@@ -77,7 +77,7 @@ def main() -> None:
     for _ in range(ROUNDS):
         for name, settings in world.items():
             clock = Clock()
-            parameters[name] = fit_some_steps(settings, pairs, options.folder, clock)
+            parameters[name] = fit_some_steps(settings, pairs, clock)
             start, *steps = clock.began
             before.append(steps[0] - start)
             all_steps[name].append(median(_differences(steps[WARM_UP:])) * settings["fitting"]["max_steps"])
@@ -104,11 +104,11 @@ def main() -> None:
     write_result(f"fitting_{options.world}", result, command)
 
 
-def fit_some_steps(settings: dict[str, Any], pairs: PromptCheckpointDataset, folder: Path, clock: Clock) -> int:
+def fit_some_steps(settings: dict[str, Any], pairs: PromptCheckpointDataset, clock: Clock) -> int:
     """The first steps of a fit; how many parameters are fitted."""
     fewer = {**settings, "fitting": {**settings["fitting"], "max_steps": WARM_UP + STEPS}}
     with tempfile.TemporaryDirectory() as output:
-        generator = fit(fewer, pairs, folder / "base", Path(output), seed=0, callbacks=[clock])
+        generator = fit(fewer, pairs, Path(output), seed=0, callbacks=[clock])
     return sum(parameter.numel() for parameter in generator.decoder.parameters())
 
 

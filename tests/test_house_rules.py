@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -20,7 +21,8 @@ import peft_dnd
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "peft_dnd"
 
-# The rooms in the order in which data flows: each may import only those that stand before it.
+# The rooms in the order in which data flows: each may import only those that stand before it. CONTRIBUTING.md says
+# what each holds.
 ROOMS = [
     "version",
     "errors",
@@ -44,20 +46,38 @@ def sources() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
+def faces() -> list[Path]:
+    """The stubs that say which names a package's `__init__.py` loads when they are asked for."""
+    return sorted(PACKAGE.rglob("__init__.pyi"))
+
+
 def module_of(path: Path) -> str:
     """A file's module, relative to the package: `"pairs.writer"`; a package's own is its name."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
 
 
-def own_imports(path: Path) -> set[str]:
-    """The package's own modules that a file imports, wherever in the file, as `module_of` names them."""
-    folder = path.relative_to(PACKAGE).parent.parts
+def syntax_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Full names of the modules, or names from a package itself, that a file imports, wherever in the file."""
+    folder = (PACKAGE.name, *path.relative_to(PACKAGE).parent.parts)
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            parts = [*folder[: len(folder) - node.level + 1], *(node.module.split(".") if node.module else [])]
-            found.update([".".join(parts)] if node.module else [".".join([*parts, name.name]) for name in node.names])
+    for node in ast.walk(syntax_of(path)):
+        if isinstance(node, ast.Import):
+            found.update(name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = folder[: len(folder) - node.level + 1] if node.level else ()
+            ends = [node.module] if node.module else [name.name for name in node.names]
+            found.update(".".join([*package, end]) for end in ends)
     return found
+
+
+def own_imports(path: Path) -> set[str]:
+    """The package's own modules that a file imports, as `module_of` names them; `""` is the package itself."""
+    full = {name for name in imported_modules(path) if name.split(".")[0] == PACKAGE.name}
+    return {name.removeprefix(PACKAGE.name).removeprefix(".") for name in full}
 
 
 def upward_imports(sources: Mapping[str, set[str]]) -> list[str]:
@@ -66,7 +86,7 @@ def upward_imports(sources: Mapping[str, set[str]]) -> list[str]:
         f"{module} <- {imported}"
         for module, imports in sources.items()
         for imported in imports
-        if module and ROOMS.index(imported.split(".")[0]) > ROOMS.index(module.split(".")[0])
+        if module and (not imported or ROOMS.index(imported.split(".")[0]) > ROOMS.index(module.split(".")[0]))
     )
 
 
@@ -78,7 +98,10 @@ def first_circle(sources: Mapping[str, set[str]]) -> tuple[str, ...] | None:
     return None
 
 
+# What a face loads when it is asked counts as imported by it: so a circle through a face is one as well.
 IMPORTS = {module_of(path): own_imports(path) for path in sources()}
+for path in faces():
+    IMPORTS[module_of(path)] |= own_imports(path)
 
 
 def test_every_room_has_its_place_in_the_order() -> None:
@@ -86,6 +109,13 @@ def test_every_room_has_its_place_in_the_order() -> None:
         path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.name not in ("py.typed", "__pycache__")
     }
     assert rooms - {"__init__", "__init__.pyi"} == set(ROOMS)
+
+
+def test_the_map_for_contributors_is_that_of_the_rooms() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", text, flags=re.MULTILINE)
+    assert re.findall(r"\w+", " ".join(rows)) == ROOMS
+    assert set(re.findall(r"\b(\w+)\[\1\]", text)) <= set(ROOMS), "the picture has a room of its own"
 
 
 def test_rooms_import_only_downwards() -> None:
@@ -104,6 +134,29 @@ def test_an_import_turned_round_is_found() -> None:
     turned = {module: set(imports) for module, imports in IMPORTS.items()}
     turned["text.prompts"].add("text.condition_text")
     assert upward_imports(turned) == [] and first_circle(turned) is not None
+    assert first_circle({**IMPORTS, "adapters.layout": {"adapters"}}) is not None, "a circle through a face"
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("from ..generator.modeling import PromptConditionedLoraGenerator", "generator.modeling"),
+        ("from ..generator import PromptConditionedLoraGenerator", "generator"),
+        ("from .. import generator", "generator"),
+        ("from peft_dnd.generator import modeling", "generator"),
+        ("import peft_dnd.generator.modeling", "generator.modeling"),
+        ("from peft_dnd import DnDConfig", ""),
+    ],
+)
+def test_however_it_is_written_an_upward_import_is_seen(
+    line: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path / "peft_dnd")
+    file = tmp_path / "peft_dnd" / "adapters" / "layout.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"def late():\n    {line}\n", encoding="utf-8")
+    assert own_imports(file) == {found}
+    assert upward_imports({"adapters.layout": own_imports(file)}) == [f"adapters.layout <- {found}"]
 
 
 def test_decoders_know_nothing_but_where_tokens_belong() -> None:
@@ -113,7 +166,7 @@ def test_decoders_know_nothing_but_where_tokens_belong() -> None:
 
 @pytest.mark.parametrize("path", sources(), ids=module_of)
 def test_only_what_is_heavy_is_imported_within_a_function(path: Path) -> None:
-    for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for function in ast.walk(syntax_of(path)):
         if isinstance(function, ast.FunctionDef):
             for node in ast.walk(function):
                 if isinstance(node, ast.Import):
@@ -122,22 +175,30 @@ def test_only_what_is_heavy_is_imported_within_a_function(path: Path) -> None:
                     assert not node.level and str(node.module).split(".")[0] in HEAVY, f"line {node.lineno}"
 
 
+def changes_of_peft(path: Path) -> list[str]:
+    """What a file assigns to of that which PEFT defines, by `=` or by `setattr`."""
+    tree = syntax_of(path)
+    names = {
+        (name.asname or name.name).split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in node.names
+        if str(node.module if isinstance(node, ast.ImportFrom) else name.name).split(".")[0] == "peft"
+    }
+    targets: list[ast.expr] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            targets += [target.value for target in node.targets if isinstance(target, ast.Attribute)]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr":
+            targets.append(node.args[0])
+    return [text for text in map(ast.unparse, targets) if text.split(".")[0] in names]
+
+
 def test_peft_is_changed_in_one_place() -> None:
-    """Nowhere else is an attribute of what PEFT defines assigned to."""
-    for path in sources():
-        names = set()
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "peft":
-                names.update(name.asname or name.name for name in node.names)
-        changed = [
-            target
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Assign)
-            for target in node.targets
-            if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id in names
-        ]
-        assert bool(changed) == (module_of(path) == "peft_integration.injection"), path
+    changes = {module_of(path): changes_of_peft(path) for path in sources()}
+    assert {module: changed for module, changed in changes.items() if changed} == {
+        "peft_integration.injection": ["BaseTuner"]
+    }
 
 
 def test_a_pickle_is_read_in_one_place() -> None:
@@ -153,12 +214,24 @@ def test_every_file_is_short_and_licensed() -> None:
             assert len(lines) <= 450, f"{path} has {len(lines)} lines"
 
 
-def test_every_public_name_stands_in_the_reference() -> None:
-    reference = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").rglob("*.md"))
-    missing = [
-        name for name in peft_dnd.__all__ if not name.startswith("_") and not re.search(rf"\b{name}\b", reference)
-    ]
-    assert not missing
+def names_of(package: str) -> set[str]:
+    return set(importlib.import_module(f"peft_dnd.{package}").__all__)
+
+
+@pytest.mark.parametrize("package", [*filter(None, map(module_of, faces())), "decoders"])
+def test_every_name_of_a_face_can_be_imported_and_stands_in_the_reference(package: str) -> None:
+    page = (ROOT / "docs" / "reference" / f"{package}.md").read_text(encoding="utf-8")
+    assert all(hasattr(importlib.import_module(f"peft_dnd.{package}"), name) for name in names_of(package))
+    assert names_of(package) <= set(re.findall(r"`(\w+)`", page))
+    in_bold = set(re.findall(r"\*\*`(\w+)`\*\*", page))
+    assert in_bold == names_of(package) & set(peft_dnd.__all__), "in bold is what peft_dnd itself has too"
+
+
+def test_the_index_leads_from_every_public_name_to_its_package() -> None:
+    index = (ROOT / "docs" / "reference" / "index.md").read_text(encoding="utf-8")
+    leads = dict(re.findall(r"\[`(\w+)`\]\((\w+)\.md", index))
+    assert leads.keys() == set(peft_dnd.__all__) - {"__version__"}
+    assert [name for name, package in leads.items() if name not in names_of(package)] == []
 
 
 def run_python(script: str) -> subprocess.CompletedProcess[str]:

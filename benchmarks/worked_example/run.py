@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -22,19 +21,23 @@ BENCHMARKS = Path(__file__).parent.parent
 EXAMPLE = BENCHMARKS.parent / "examples" / "worked_example"
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "hard_world"), str(EXAMPLE)]
 
-from fitting import fit  # noqa: E402
+from fitting import fit_generator, train_on_all_tasks  # noqa: E402
 from judging import judge  # noqa: E402
 from record import write_result  # noqa: E402
 from rivals import RIVALS  # noqa: E402
-from tasks import SETTINGS, train_adapter  # noqa: E402
-from world import World, build_world  # noqa: E402
+from stages import Progress, Stage  # noqa: E402
+from tasks import SETTINGS  # noqa: E402
+from world import build_world  # noqa: E402
 
 from peft_dnd import PromptCheckpointDataset, PromptConditionedLoraGenerator  # noqa: E402
-from peft_dnd.storage.files import read_json, staged_directory, write_json  # noqa: E402
 
 
 # Four times the steps and twice the rank of one task's adapter: it has to serve 24 tasks.
 MULTI_TASK = {**SETTINGS, "rank": 8, "alpha": 16, "steps": 320}
+STAGES = {
+    "multi_task": Stage("training one LoRA on all training tasks", ("multi_task",)),
+    **{name: Stage(f"fitting: {name}", (f"{name}-fitting", name)) for name in RIVALS},
+}
 
 
 def main() -> None:
@@ -52,42 +55,21 @@ def main() -> None:
     world = build_world(options.seed)
     pairs = PromptCheckpointDataset.from_folder(folder / "pairs", tasks=[task.name for task in world.training_tasks])
 
-    train_on_all_tasks(world, folder)
-    seconds = {"fitting: generator": read_json(folder / "seconds.json")["fitting the generator"]}
+    progress = Progress(folder, STAGES, record="benchmark-seconds.json")
+    train_on_all_tasks(world, progress, MULTI_TASK)
+    seconds = {"fitting: generator": Progress(folder).seconds["fitting the generator"]}
     generators = {"generator": PromptConditionedLoraGenerator.from_pretrained(folder / "generator")}
     for name in options.rivals:
-        generators[name], seconds[f"fitting: {name}"] = fit_rival(name, pairs, world, folder)
+        generators[name] = fit_generator(name, RIVALS[name], pairs, progress, world.seed)
+        seconds[f"fitting: {name}"] = progress.seconds[f"fitting: {name}"]
 
     report = judge(world, folder, pairs, generators, seconds)
     report.save(folder / "evaluation")
     result = {"seed": options.seed, **report.to_dict(include_scores=False), "seconds": seconds}
-    result["parameters"] = {name: sum(p.numel() for p in each.parameters()) for name, each in generators.items()}
+    result["parameters"] = {name: each.num_parameters() for name, each in generators.items()}
     result["settings_of"] = {"multi_task": MULTI_TASK, **{name: RIVALS[name] for name in options.rivals}}
     command = f"python benchmarks/worked_example/run.py --seed {options.seed} --rivals {' '.join(options.rivals)}"
     write_result(f"world_1_seed_{options.seed}", result, command.rstrip())
-
-
-def train_on_all_tasks(world: World, folder: Path) -> None:
-    """Train one LoRA on the examples of all training tasks, which has to read the prompt, unless it is there."""
-    if (folder / "multi_task").is_dir():
-        return
-    examples = [example for task in world.training_tasks for example in world.training_examples(task)]
-    model = train_adapter(folder / "base", examples, world.seed, settings=MULTI_TASK)
-    with staged_directory(folder / "multi_task") as staged:
-        model.save_pretrained(staged)
-
-
-def fit_rival(
-    name: str, pairs: PromptCheckpointDataset, world: World, folder: Path
-) -> tuple[PromptConditionedLoraGenerator, float]:
-    """A generator to compare with and the seconds that its fitting took, unless it is there."""
-    target, record = folder / name, folder / f"{name}-seconds.json"
-    if not (target / "config.json").is_file():
-        began = time.perf_counter()
-        generator = fit(RIVALS[name], pairs, folder / "base", folder / f"{name}-fitting", world.seed)
-        write_json(record, {"seconds": time.perf_counter() - began})
-        generator.save_pretrained(target)
-    return PromptConditionedLoraGenerator.from_pretrained(target), read_json(record)["seconds"]
 
 
 if __name__ == "__main__":

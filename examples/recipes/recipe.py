@@ -204,7 +204,7 @@ class Recipe:
     Attributes:
         title: What it is.
         paper: Where it is in the paper (arXiv 2506.16406).
-        settings: The settings of the generator: one of `peft_dnd.generator.settings.available_settings()`.
+        settings: The settings of the generator: one of `peft_dnd.available_settings()`.
         data: Files of data sets, in `data/`.
         training: Names of the training sets.
         tuning: How their LoRAs are tuned.

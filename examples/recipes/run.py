@@ -32,11 +32,12 @@ from fitting import fit_generator
 from recipe import Recipe, RecipeError, Variation, load_recipe
 from rows import Example, load_examples
 from scoring import RecipeScorer, overhead_table, shots_table
-from tuning import Tuner, is_complete, load_base, load_processor, reads_images
+from tuning import Tuner, load_base, load_processor, reads_images
 
 from peft_dnd import GeneratedAdapter, PromptCheckpointDataset, PromptConditionedLoraGenerator
 from peft_dnd.evaluation import EvaluationReport, HeldOutTask, evaluate_generator, leave_one_out
 from peft_dnd.generator import PaperSettings
+from peft_dnd.pairs import uncollected
 from peft_dnd.storage.files import read_json, write_json, write_text
 
 
@@ -257,11 +258,11 @@ class Experiment:
         }
 
     def _collect(self, name: str) -> None:
-        folder = self.tuned / "pairs" / name
-        if not is_complete(folder):
+        pairs = self.tuned / "pairs"
+        if uncollected([name], pairs):
             logger.info("Tuning on %s and collecting checkpoints", name)
             with self._timed(f"collecting/{name}"):
-                self.tuner.collect(self._examples_of(name), folder, self.settings.checkpoints_per_task)
+                self.tuner.collect(self._examples_of(name), pairs / name, self.settings.checkpoints_per_task)
 
     def _tune(self, name: str, examples: list[Example], **schedule: Any) -> Path:
         folder = self.tuned / name

@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from peft_dnd import CheckpointCollector
 from peft_dnd.generator import PaperSettings
 from peft_dnd.pairs import use_common_initialization
-from peft_dnd.storage.files import read_json, staged_directory
+from peft_dnd.storage.files import staged_directory
 
 
 logger = logging.getLogger("recipes")
@@ -42,12 +42,6 @@ def load_base(base: str, *, bf16: bool) -> nn.Module:
 def load_processor(base: str) -> Any:
     """Load what turns conversations into a base model's input: its tokenizer, or with pictures its processor."""
     return (AutoProcessor if reads_images(base) else AutoTokenizer).from_pretrained(base)
-
-
-def is_complete(task_folder: Path) -> bool:
-    """Whether a task's checkpoints have all been collected."""
-    record = task_folder / "task.json"
-    return record.is_file() and bool(read_json(record)["complete"])
 
 
 class Tuner:

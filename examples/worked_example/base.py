@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-
 """The base of the worked example: a tiny Llama that knows things but cannot read instructions.
 
 It is pretrained on question and answer pairs in which the question says nothing of the answer but whom it is about:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One task of the worked example: training its LoRA adapter, and asking a model its questions."""
+"""The tasks of the worked example: training their adapters, collecting checkpoints, asking a model their questions."""
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,11 +14,19 @@ from typing import Any
 import torch
 from base import as_question, collate_examples, load_base, tokenize_example
 from peft import LoraConfig, get_peft_model
+from stages import Progress
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from world import Example
+from world import Example, World
 
+from peft_dnd import CheckpointCollector, PromptCheckpointDataset
+from peft_dnd.pairs import uncollected
+from peft_dnd.storage.files import staged_directory
+
+
+logger = logging.getLogger("worked_example")
 
 SETTINGS: dict[str, Any] = {
     "rank": 4,
@@ -79,6 +88,44 @@ def train_adapter(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return model
+
+
+def train_and_save(
+    target: Path, base_folder: Path, examples: Sequence[Example], seed: int, settings: Mapping[str, Any] = SETTINGS
+) -> None:
+    """Train a LoRA adapter as [`train_adapter`] does, and save it into a folder, whole or not at all."""
+    model = train_adapter(base_folder, examples, seed, settings=settings)
+    with staged_directory(target) as staged:
+        model.save_pretrained(staged)
+
+
+def collect_pairs(world: World, progress: Progress, settings: Mapping[str, Any] = SETTINGS) -> PromptCheckpointDataset:
+    """Train an adapter for each training task and collect its last checkpoints, where that is not done yet."""
+    tasks = {task.name: task for task in world.training_tasks}
+    folder = progress.folder / "pairs"
+    missing = uncollected(tasks, folder)
+    if missing:
+        logger.info("2. Training an adapter for each of %d tasks, and collecting checkpoints", len(missing))
+    for name in tqdm(missing, desc="training tasks", disable=not missing):
+        with progress.working_on("pairs"):
+            collector = CheckpointCollector(
+                folder / name, prompts=world.prompts(tasks[name]), last=settings["checkpoints"]
+            )
+            examples = world.training_examples(tasks[name])
+            train_adapter(progress.folder / "base", examples, world.seed, [collector], settings)
+    return PromptCheckpointDataset.from_folder(folder, tasks=list(tasks))
+
+
+def train_ceilings(world: World, progress: Progress, settings: Mapping[str, Any] = SETTINGS) -> None:
+    """Train an adapter for each held-out task, to compare with. The generator never sees these."""
+    folder = progress.folder / "trained"
+    missing = [task for task in world.held_out_tasks if not (folder / task.name).is_dir()]
+    if missing:
+        logger.info("3. Training adapters on %d held-out tasks, only to compare with", len(missing))
+    for task in tqdm(missing, desc="held-out tasks", disable=not missing):
+        with progress.working_on("trained"):
+            examples = world.training_examples(task)
+            train_and_save(folder / task.name, progress.folder / "base", examples, world.seed, settings)
 
 
 def score(model: nn.Module, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> float:

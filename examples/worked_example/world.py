@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-
 """The world of the worked example: invented people, what is true of them, and ways to say it.
 
 A *task* is one attribute asked in one answer format, for instance "the city, in Spanish":

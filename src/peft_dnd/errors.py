@@ -7,6 +7,9 @@ Each is also the builtin kind that Python users already catch (`ValueError`, `OS
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class PeftDndError(Exception):
     """Base of every error that the library raises on purpose."""
@@ -85,3 +88,15 @@ class EvaluationError(PeftDndError, ValueError):
 
 class OutOfDistributionError(PeftDndError, ValueError):
     """The prompts do not belong with those of the fitted tasks, and no adapter was to be written for such."""
+
+
+def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """A sentence for an error's end that names what was probably meant, with a blank before it; empty if unknown.
+
+    Args:
+        name: What was given.
+        known: What could have been.
+        cutoff: How like it must be, from 0 to 1.
+    """
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f" Did you mean {near[0]!r}?" if near else ""

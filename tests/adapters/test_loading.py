@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""An adapter put into a live model works there as where it was trained, and a wrong model stays untouched."""
+
 from __future__ import annotations
 
 import copy

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""A layout finds its modules in a base model, whatever wraps it, and refuses a base that it does not fit."""
+
 from __future__ import annotations
 
 import warnings

@@ -113,3 +113,11 @@ def test_an_interrupted_command_ends_without_a_traceback(
     monkeypatch.setattr("peft_dnd.cli.main.PromptConditionedLoraGeneratorConfig.from_pretrained", interrupt)
     assert main(["show", str(generator_folder)]) == 130
     assert capsys.readouterr().err == "peft-dnd: interrupted.\n"
+
+
+def test_a_task_whose_prompts_are_given_twice_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.txt").write_text("what is the law ?", encoding="utf-8")
+    twice = ["--prompts", f"law={tmp_path / 'prompts.txt'}"] * 2
+    command = ["import-adapters", str(tmp_path), str(tmp_path / "pairs"), "--settings", "coding-1.5b"]
+    assert main([*command, *twice]) == 1
+    assert "'law' twice" in capsys.readouterr().err

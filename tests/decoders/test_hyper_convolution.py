@@ -367,7 +367,7 @@ def test_build_decoder():
     decoder = build_decoder("hyper_convolution", (3, 5, 4), (6, 2, 5), settings)
     assert type(decoder) is DECODERS["hyper_convolution"]
     assert decoder.cascade == tuple(SMALL_CASCADE)
-    with pytest.raises(GeneratorConfigError, match=r"Unknown decoder_type 'mlp'. Known: 'hyper_convolution'"):
+    with pytest.raises(GeneratorConfigError, match=r"Unknown decoder_type 'mlp'. Known: 'core', 'hyper_convolution'"):
         build_decoder("mlp", (3, 5, 4), (6, 2, 5), {})
     with pytest.raises(GeneratorConfigError, match=r"no setting 'kernel'. Its settings: 'cascade', 'kernel_size'"):
         build_decoder("hyper_convolution", (3, 5, 4), (6, 2, 5), {"kernel": 3})

@@ -22,7 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from peft_dnd import AdapterLayout, GeneratedAdapter, PromptConditionedLoraGenerator
 from peft_dnd.evaluation import PROTOCOL_ROWS, EvaluationReport
-from peft_dnd.generator.settings import PaperSettings, available_settings
+from peft_dnd.generator.paper_settings import PaperSettings, available_settings
 
 
 FOLDER = Path(__file__).parents[2] / "examples" / "recipes"

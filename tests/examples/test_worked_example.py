@@ -26,11 +26,18 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+def work(stages: ModuleType, folder: Path, stage: str, seconds: float) -> dict[str, float]:
+    progress = stages.Progress(folder, clock=iter([0.0, seconds]).__next__)
+    with progress.working_on(stage):
+        pass
+    return progress.seconds
+
+
 def finished_run(stages: ModuleType, folder: Path) -> None:
     for stage in ORDER:
         for product in stages.STAGES[stage].products:
             write_json(folder / product if product.endswith(".json") else folder / product / "a" / "file.json", {})
-        stages.Progress(folder).spent(stage, 1.0)
+        work(stages, folder, stage, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -50,12 +57,10 @@ def test_what_is_made_again_takes_along_what_followed(
     finished_run(stages, tmp_path)
     for product in stages.STAGES[removed].products:
         (tmp_path / product).rename(tmp_path.parent / f"old-{tmp_path.name}-{product}")
-    progress = stages.Progress(tmp_path)
-    progress.begin(removed)
+    work(stages, tmp_path, removed, 5.0)
     left = {name for name in ORDER if all((tmp_path / product).exists() for product in stages.STAGES[name].products)}
     assert left == kept
     # What was taken is told for what is there, and counted once.
-    progress.spent(removed, 5.0)
     assert stages.Progress(tmp_path).seconds == {
         **{stages.STAGES[name].seconds: 1.0 for name in kept},
         stages.STAGES[removed].seconds: 5.0,
@@ -64,9 +69,14 @@ def test_what_is_made_again_takes_along_what_followed(
 
 def test_an_interrupted_stage_goes_on(stages: ModuleType, tmp_path: Path) -> None:
     finished_run(stages, tmp_path)
-    progress = stages.Progress(tmp_path)
-    progress.begin("pairs")  # one of its tasks is missing
-    progress.spent("pairs", 5.0)
+    seconds = work(stages, tmp_path, "pairs", 5.0)  # one of its tasks is missing
     assert (tmp_path / "pairs" / "a" / "file.json").is_file()
-    assert progress.seconds[stages.STAGES["pairs"].seconds] == 6.0
+    assert seconds[stages.STAGES["pairs"].seconds] == 6.0
     assert not (tmp_path / "generator").exists()
+
+
+def test_what_was_made_with_other_settings_is_refused(stages: ModuleType, tmp_path: Path) -> None:
+    for _ in range(2):
+        stages.Progress(tmp_path).check_settings({"steps": 1})
+    with pytest.raises(SystemExit, match="other settings"):
+        stages.Progress(tmp_path).check_settings({"steps": 2})

@@ -30,7 +30,8 @@ from peft_dnd import (
 )
 from peft_dnd.adapters.lora import live_state_dict
 from peft_dnd.errors import CorruptFileError, GeneratorConfigError, LayoutError, PairsFolderError
-from peft_dnd.pairs.examples import EXAMPLES_NAME, ExampleCollator, TaskExamples
+from peft_dnd.pairs.collator import ExampleCollator
+from peft_dnd.pairs.examples import EXAMPLES_NAME, TaskExamples
 from peft_dnd.pairs.writer import PairWriter
 
 

@@ -269,21 +269,6 @@ def test_unfitted_and_missing_generators(
         StreamedLoraGenerator.from_pretrained(tmp_path / "nothing")
 
 
-def test_stored_tensors_are_those_of_safetensors(tmp_path: Path) -> None:
-    tensors = {
-        "matrix": torch.randn(7, 3, 2),
-        "half": torch.randn(5).bfloat16(),
-        "scalar": torch.tensor(True),
-        "empty": torch.zeros(0, 4),
-    }
-    save_file(tensors, tmp_path / "model.safetensors")
-    found = stored_tensors(tmp_path)
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name].read(), tensor) for name, tensor in tensors.items())
-    assert torch.equal(found["matrix"].read(2, 5), tensors["matrix"][2:5])
-    assert torch.equal(found["matrix"].read(0, 1), tensors["matrix"][:1])
-
-
 MEASURE = """
 import re, sys
 import torch

@@ -24,8 +24,8 @@ from peft_dnd.errors import (
     WeightValueError,
 )
 from peft_dnd.pairs.dataset import PromptCheckpointDataset
-from peft_dnd.pairs.folder import checkpoint_path, read_prompts, read_task, write_task
-from peft_dnd.pairs.prompt_pool import write_prompts
+from peft_dnd.pairs.folder import checkpoint_path, read_task, write_task
+from peft_dnd.pairs.prompt_pool import read_prompts, write_prompts
 from peft_dnd.storage.files import read_safetensors, write_safetensors
 
 

@@ -34,7 +34,8 @@ from peft_dnd.errors import (
 )
 from peft_dnd.pairs.collector import CheckpointCollector
 from peft_dnd.pairs.dataset import PromptCheckpointDataset
-from peft_dnd.pairs.folder import read_prompts, read_task, stored_steps
+from peft_dnd.pairs.folder import read_task, stored_steps
+from peft_dnd.pairs.prompt_pool import read_prompts
 from peft_dnd.pairs.writer import PairWriter
 
 

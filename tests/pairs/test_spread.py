@@ -9,9 +9,9 @@ import math
 import pytest
 import torch
 
-from peft_dnd.errors import GeneratorConfigError, LayoutError, WeightValueError
+from peft_dnd.errors import GeneratorConfigError
 from peft_dnd.fitting.losses import masked_mse
-from peft_dnd.pairs.spread import SpreadAccumulator
+from peft_dnd.pairs.spread import TokenSpread, spread_of_grids
 
 
 def ragged_mask() -> torch.Tensor:
@@ -32,12 +32,8 @@ def checkpoints(offset: float = 0.0) -> dict[str, torch.Tensor]:
     return grids
 
 
-def accumulate(grids: dict[str, torch.Tensor], mask: torch.Tensor) -> SpreadAccumulator:
-    accumulator = SpreadAccumulator(mask)
-    for task, stack in grids.items():
-        for grid in stack:
-            accumulator.update(task, grid)
-    return accumulator
+def spread_over(stacks: dict[str, torch.Tensor], mask: torch.Tensor) -> TokenSpread:
+    return spread_of_grids(((task, grid) for task, stack in stacks.items() for grid in stack), mask)
 
 
 def direct_spread(stack: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -51,7 +47,7 @@ def direct_spread(stack: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def test_streaming_equals_direct(offset):
     mask, grids = ragged_mask(), checkpoints(offset)
     junk = {task: stack.masked_fill(~mask, math.nan) for task, stack in grids.items()}
-    spread = accumulate(junk, mask).result()
+    spread = spread_over(junk, mask)
     within = torch.stack([direct_spread(stack, mask) for stack in grids.values()]).mean(dim=0)
     between = direct_spread(torch.stack([stack.mean(dim=0) for stack in grids.values()]), mask)
     torch.testing.assert_close(spread.within_task, within, rtol=1e-6, atol=1e-9)
@@ -64,7 +60,7 @@ def test_streaming_equals_direct(offset):
 
 def test_weights_have_a_mean_of_one_over_valid_entries():
     mask = ragged_mask()
-    spread = accumulate(checkpoints(), mask).result()
+    spread = spread_over(checkpoints(), mask)
     for kind in ("within_task", "between_task"):
         for floor in (0.0, 0.01, 0.5, 100.0):
             weight = spread.weights(kind, floor)
@@ -74,19 +70,13 @@ def test_weights_have_a_mean_of_one_over_valid_entries():
 
 
 def test_a_constant_token_keeps_the_floor():
-    mask = torch.ones(2, 1, 1, dtype=torch.bool)
-    accumulator = SpreadAccumulator(mask)
-    for value in (1.0, 3.0):
-        accumulator.update("law", torch.tensor([value, 0.1]).view(2, 1, 1))
-    weight = accumulator.result().weights("within_task", floor=0.5)
+    grids = torch.tensor([[1.0, 0.1], [3.0, 0.1]]).view(2, 2, 1, 1)
+    weight = spread_over({"law": grids}, torch.ones(2, 1, 1, dtype=torch.bool)).weights("within_task", floor=0.5)
     assert weight.tolist() == pytest.approx([2.0 / 1.25, 0.5 / 1.25])
 
 
 def test_what_never_varies_gets_equal_weights():
-    mask = ragged_mask()
-    accumulator = SpreadAccumulator(mask)
-    accumulator.update("only", torch.randn(3, 2, 2))
-    spread = accumulator.result()
+    spread = spread_over({"only": torch.randn(1, 3, 2, 2)}, ragged_mask())
     for kind in ("within_task", "between_task"):
         assert torch.equal(spread.weights(kind), torch.ones(3))
 
@@ -94,32 +84,13 @@ def test_what_never_varies_gets_equal_weights():
 def test_a_token_without_weights_has_no_part():
     mask = ragged_mask()
     mask[1] = False
-    spread = accumulate(checkpoints(), mask).result()
+    spread = spread_over(checkpoints(), mask)
     assert spread.within_task[1] == 0
     assert spread.within_task.isfinite().all()
     grids = torch.ones(1, 3, 2, 2)
     assert masked_mse(grids, 0 * grids, mask, spread.weights("within_task")).item() == pytest.approx(1.0)
 
 
-def test_wrong_checkpoints_are_refused():
-    mask = ragged_mask()
-    accumulator = SpreadAccumulator(mask)
-    with pytest.raises(WeightValueError, match="No checkpoint was given"):
-        accumulator.result()
-    with pytest.raises(LayoutError, match=r"'law' has a token grid of \(2, 2, 2\)"):
-        accumulator.update("law", torch.zeros(2, 2, 2))
-    with pytest.raises(WeightValueError, match="'law' holds NaN"):
-        accumulator.update("law", torch.full((3, 2, 2), math.nan))
-    accumulator.update("law", torch.zeros(3, 2, 2))
-    accumulator.update("med", torch.zeros(3, 2, 2))
-    with pytest.raises(ValueError, match="'law' must come one after another"):
-        accumulator.update("law", torch.zeros(3, 2, 2))
-    with pytest.raises(LayoutError, match="valid mask must be"):
-        SpreadAccumulator(mask[0])
-    with pytest.raises(WeightValueError, match="marks no entry"):
-        SpreadAccumulator(torch.zeros_like(mask))
-    spread = accumulator.result()
+def test_another_kind_is_refused():
     with pytest.raises(GeneratorConfigError, match="Unknown kind of spread 'both'"):
-        spread.weights("both")
-    with pytest.raises(GeneratorConfigError, match="floor of token weights"):
-        spread.weights("within_task", -1.0)
+        spread_over(checkpoints(), ragged_mask()).weights("both")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses, noise and token weights against values worked out by hand and against direct formulas."""
+"""Files and folders that are written whole can be read by whom the umask lets."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from peft_dnd import (
 )
 from peft_dnd.errors import GeneratorConfigError, GeneratorNotFoundError, MissingFileError
 from peft_dnd.peft_integration import injection
+from peft_dnd.storage.hub import HubOptions, UploadOptions
 from peft_dnd.text.out_of_distribution import REFERENCE_NAME
 from peft_dnd.text.sentence_transformer import SentenceTransformerTextEncoder
 
@@ -213,6 +215,58 @@ def test_a_text_encoder_knows_its_commit(encoder_folder: Path, cache: Path, tmp_
     put_into_cache(tmp_path / "elsewhere", "org/encoder", FIRST, encoder_folder)
     assert load("org/encoder", cache_dir=tmp_path / "elsewhere").commit_hash == FIRST
     assert load(encoder_folder).commit_hash is None
+
+
+class TestHubOptions:
+    @pytest.mark.parametrize("loader", [GeneratedAdapter, PromptConditionedLoraGenerator, StreamedLoraGenerator])
+    def test_a_signature_shows_them_all(self, loader: Any) -> None:
+        shown = inspect.signature(loader.from_pretrained).parameters
+        defaults = {name: shown[name].default for name in HubOptions.__annotations__}
+        assert defaults == {
+            "revision": None,
+            "subfolder": "",
+            "token": None,
+            "cache_dir": None,
+            "force_download": False,
+            "local_files_only": False,
+        }
+        assert all(shown[name].annotation == kind.__forward_arg__ for name, kind in HubOptions.__annotations__.items())
+
+    @pytest.mark.parametrize("loader", [GeneratedAdapter, PromptConditionedLoraGenerator, StreamedLoraGenerator])
+    def test_a_misspelt_one_is_refused(self, loader: Any, generator_folder: Path) -> None:
+        with pytest.raises(TypeError, match="unexpected keyword argument 'revison'"):
+            loader.from_pretrained(str(generator_folder), revison="v1")
+
+    def test_what_was_meant_is_said(self) -> None:
+        with pytest.raises(
+            TypeError, match=r"from_pretrained\(\) .* 'local_file_only'\. Did you mean 'local_files_only'"
+        ):
+            GeneratedAdapter.from_pretrained("org/adapter", local_file_only=True)  # type: ignore[call-arg]
+        with pytest.raises(TypeError, match=r"'dytpe'\. Did you mean 'dtype'"):
+            StreamedLoraGenerator.from_pretrained("org/generator", dytpe="float32")  # type: ignore[call-arg]
+
+
+class TestUploadOptions:
+    @pytest.mark.parametrize("kind", [GeneratedAdapter, PromptConditionedLoraGenerator])
+    def test_a_signature_shows_them_all(self, kind: Any) -> None:
+        shown = inspect.signature(kind.push_to_hub).parameters
+        assert {name: shown[name].annotation for name in UploadOptions.__annotations__} == {
+            name: annotation.__forward_arg__ for name, annotation in UploadOptions.__annotations__.items()
+        }
+
+    def test_a_misspelt_one_is_refused(self, generator: PromptConditionedLoraGenerator, calls: dict[str, Any]) -> None:
+        with pytest.raises(TypeError, match=r"push_to_hub\(\) .* 'privat'\. Did you mean 'private'"):
+            generator.push_to_hub("me/generator", privat=True)  # type: ignore[call-arg]
+        assert not calls
+
+    def test_a_commit_says_what_was_uploaded(
+        self, generator: PromptConditionedLoraGenerator, adapter: GeneratedAdapter, calls: dict[str, Any]
+    ) -> None:
+        adapter.push_to_hub("me/adapter")
+        assert calls["upload_folder"]["commit_message"] == "Upload generated LoRA adapter"
+        with pytest.warns(UserWarning, match="text encoder is"):
+            generator.push_to_hub("me/generator")
+        assert calls["upload_folder"]["commit_message"] == "Upload PromptConditionedLoraGenerator"
 
 
 class TestGeneratorKwargs:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA adapters: their layout, their weights as tokens, fitting them to a model, and the generated one."""
+"""LoRA adapters: layouts, weights as tokens, the maths of factors, putting them into models, `GeneratedAdapter`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses on what an adapter does rather than on its factors: on ΔW = s B A, which is never formed.
+"""Distances between the updates of adapters, ||B₁ A₁ - B₂ A₂||, which are never formed; and canonical factors.
 
-The factors of an update are not determined by it: (B G)(G^-1 A) is the same update for every invertible G. Either the
-loss is put on ΔW, by products of r x r matrices alone, or the factors are first brought into one canonical form.
+The factors of an update ΔW = s B A are not determined by it: (B G)(G^-1 A) is the same update for every invertible G.
+So adapters are compared by ΔW, with products of r x r matrices alone, or their factors are first brought into one
+canonical form.
 
 Matrices are seen as in PEFT's files: A with the rank first, (r, n), and B with the rank second, (m, r); further axes
 of convolutions count as part of n, and leading axes, written (...), as a batch.
@@ -13,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
+import torch.nn.functional as F
 
-from ..errors import LayoutError
 from .layout import AdapterLayout, LoraModule
 
 
@@ -105,7 +106,7 @@ def delta_weight_mse(
     """
     distances = delta_weight_distances(predicted, target, layout)
     if module_size is None:
-        entries = [(a.long_size * b.long_size) for a, b in (module.tensors for module in layout.modules)]
+        entries = [a.long_size * b.long_size for a, b in (module.tensors for module in layout.modules)]
         module_size = torch.tensor(entries, dtype=torch.float64)
     return (distances / module_size.to(distances)).mean()
 
@@ -174,12 +175,8 @@ def _stack(matrices: Matrices, modules: list[LoraModule], side: int) -> torch.Te
     """A (side 0) or B (side 1) of modules of one form: (..., modules, r, n) or (..., modules, m, r)."""
     flattened = []
     for tensor in (module.tensors[side] for module in modules):
-        matrix = matrices.get(tensor.key)
-        axes = len(tensor.shape)
-        if matrix is None or tuple(matrix.shape[-axes:]) != tensor.shape:
-            what = "is missing" if matrix is None else f"has shape {tuple(matrix.shape)}"
-            raise LayoutError(f"The adapter does not fit its layout: {tensor.key!r} {what}; expected {tensor.shape}.")
-        batch = matrix.shape[:-axes]
+        matrix = tensor.find_in(matrices, batched=True)
+        batch = matrix.shape[: -len(tensor.shape)]
         flattened.append(matrix.reshape(*batch, *((tensor.rank, -1) if side == 0 else (-1, tensor.rank))))
     return torch.stack(flattened, -3)
 
@@ -187,6 +184,6 @@ def _stack(matrices: Matrices, modules: list[LoraModule], side: int) -> torch.Te
 def _fill(matrix: torch.Tensor, axis: int, size: int) -> torch.Tensor:
     """Zeros behind a matrix along its last axis (-1) or the one before (-2), up to a size."""
     missing = size - matrix.shape[axis]
-    return (
-        matrix if missing == 0 else torch.nn.functional.pad(matrix, (0, missing) if axis == -1 else (0, 0, 0, missing))
-    )
+    if missing == 0:
+        return matrix
+    return F.pad(matrix, (0, missing) if axis == -1 else (0, 0, 0, missing))

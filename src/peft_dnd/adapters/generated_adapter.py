@@ -14,11 +14,21 @@ import torch
 from huggingface_hub import CommitInfo, ModelCardData
 from peft import LoraConfig
 from torch import nn
+from typing_extensions import Unpack
 
 from ..errors import GeneratorConfigError
 from ..storage.cards import CARD_NAME, GENERATED_MARK, may_write_card
 from ..storage.files import PathLike, read_json, read_safetensors, staged_directory, write_json, write_safetensors
-from ..storage.hub import hub_id, name_for_others, resolve_adapter, upload
+from ..storage.hub import (
+    HubOptions,
+    UploadOptions,
+    find_adapter,
+    find_folder,
+    hub_id,
+    name_for_others,
+    takes_keywords_of,
+    upload,
+)
 from .layout import AdapterLayout
 from .loading import load_matrices
 from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
@@ -175,27 +185,13 @@ class GeneratedAdapter:
                 (staged / CARD_NAME).write_text(self._card(), encoding="utf-8")
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: PathLike,
-        *,
-        revision: str | None = None,
-        subfolder: str = "",
-        token: str | bool | None = None,
-        cache_dir: PathLike | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-    ) -> GeneratedAdapter:
+    @takes_keywords_of(find_folder)
+    def from_pretrained(cls, name_or_path: PathLike, **hub: Unpack[HubOptions]) -> GeneratedAdapter:
         """Read an adapter that [`save_pretrained`][GeneratedAdapter.save_pretrained], `push_to_hub` or PEFT wrote.
 
         Args:
             name_or_path: Folder or Hub id.
-            revision: Branch, tag or commit on the Hub.
-            subfolder: Folder inside the repository or folder.
-            token: Access token for the Hub.
-            cache_dir: Where downloads are kept.
-            force_download: Whether to download anew what is there already.
-            local_files_only: Whether to do without the network.
+            hub: See [`HubOptions`][peft_dnd.storage.hub.HubOptions].
 
         Raises:
             FileNotFoundError: If there is no such folder or repository, or the configuration or the weights are
@@ -203,16 +199,7 @@ class GeneratedAdapter:
             CorruptFileError: If a file is unreadable, for instance cut short.
             LayoutError: If it is no plain LoRA adapter.
         """
-        folder = resolve_adapter(
-            name_or_path,
-            (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, PROVENANCE_NAME),
-            revision=revision,
-            subfolder=subfolder,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
+        folder = find_adapter(name_or_path, (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, PROVENANCE_NAME), **hub)
         layout = AdapterLayout.from_folder(folder)
         provenance = folder / PROVENANCE_NAME
         return cls(
@@ -221,17 +208,8 @@ class GeneratedAdapter:
             read_json(provenance) if provenance.is_file() else None,
         )
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload generated LoRA adapter",
-        commit_description: str | None = None,
-        create_pr: bool = False,
-    ) -> CommitInfo:
+    @takes_keywords_of(upload)
+    def push_to_hub(self, repo_id: str, **commit: Unpack[UploadOptions]) -> CommitInfo:
         """Save the adapter and upload it to the Hub.
 
         Names of folders on this machine, of the base model and of the generator, are left out of what is uploaded;
@@ -239,12 +217,7 @@ class GeneratedAdapter:
 
         Args:
             repo_id: Hub id, `"user/name"`.
-            private: Whether a new repository is private; `None` leaves it to the account's default.
-            token: Access token; `None` takes the one that is logged in.
-            revision: Branch to commit to; made where missing. `None` is the main branch.
-            commit_message: What the commit says.
-            commit_description: And its longer text.
-            create_pr: Whether to open a pull request rather than commit.
+            commit: See [`UploadOptions`][peft_dnd.storage.hub.UploadOptions].
 
         Returns:
             The Hub's description of the commit.
@@ -252,16 +225,7 @@ class GeneratedAdapter:
         Raises:
             HfHubHTTPError: The Hub's own, if you may not write there.
         """
-        return upload(
-            self._for_others().save_pretrained,
-            repo_id,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        return upload(self._for_others().save_pretrained, repo_id, "generated LoRA adapter", **commit)
 
     def _for_others(self) -> GeneratedAdapter:
         base = name_for_others(

@@ -95,6 +95,18 @@ class LoraTensor:
         """How many numbers belong to each rank: the length of the side that is not the rank."""
         return self.num_parameters // self.rank
 
+    def find_in(self, state_dict: Mapping[str, torch.Tensor], *, batched: bool = False) -> torch.Tensor:
+        """The matrix in a state dict; where `batched`, leading batch axes may stand before its own.
+
+        Raises:
+            LayoutError: If it is missing or has another shape.
+        """
+        found = state_dict.get(self.key)
+        if found is None or tuple(found.shape[-len(self.shape) :] if batched else found.shape) != self.shape:
+            what = "is missing" if found is None else f"has shape {tuple(found.shape)}"
+            raise LayoutError(f"The adapter does not fit its layout: {self.key!r} {what}; expected {self.shape}.")
+        return found
+
 
 @dataclass(frozen=True)
 class AdapterLayout:
@@ -171,7 +183,7 @@ class AdapterLayout:
             if ".base_layer." in key:
                 continue  # PEFT saves targeted embeddings' frozen base weights along; they are the base model's.
             module, side, kind = parse_key(key, source)
-            pairs.setdefault(module, {})[side] = (kind, tuple(shape))
+            pairs.setdefault(module, {})[side] = (kind, shape)
         modules = []
         for name, pair in pairs.items():
             if set(pair) != {"A", "B"}:
@@ -247,10 +259,9 @@ class AdapterLayout:
     def difference(self, other: AdapterLayout) -> str | None:
         """Say in words what first distinguishes another layout from this one; `None` if an adapter fits both."""
         mine, theirs = ({module.name: module for module in layout.modules} for layout in (self, other))
-        for name in mine:
+        for name in {**mine, **theirs}:
             if name not in theirs:
                 return f"module {name!r} is adapted in the first and not in the second"
-        for name in theirs:
             if name not in mine:
                 return f"module {name!r} is adapted in the second and not in the first"
         for name, module in mine.items():

@@ -117,7 +117,7 @@ def attach_adapter(model: nn.Module, adapter_name: str, layout: AdapterLayout) -
     check_fits(model, layout, names)
     warn_if_other_base(model, layout)
     if adapter_name in (getattr(uncompiled(model), "peft_config", None) or {}):
-        check_swappable(model, adapter_name, layout, names)
+        _check_swappable(model, adapter_name, layout, names)
     else:
         # PEFT writes the name of the base model at hand itself, and warns where it finds another one there.
         settings = {"base_model_name_or_path": None, "task_type": _task_type_for(model, layout)}
@@ -171,35 +171,25 @@ def fill_adapter(
     slots = matrix_slots(model, adapter_name, layout, names)
     for slot in slots:
         check_tensor(state_dict[slot.key], slot.key, tuple(slot.parameter.shape), "the adapter")
-    on_meta = {}
+    on_meta = set()
     with torch.no_grad(), real_parameters():
         for slot in slots:
             parameter, value = slot.parameter, state_dict[slot.key]
             if parameter.is_meta:
                 made = nn.Parameter(value.to(parameter.dtype, copy=True), parameter.requires_grad)
                 slot.holder._parameters[slot.name] = made
-                on_meta[id(slot.layer)] = slot.layer
+                on_meta.add(slot.layer)
             else:
                 parameter.copy_(value)
-        for layer in on_meta.values():
+        for layer in on_meta:
             layer._move_adapter_to_device_of_base_layer(adapter_name)
     lost = [slot.key for slot in slots if slot.parameter.is_meta]
     if lost:
         raise WeightValueError(f"{lost[0]!r} ended up on the meta device. Load the base model's weights first.")
 
 
-def check_swappable(model: nn.Module, adapter_name: str, layout: AdapterLayout, names: Mapping[str, str]) -> None:
-    """Make sure that an adapter in a model differs from a new one in nothing but the values of its matrices.
-
-    Args:
-        model: A model with the adapter in it.
-        adapter_name: The adapter's name.
-        layout: The layout of the new one.
-        names: Layout module name -> name in the base model.
-
-    Raises:
-        LayoutError: Otherwise; it says what differs.
-    """
+def _check_swappable(model: nn.Module, adapter_name: str, layout: AdapterLayout, names: Mapping[str, str]) -> None:
+    """Make sure that an adapter in a model differs from one of the layout in the values of its matrices alone."""
     config = uncompiled(model).peft_config[adapter_name]  # type: ignore[index]
     what = f"adapter {adapter_name!r} of the model"
     if not isinstance(config, LoraConfig):
@@ -207,19 +197,18 @@ def check_swappable(model: nn.Module, adapter_name: str, layout: AdapterLayout, 
     matrices_only = copy.copy(config)
     matrices_only.modules_to_save = None  # a classifier head beside the matrices stays as it is
     check_supported(matrices_only, what)
-    shapes = {tensor.key: tensor.shape for tensor in layout.tensors}
-    for slot in matrix_slots(model, adapter_name, layout, names):
+    slots = matrix_slots(model, adapter_name, layout, names)
+    for slot, tensor in zip(slots, layout.tensors, strict=True):
         if adapter_name in slot.layer.merged_adapters:
             raise LayoutError(f"{what} is merged into the base weights. Call unmerge_adapter() first.")
         shape = tuple(slot.parameter.shape)
-        if shape != shapes[slot.key]:
+        if shape != tensor.shape:
             raise LayoutError(
-                f"{what} has shape {shape} where the new one has {shapes[slot.key]}, for {slot.key!r}. Use another "
+                f"{what} has shape {shape} where the new one has {tensor.shape}, for {slot.key!r}. Use another "
                 "adapter_name, or delete_adapter first."
             )
-    live = _live_layers(model, adapter_name)
-    for module in layout.modules:
-        scaling = float(live[names[module.name]].scaling[adapter_name])
+    for slot, module in zip(slots[::2], layout.modules, strict=True):
+        scaling = float(slot.layer.scaling[adapter_name])
         if not math.isclose(scaling, layout.scaling(module), rel_tol=1e-6):
             raise LayoutError(
                 f"{what} scales {names[module.name]!r} by {scaling:g}; the new one is to be scaled by "
@@ -228,14 +217,10 @@ def check_swappable(model: nn.Module, adapter_name: str, layout: AdapterLayout, 
             )
 
 
-def _live_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    return {clean_name(name): layer for name, layer in lora_layers(base_model_of(model), adapter_name)}
-
-
 def matrix_slots(
     model: nn.Module, adapter_name: str, layout: AdapterLayout, names: Mapping[str, str]
 ) -> list[MatrixSlot]:
-    """Where a model keeps each matrix of an adapter, in the layout's order.
+    """Where a model keeps each matrix of an adapter, in the layout's order: module by module, A before B.
 
     Args:
         model: A model with the adapter in it.
@@ -246,7 +231,7 @@ def matrix_slots(
     Raises:
         LayoutError: If the model's adapter has other modules than the layout.
     """
-    live = _live_layers(model, adapter_name)
+    live = {clean_name(name): layer for name, layer in lora_layers(base_model_of(model), adapter_name)}
     slots = []
     for module in layout.modules:
         layer = live.pop(names[module.name], None)

@@ -134,12 +134,13 @@ def check_tensor(tensor: torch.Tensor, key: str, shape: tuple[int, ...], source:
         LayoutError: If the shape differs.
         WeightValueError: If it is on the meta device, or holds NaN or infinity.
     """
-    if tuple(tensor.shape) != tuple(shape):
-        raise LayoutError(f"{source} holds {key!r} with shape {tuple(tensor.shape)}; expected {tuple(shape)}.")
+    if tuple(tensor.shape) != shape:
+        raise LayoutError(f"{source} holds {key!r} with shape {tuple(tensor.shape)}; expected {shape}.")
     if tensor.is_meta:
         raise WeightValueError(f"{source} holds {key!r} on the meta device, without values. Load real weights first.")
-    if not torch.isfinite(tensor).all():
-        count = int((~torch.isfinite(tensor)).sum())
+    finite = torch.isfinite(tensor)
+    if not finite.all():
+        count = int((~finite).sum())
         raise WeightValueError(
             f"{source} holds {count} NaN or infinite number(s) in {key!r}. Its training has diverged: leave this "
             "adapter out, or train it again with a smaller learning rate."

@@ -223,7 +223,6 @@ def _describe_search(name: str, found: tuple[str, ...], available: set[str]) -> 
 
 def _form_of_layer(layer: nn.Module, base_layer: nn.Module) -> tuple[Any, ...]:
     kernel = getattr(base_layer, "kernel_size", ())
-    kernel = tuple(kernel) if isinstance(kernel, (tuple, list)) else (kernel,)
     kind = "embedding" if isinstance(base_layer, nn.Embedding) else "linear"
     if not isinstance(layer, LoraLayer):
         # PEFT's own reading of the many kinds of layers, quantised ones included. It warns of kinds that it does not
@@ -256,7 +255,7 @@ def _mismatch(model: nn.Module, layout: AdapterLayout, what: str) -> BaseModelMi
 
 
 def _own_name(name_or_path: str) -> str:
-    parts = [part for part in re.split(r"[\\/]+", name_or_path) if part] or [name_or_path]
+    parts = re.split(r"[\\/]+", name_or_path.rstrip("\\/"))
     cached = [part for part in parts if part.startswith(_CACHED_REPOSITORY)]
     return cached[-1].rpartition("--")[2] if cached else parts[-1]
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 from .layout import LoraTensor
@@ -17,10 +17,14 @@ class TokenPositions:
     Attributes:
         layers: (N_w,) layer of each token, counted from 0.
         slots: (N_w,) place of each token within its layer (module, side and chunk), counted from 0.
+        matrices: (N_w,) which of the adapter's matrices each token is a chunk of, counted from 0.
+        sides: (N_w,) `"A"` or `"B"`, the side of that matrix.
     """
 
     layers: tuple[int, ...]
     slots: tuple[int, ...]
+    matrices: tuple[int, ...] = ()
+    sides: tuple[str, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -44,7 +48,7 @@ def token_positions(tokenizer: WeightTokenizer) -> TokenPositions:
     """
     tensors = tokenizer.layout.tensors
     layers: list[int] = []
-    slots: list[Hashable] = []
+    slots: list[tuple[str, str, int]] = []
     seen: dict[int, int] = {}
     for index in tokenizer.tensor_index().tolist():
         tensor = tensors[index]
@@ -52,18 +56,20 @@ def token_positions(tokenizer: WeightTokenizer) -> TokenPositions:
         chunk = seen[index] = seen.get(index, -1) + 1
         layers.append(layer)
         slots.append((rest, tensor.side, chunk))
-    return TokenPositions(_numbered(layers), _numbered(slots))
+    sides = tuple(side for _, side, _ in slots)
+    return TokenPositions(_numbered(layers), _numbered(slots), tuple(tokenizer.tensor_index().tolist()), sides)
 
 
 def _parse(tensor: LoraTensor) -> tuple[int, str]:
     """A tensor's layer, and its module's path without it."""
     parts = tensor.module.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    layer = int(parts[numbers[0]]) if numbers else 0
-    rest = [part for i, part in enumerate(parts) if not numbers or i != numbers[0]]
-    return layer, ".".join(rest)
+    numbers = [part for part in parts if part.isdigit()]
+    if not numbers:
+        return 0, tensor.module
+    parts.remove(numbers[0])
+    return int(numbers[0]), ".".join(parts)
 
 
-def _numbered(values: list[int] | list[Hashable]) -> tuple[int, ...]:
+def _numbered(values: Iterable[Hashable]) -> tuple[int, ...]:
     order: dict[Hashable, int] = {}
     return tuple(order.setdefault(value, len(order)) for value in values)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapter weights to a grid of equal tokens and back, exactly."""
+"""Weight tokens: an adapter cut into a grid of equal tokens and put together again, exactly; their normalisation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import GeneratorConfigError, LayoutError
-from .layout import AdapterLayout, LoraTensor
+from .layout import AdapterLayout
 
 
 _CHUNK_WIDTHS = (512, 384, 256, 192, 128, 96, 64, 48, 32, 16)
@@ -71,7 +71,7 @@ class WeightTokenizer:
         Raises:
             LayoutError: If a tensor, or `out`, is missing or has another shape.
         """
-        matrices = [_find(state_dict, tensor) for tensor in self.layout.tensors]
+        matrices = [tensor.find_in(state_dict) for tensor in self.layout.tensors]
         grid = matrices[0].new_empty(self.grid_shape, dtype=torch.float32) if out is None else self._checked(out)
         if self._has_filling:
             grid.zero_()
@@ -237,11 +237,3 @@ def _per_tensor(tokenizer: WeightTokenizer, per_token: torch.Tensor) -> torch.Te
     """Means over the entries of each of the layout's tensors, from sums over the entries of each token."""
     sizes = torch.tensor([tensor.num_parameters for tensor in tokenizer.layout.tensors], dtype=torch.float64)
     return torch.zeros_like(sizes).index_add_(0, tokenizer.tensor_index(), per_token) / sizes
-
-
-def _find(state_dict: Mapping[str, torch.Tensor], tensor: LoraTensor) -> torch.Tensor:
-    found = state_dict.get(tensor.key)
-    if found is None or tuple(found.shape) != tensor.shape:
-        what = "is missing" if found is None else f"has shape {tuple(found.shape)}"
-        raise LayoutError(f"The adapter does not fit its layout: {tensor.key!r} {what}; expected {tensor.shape}.")
-    return found

@@ -13,10 +13,10 @@ from ..decoders import check_decoder_type
 from ..errors import PeftDndError, PromptError
 from ..generator.configuration import PromptConditionedLoraGeneratorConfig
 from ..generator.modeling import PromptConditionedLoraGenerator
-from ..generator.settings import available_settings
+from ..generator.paper_settings import available_settings
 from ..generator.streaming import StreamedLoraGenerator
 from ..published.files import read_published_prompts
-from ..published.reader import import_published_adapters, load_published_generator
+from ..published.importer import import_published_adapters, load_published_generator
 from ..text.out_of_distribution import ACTIONS
 from ..version import __version__
 
@@ -145,6 +145,8 @@ def _import_adapters(options: argparse.Namespace) -> None:
         task, equals, file = given.partition("=")
         if not equals:
             raise PromptError(f"--prompts {given!r} is not of the form TASK=FILE.")
+        if task in prompts:
+            raise PromptError(f"--prompts names the task {task!r} twice. Give each task one file.")
         prompts[task] = _read_prompts(Path(file))
     tasks = import_published_adapters(options.adapters, options.pairs, prompts=prompts, settings=options.settings)
     print(f"{len(tasks)} task(s), saved to {options.pairs}: {', '.join(tasks)}")

@@ -10,8 +10,8 @@ generator's config.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -19,12 +19,15 @@ from torch import nn
 from ..adapters.positions import TokenPositions
 from ..errors import GeneratorConfigError
 from .cascade import derive_cascade
+from .core import CoreDecoder
 from .hyper_convolution import HyperConvolutionDecoder, HyperConvolutionLayer
 from .set_transformer import SetTransformerDecoder
 
 
 __all__ = [
     "DECODERS",
+    "CenteredDecoder",
+    "CoreDecoder",
     "Decoder",
     "HyperConvolutionDecoder",
     "HyperConvolutionLayer",
@@ -50,7 +53,19 @@ class Decoder(Protocol):
         """Condition states (B, N, L, C) and their mask (B, N, L) to normalised tokens (B, N_w, L_w, C_w)."""
 
 
+@runtime_checkable
+class CenteredDecoder(Protocol):
+    """A decoder that first takes from the training tasks what their prompts have in common."""
+
+    centered: torch.Tensor
+    """Whether it has."""
+
+    def center_on(self, states_of_tasks: Iterable[torch.Tensor]) -> None:
+        """Takes for each task the states of all tokens of its prompts, (any number, C)."""
+
+
 DECODERS: dict[str, type[nn.Module]] = {
+    "core": CoreDecoder,
     "hyper_convolution": HyperConvolutionDecoder,
     "set_transformer": SetTransformerDecoder,
 }

@@ -4,12 +4,13 @@ from .baselines import RidgeBaseline as RidgeBaseline
 from .baselines import nearest_tasks as nearest_tasks
 from .bench import AdapterSource as AdapterSource
 from .bench import Scorer as Scorer
-from .bench import score_generated as score_generated
 from .controls import junk_prompts as junk_prompts
 from .controls import shuffled_tasks as shuffled_tasks
 from .harness import HarnessScorer as HarnessScorer
 from .held_out import AdapterGenerator as AdapterGenerator
 from .held_out import HeldOutTask as HeldOutTask
+from .intervals import Estimate as Estimate
+from .intervals import Resampling as Resampling
 from .leave_one_out import leave_one_out as leave_one_out
 from .protocol import evaluate_generator as evaluate_generator
 from .readout import Row as Row
@@ -17,5 +18,4 @@ from .report import EvaluationReport as EvaluationReport
 from .rows import PROTOCOL_ROWS as PROTOCOL_ROWS
 from .scorers import AnswerScorer as AnswerScorer
 from .scorers import LabelScorer as LabelScorer
-from .statistics import Estimate as Estimate
-from .statistics import Resampling as Resampling
+from .while_fitting import score_generated as score_generated

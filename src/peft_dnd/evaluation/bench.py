@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from statistics import fmean
 from typing import TypeAlias, cast
 
 import torch
@@ -17,7 +16,6 @@ from torch import nn
 from ..adapters.generated_adapter import GeneratedAdapter
 from ..adapters.layout import AdapterLayout
 from ..errors import EvaluationError
-from ..generator.modeling import PromptConditionedLoraGenerator
 
 
 Scorer: TypeAlias = Callable[[nn.Module, str], Sequence[float]]
@@ -25,7 +23,7 @@ Scorer: TypeAlias = Callable[[nn.Module, str], Sequence[float]]
 AdapterSource: TypeAlias = GeneratedAdapter | str | os.PathLike[str] | Callable[[], "AdapterSource"]
 
 
-def resolve_adapter(source: AdapterSource) -> GeneratedAdapter:
+def adapter_of(source: AdapterSource) -> GeneratedAdapter:
     """Get the adapter of a source.
 
     Raises:
@@ -37,7 +35,7 @@ def resolve_adapter(source: AdapterSource) -> GeneratedAdapter:
     if isinstance(source, str | os.PathLike):
         return GeneratedAdapter.from_pretrained(source)
     if callable(source):
-        return resolve_adapter(source())
+        return adapter_of(source())
     raise EvaluationError(
         f"An adapter is given as a GeneratedAdapter, its folder, or a function that returns one of these; got "
         f"{type(source).__name__}."
@@ -128,33 +126,3 @@ def open_bench(base_model: nn.Module, scorer: Scorer) -> Iterator[ScoringBench]:
         for name, parameter in base_model.named_parameters():
             parameter.requires_grad_(flags[name])
         base_model.train(training)
-
-
-def score_generated(
-    generator: PromptConditionedLoraGenerator,
-    prompts: Mapping[str, Sequence[str]],
-    scorer: Callable[[str, GeneratedAdapter], float],
-    *,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Score the adapters that a generator writes for held-out tasks, from their own prompts and from another task's.
-
-    A generator whose adapters do as well when written from the prompts of another task has not read the prompts.
-
-    Args:
-        generator: A fitted generator.
-        prompts: Held-out task -> its prompts.
-        scorer: `(task, adapter) -> score`; larger is better.
-        seed: Seed of the choice of prompts.
-
-    Returns:
-        `score`: mean over the tasks of their own adapters' scores; `shuffled_score`, if there are two tasks or more:
-        mean score of each task with the adapter of the next one.
-    """
-    adapters = generator.generate_adapters(prompts, seed=seed)
-    tasks = list(adapters)
-    result = {"score": fmean(scorer(task, adapters[task]) for task in tasks)}
-    if len(tasks) > 1:
-        others = [*tasks[1:], tasks[0]]
-        result["shuffled_score"] = fmean(scorer(task, adapters[o]) for task, o in zip(tasks, others, strict=True))
-    return result

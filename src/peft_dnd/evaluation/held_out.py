@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..adapters.generated_adapter import GeneratedAdapter
 from ..pairs.dataset import PromptCheckpointDataset
@@ -55,14 +55,13 @@ def held_out_texts(generator: AdapterGenerator, tasks: Mapping[str, HeldOutTask]
     Raises:
         PromptError: If it reads answers, and a task has none.
     """
-    config = getattr(generator, "config", None)
-    form = getattr(config, "condition_text", "prompts")
+    form, answer_ratio = _reads(generator)
     return {
         name: condition_texts(
             task.prompts,
             None if form == "prompts" else task.answers,
             form,
-            answer_ratio=getattr(config, "answer_ratio", 0.0),
+            answer_ratio=answer_ratio,
             seed=seed,
             what=f"the prompts of task {name!r}",
         )
@@ -74,15 +73,20 @@ def training_texts(generator: AdapterGenerator, pairs: PromptCheckpointDataset |
     """The same for the training tasks; none without pairs."""
     if pairs is None:
         return {}
-    config = getattr(generator, "config", None)
-    if getattr(config, "condition_text", "prompts") != "prompts":
-        pairs = pairs.with_condition(config.condition_text, config.answer_ratio)  # type: ignore[union-attr]
+    form, answer_ratio = _reads(generator)
+    if form != "prompts":
+        pairs = pairs.with_condition(form, answer_ratio)
     return {name: pairs.prompts(name) for name in pairs.tasks}
 
 
 def write_adapter(generator: AdapterGenerator, texts: Sequence[str], *, seed: int) -> GeneratedAdapter:
     """Have an adapter written from texts that are just what the generator reads, junk among them."""
-    config: Any = getattr(generator, "config", None)
-    if getattr(config, "condition_text", "prompts") != "prompts":
+    if _reads(generator)[0] != "prompts":
         texts = [ConditionText(text) for text in texts]
     return generator.generate_adapter(list(texts), seed=seed)
+
+
+def _reads(generator: AdapterGenerator) -> tuple[str, float]:
+    """Which texts a generator reads, and the share of them that holds answers: its configuration's, if it has one."""
+    config = getattr(generator, "config", None)
+    return getattr(config, "condition_text", "prompts"), getattr(config, "answer_ratio", 0.0)

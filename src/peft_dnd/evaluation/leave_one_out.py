@@ -67,12 +67,12 @@ def leave_one_out(
         else:
             training, _ = pairs.split([task])
             report = evaluate(fit(training, task), training, task)
-            if kept is not None and report.tasks == (task,):
+            if report.tasks != (task,):
+                raise EvaluationError(
+                    f"The report on held-out task {task!r} is on {report.tasks}; expected just that task."
+                )
+            if kept is not None:
                 report.save(kept)
-        if report.tasks != (task,):
-            raise EvaluationError(
-                f"The report on held-out task {task!r} is on {report.tasks}; expected just that task."
-            )
         reports.append(report)
     merged = EvaluationReport.merge(reports)
     if root is not None:

@@ -1,53 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A report for readers: Markdown tables and a plot."""
+"""A report's parts for readers: Markdown tables of rows, figures and facts, and a plot."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .rows import row_label
-from .statistics import Estimate, Interval
+from .intervals import Estimate, Interval
+from .readout import Row
 
-
-if TYPE_CHECKING:
-    from .report import EvaluationReport
 
 _PLAIN_BAR, _OWN_BAR = "#9db4c8", "#3b6ea5"
 
 
-def markdown(report: EvaluationReport) -> str:
-    """Write a report as Markdown: the rows, the two headline figures, each task, costs, what is missing."""
-    settings = report.settings
-    parts = [
-        f"# Evaluation on {len(report.tasks)} held-out task{'s' if len(report.tasks) > 1 else ''}",
-        _rows_table(report),
-        f"Mean over the tasks of their mean scores. Intervals are {settings['confidence']:.0%} percentile bootstrap, "
-        f"{settings['resamples']} resamples: over the examples within each task, and over the tasks. "
-        '"Generated minus this row" is paired by example.',
-        _headlines(report),
-        "## By task",
-        _task_table(report),
-    ]
-    if report.not_measured:
-        missing = [f"- {row_label(key)}: {why}" for key, why in report.not_measured.items()]
-        parts += ["## Not measured", "\n".join(missing)]
-    if report.costs:
-        parts += ["## Costs", _facts(_flat(report.costs, leave_out=("by_report", "seconds_by_task")))]
-    parts += ["## Settings", _facts(_flat(settings))]
-    return "\n\n".join(parts) + "\n"
+def draw(rows: Sequence[Row], confidence: float, path: Path) -> None:
+    """Draw rows as bars with their intervals over examples, into a PNG file.
 
-
-def draw(report: EvaluationReport, path: Path) -> None:
-    """Draw the rows as bars with their intervals over examples, into a PNG file.
+    Args:
+        rows: The rows, from top to bottom.
+        confidence: Of the intervals.
+        path: The file.
 
     Raises:
         ImportError: If matplotlib is not installed.
     """
     from matplotlib.figure import Figure
 
-    rows = list(report.rows.values())
     figure = Figure(figsize=(9, 0.36 * len(rows) + 1.2))
     axes = figure.subplots()
     labels = [f"{row.number}  {row.label.replace('*', '')}" for row in rows]
@@ -65,7 +44,7 @@ def draw(report: EvaluationReport, path: Path) -> None:
     )
     axes.bar_label(bars, labels=[_number(value) for value in values], padding=4, fontsize=8)
     axes.margins(x=0.14)
-    axes.set_xlabel(f"mean score on {len(report.tasks)} held-out tasks, {report.settings['confidence']:.0%} interval")
+    axes.set_xlabel(f"mean score on {len(rows[0].by_task)} held-out tasks, {confidence:.0%} interval")
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -73,12 +52,13 @@ def draw(report: EvaluationReport, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _rows_table(report: EvaluationReport) -> str:
+def rows_table(rows: Sequence[Row]) -> str:
+    """One line a row: its mean score with both intervals, and its margin to the generated row."""
     lines = [
         "| | adapter | mean score | over examples | over tasks | generated minus this row |",
         "| ---: | --- | ---: | ---: | ---: | ---: |",
     ]
-    for row in report.rows.values():
+    for row in rows:
         margin = "" if row.margin is None else f"{_number(row.margin.value)} {_interval(row.margin.over_examples)}"
         lines.append(
             f"| {row.number} | {row.label} | {_number(row.mean.value)} | {_interval(row.mean.over_examples)} | "
@@ -87,22 +67,32 @@ def _rows_table(report: EvaluationReport) -> str:
     return "\n".join(lines)
 
 
-def _headlines(report: EvaluationReport) -> str:
+def headlines(share_of_gap_closed: Estimate | None, conditioning_gain: Estimate | None) -> str:
+    """The two headline figures, as a list."""
     return "\n".join(
-        f"- {what}: {_estimate(estimate)}"
-        for what, estimate in (
-            ("share of the gap from base to ceiling that is closed", report.share_of_gap_closed),
-            ("conditioning gain, generated minus the best of rows 9", report.conditioning_gain),
-        )
+        [
+            f"- share of the gap from base to ceiling that is closed: {_estimate(share_of_gap_closed)}",
+            f"- conditioning gain, generated minus the best of rows 9: {_estimate(conditioning_gain)}",
+        ]
     )
 
 
-def _task_table(report: EvaluationReport) -> str:
-    numbers = " | ".join(f"{row.number} {row.key.replace('_', ' ')}" for row in report.rows.values())
-    lines = [f"| task | {numbers} |", f"| --- |{' ---: |' * len(report.rows)}"]
-    for task in report.tasks:
-        lines.append(f"| {task} | " + " | ".join(_number(r.by_task[task].value) for r in report.rows.values()) + " |")
+def task_table(rows: Sequence[Row], tasks: Sequence[str]) -> str:
+    """One line a task: its mean score in each row."""
+    numbers = " | ".join(f"{row.number} {row.key.replace('_', ' ')}" for row in rows)
+    lines = [f"| task | {numbers} |", f"| --- |{' ---: |' * len(rows)}"]
+    for task in tasks:
+        lines.append(f"| {task} | " + " | ".join(_number(row.by_task[task].value) for row in rows) + " |")
     return "\n".join(lines)
+
+
+def facts_table(facts: Mapping[str, Any], leave_out: Sequence[str] = ()) -> str:
+    """One line a fact of nested ones, without those of the names to leave out."""
+    rows = [
+        f"| {what} | {value:.4g} |" if isinstance(value, float) else f"| {what} | {value} |"
+        for what, value in _flat(facts, leave_out).items()
+    ]
+    return "\n".join(["| what | value |", "| --- | ---: |", *rows])
 
 
 def _estimate(estimate: Estimate | None) -> str:
@@ -122,15 +112,7 @@ def _interval(interval: Interval | None) -> str:
     return "-" if interval is None else f"[{_number(interval[0])}, {_number(interval[1])}]"
 
 
-def _facts(facts: Mapping[str, Any]) -> str:
-    rows = [
-        f"| {what} | {value:.4g} |" if isinstance(value, float) else f"| {what} | {value} |"
-        for what, value in facts.items()
-    ]
-    return "\n".join(["| what | value |", "| --- | ---: |", *rows])
-
-
-def _flat(facts: Mapping[str, Any], leave_out: tuple[str, ...] = (), prefix: str = "") -> dict[str, Any]:
+def _flat(facts: Mapping[str, Any], leave_out: Sequence[str], prefix: str = "") -> dict[str, Any]:
     """Nested facts as one level: `{"fitting": {"seconds": 3}}` becomes `{"fitting: seconds": 3}`."""
     flat: dict[str, Any] = {}
     for name, value in facts.items():

@@ -14,10 +14,10 @@ from ..pairs.dataset import PromptCheckpointDataset
 from ..text.encoder import TextEncoder
 from .bench import AdapterSource, Scorer, open_bench
 from .held_out import AdapterGenerator, HeldOutTask
+from .intervals import Resampling
 from .report import EvaluationReport
 from .rows import OTHER_PREFIX, PROTOCOL_ROWS
 from .run import ProtocolRun
-from .statistics import Resampling
 
 
 def evaluate_generator(

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From per-example scores to the protocol's rows and headline figures."""
+"""Reading the protocol's rows and headline figures off a table of per-example scores."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from ..errors import EvaluationError
+from .intervals import Estimate, ScoreTable, read_estimates
 from .rows import CONTROLS, row_label, row_number
-from .statistics import Estimate, ScoreTable
 
 
 Scores = Mapping[str, Mapping[str, Sequence[float]]]
@@ -33,6 +34,28 @@ class Row:
     by_task: Mapping[str, Estimate]
     margin: Estimate | None = None
     margin_by_task: Mapping[str, Estimate] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return {
+            "number": self.number,
+            "label": self.label,
+            "mean": self.mean.to_dict(),
+            "by_task": {task: estimate.to_dict() for task, estimate in self.by_task.items()},
+            "margin": self.margin and self.margin.to_dict(),
+            "margin_by_task": {task: estimate.to_dict() for task, estimate in self.margin_by_task.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, key: str, data: Mapping[str, Any]) -> Row:
+        """Read what `to_dict` wrote."""
+        return cls(
+            key,
+            Estimate.from_dict(data["mean"]),
+            read_estimates(data["by_task"]),
+            data["margin"] and Estimate.from_dict(data["margin"]),
+            read_estimates(data["margin_by_task"]),
+        )
 
     @property
     def label(self) -> str:

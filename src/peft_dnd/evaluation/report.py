@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The protocol's result: rows with intervals, the share of the gap closed, the conditioning gain, costs."""
+"""The report of an evaluation: made of scores, merged, saved and read back, shown, put into a model card."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..errors import CorruptFileError, EvaluationError, FormatVersionError
 from ..generator.model_card import EVALUATION
 from ..generator.modeling import PromptConditionedLoraGenerator
 from ..storage.files import PathLike, read_json, staged_file, write_text
-from .presentation import draw, markdown
+from .intervals import Estimate, Resampling, ScoreTable, read_estimates
+from .presentation import draw, facts_table, headlines, rows_table, task_table
 from .readout import Row, RowReader, Scores, score_tables
 from .rows import in_order, row_label
-from .statistics import Estimate, Resampling, ScoreTable
 
 
 FORMAT_VERSION = 1
@@ -183,28 +183,8 @@ class EvaluationReport:
         Args:
             include_scores: Whether the per-example scores are among them; without, it cannot be merged again.
         """
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, Estimate):
-                return value.to_dict()
-            return {key: plain(v) for key, v in value.items()} if isinstance(value, Mapping) else value
-
-        rows = {
-            key: {
-                "number": row.number,
-                "label": row.label,
-                "mean": plain(row.mean),
-                "by_task": plain(row.by_task),
-                "margin": plain(row.margin),
-                "margin_by_task": plain(row.margin_by_task),
-            }
-            for key, row in self.rows.items()
-        }
-        data = {name: plain(getattr(self, name)) for name in self.__dataclass_fields__}
-        scores = None
-        if include_scores and self.scores is not None:
-            scores = {key: {task: list(s) for task, s in of.items()} for key, of in self.scores.items()}
-        return {"format_version": FORMAT_VERSION, **data, "tasks": list(self.tasks), "rows": rows, "scores": scores}
+        data = {name: _plain(getattr(self, name)) for name in self.__dataclass_fields__}
+        return {"format_version": FORMAT_VERSION, **data, **({} if include_scores else {"scores": None})}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EvaluationReport:
@@ -222,12 +202,12 @@ class EvaluationReport:
         try:
             return cls(
                 tasks=tuple(data["tasks"]),
-                rows={key: _read_row(key, row) for key, row in data["rows"].items()},
+                rows={key: Row.from_dict(key, row) for key, row in data["rows"].items()},
                 not_measured=data["not_measured"],
-                share_of_gap_closed=_read(data["share_of_gap_closed"]),
-                share_of_gap_closed_by_task=_read_all(data["share_of_gap_closed_by_task"]),
-                conditioning_gain=_read(data["conditioning_gain"]),
-                conditioning_gain_by_task=_read_all(data["conditioning_gain_by_task"]),
+                share_of_gap_closed=_estimate(data["share_of_gap_closed"]),
+                share_of_gap_closed_by_task=read_estimates(data["share_of_gap_closed_by_task"]),
+                conditioning_gain=_estimate(data["conditioning_gain"]),
+                conditioning_gain_by_task=read_estimates(data["conditioning_gain_by_task"]),
                 costs=data["costs"],
                 details=data["details"],
                 settings=data["settings"],
@@ -250,7 +230,7 @@ class EvaluationReport:
         folder = Path(folder)
         try:
             with staged_file(folder / PLOT_NAME) as staged:
-                draw(self, staged)
+                draw(list(self.rows.values()), self.settings["confidence"], staged)
         except ImportError:
             (folder / PLOT_NAME).unlink(missing_ok=True)
         write_text(folder / MARKDOWN_NAME, self.to_markdown())
@@ -270,8 +250,25 @@ class EvaluationReport:
         return cls.from_dict(read_json(Path(folder) / REPORT_NAME))
 
     def to_markdown(self) -> str:
-        """The report as Markdown tables."""
-        return markdown(self)
+        """The report as Markdown: the rows, the two headline figures, each task, what is missing, costs, settings."""
+        rows, settings = list(self.rows.values()), self.settings
+        parts = [
+            f"# Evaluation on {len(self.tasks)} held-out task{'s' if len(self.tasks) > 1 else ''}",
+            rows_table(rows),
+            f"Mean over the tasks of their mean scores. Intervals are {settings['confidence']:.0%} percentile "
+            f"bootstrap, {settings['resamples']} resamples: over the examples within each task, and over the tasks. "
+            '"Generated minus this row" is paired by example.',
+            headlines(self.share_of_gap_closed, self.conditioning_gain),
+            "## By task",
+            task_table(rows, self.tasks),
+        ]
+        if self.not_measured:
+            missing = [f"- {row_label(key)}: {why}" for key, why in self.not_measured.items()]
+            parts += ["## Not measured", "\n".join(missing)]
+        if self.costs:
+            parts += ["## Costs", facts_table(self.costs, leave_out=("by_report", "seconds_by_task"))]
+        parts += ["## Settings", facts_table(settings)]
+        return "\n\n".join(parts) + "\n"
 
     def model_card_rows(self) -> dict[str, Any]:
         """What a model card shows of it, as JSON values: see `peft_dnd.generator.model_card`."""
@@ -299,22 +296,16 @@ def _mean_costs(reports: Sequence[EvaluationReport]) -> dict[str, float]:
     }
 
 
-def _read_row(key: str, data: Mapping[str, Any]) -> Row:
-    return Row(
-        key,
-        Estimate.from_dict(data["mean"]),
-        _read_all(data["by_task"]),
-        _read(data["margin"]),
-        _read_all(data["margin_by_task"]),
-    )
+def _plain(value: Any) -> Any:
+    if isinstance(value, Estimate | Row):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: _plain(of) for key, of in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
-def _read(data: Mapping[str, Any] | None) -> Estimate | None:
+def _estimate(data: Mapping[str, Any] | None) -> Estimate | None:
     return None if data is None else Estimate.from_dict(data)
-
-
-def _read_all(data: Mapping[str, Any]) -> dict[str, Estimate]:
-    return {task: Estimate.from_dict(estimate) for task, estimate in data.items()}
 
 
 def _brief(estimate: Estimate | None) -> list[Any] | None:

@@ -17,7 +17,7 @@ from ..pairs.dataset import PromptCheckpointDataset
 from ..text.encoder import TextEncoder
 from ..text.prompts import check_prompts
 from .baselines import RidgeBaseline, nearest_tasks
-from .bench import AdapterSource, Scorer, ScoringBench, resolve_adapter
+from .bench import AdapterSource, Scorer, ScoringBench, adapter_of
 from .controls import constant_prompts, junk_prompts, shuffled_tasks
 from .costs import Cost, adapter_bytes, measured, module_bytes
 from .held_out import AdapterGenerator, HeldOutTask, held_out_texts, training_texts, write_adapter
@@ -132,7 +132,7 @@ class ProtocolRun:
     def multi_task(self, source: AdapterSource | None) -> None:
         """Row 7."""
         if self._wanted("multi_task", source, "no multi_task_adapter was given") and source is not None:
-            self.scores["multi_task"] = self.bench.score(resolve_adapter(source), list(self.tasks))
+            self.scores["multi_task"] = self.bench.score(adapter_of(source), list(self.tasks))
 
     def generated(self, generator: AdapterGenerator) -> None:
         """Row 8."""
@@ -167,7 +167,7 @@ class ProtocolRun:
         reason = f"no trained_adapter was given for {', '.join(lacking[:3])}" + (" and others" * (len(lacking) > 3))
         if self._wanted("trained", None if lacking else sources, reason):
             given = {task: source for task, source in sources.items() if source is not None}
-            self._score_each("trained", lambda task: resolve_adapter(given[task]))
+            self._score_each("trained", lambda task: adapter_of(given[task]))
 
     def _shuffled(self, generator: AdapterGenerator) -> None:
         texts = held_out_texts(generator, self.tasks, seed=self.seed)
@@ -218,8 +218,8 @@ class ProtocolRun:
     def _last_checkpoint(self, name: str) -> GeneratedAdapter:
         return GeneratedAdapter(self._training.layout, self._training.state_dict(name))
 
-    def _score_each(self, key: str, adapter_of: Callable[[str], GeneratedAdapter]) -> None:
-        self.scores[key] = {task: self.bench.score(adapter_of(task), [task])[task] for task in self._bar(key)}
+    def _score_each(self, key: str, write: Callable[[str], GeneratedAdapter]) -> None:
+        self.scores[key] = {task: self.bench.score(write(task), [task])[task] for task in self._bar(key)}
 
     def _wanted(self, key: str, given: object = True, reason: str = "") -> bool:
         if key in self.skip:

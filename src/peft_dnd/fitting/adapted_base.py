@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ..adapters.layout import AdapterLayout
 from ..errors import GeneratorConfigError, LayoutError
-from ..pairs.examples import ExampleCollator
+from ..pairs.collator import ExampleCollator
 from .chosen_places import HeadError, head_of, logits_at_places
 from .frozen_copy import checkpoint_layers, frozen_copy
 from .row_groups import GroupedLayers, UngroupableError

@@ -18,14 +18,13 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from ..adapters.generated_adapter import GeneratedAdapter
-from ..decoders import SetTransformerDecoder
+from ..decoders import CenteredDecoder
 from ..evaluation import EvaluationReport, score_generated
 from ..generator.conditioning import TEXT_ENCODER_FOLDER
 from ..generator.model_card import EVALUATION
 from ..generator.modeling import PromptConditionedLoraGenerator
-from ..pairs.collator import PromptCheckpointCollator
+from ..pairs.collator import ExampleCollator, ExamplesBesidePairs, PromptCheckpointCollator
 from ..pairs.dataset import PromptCheckpointDataset
-from ..pairs.examples import ExampleCollator, ExamplesBesidePairs
 from ..storage.cards import CARD_NAME, may_write_card
 from ..storage.files import write_text
 from ..storage.processes import agree, check_sharding, separate_noise
@@ -297,7 +296,7 @@ class DnDTrainer(UploadingTrainer):
                 if isinstance(dataset, PromptCheckpointDataset):
                     collator.warm_up(dataset)
             decoder = self.generator.decoder
-            if self.pairs is not None and isinstance(decoder, SetTransformerDecoder) and not decoder.centered:
+            if self.pairs is not None and isinstance(decoder, CenteredDecoder) and not decoder.centered:
                 decoder.center_on(self._collator.states_of_tasks(self.pairs))
 
     def _keep_prompts(self) -> None:

@@ -3,6 +3,6 @@
 from .configuration import PromptConditionedLoraGeneratorConfig as PromptConditionedLoraGeneratorConfig
 from .generation import THRESHOLD as THRESHOLD
 from .modeling import PromptConditionedLoraGenerator as PromptConditionedLoraGenerator
-from .settings import PaperSettings as PaperSettings
-from .settings import available_settings as available_settings
+from .paper_settings import PaperSettings as PaperSettings
+from .paper_settings import available_settings as available_settings
 from .streaming import StreamedLoraGenerator as StreamedLoraGenerator

@@ -13,9 +13,9 @@ from torch import nn
 from ..errors import TextEncoderError
 from ..text.condition_text import condition_texts
 from ..text.encoder import TextEncoder, check_how_it_reads, condition_size
+from ..text.named_encoder import load_named_encoder
 from ..text.padded_states import padded_token_states
 from ..text.prompts import TokenStates, draw_prompt_set, select_prompts
-from ..text.sentence_transformer import SentenceTransformerTextEncoder
 from .configuration import PromptConditionedLoraGeneratorConfig
 
 
@@ -52,7 +52,9 @@ class PromptReadingMixin(nn.Module):
         if self._text_encoder is None:
             self._text_encoder = self._find_text_encoder()
         encoder = self._text_encoder
-        check_how_it_reads(encoder, self.config.text_encoder_layer, self.config.window_tokens)
+        check_how_it_reads(
+            encoder, self.config.text_encoder_layer, self.config.window_tokens, self.config.text_encoder_layers
+        )
         size = condition_size(encoder, self.config.condition)
         if size != self.config.condition_size:
             raise TextEncoderError(
@@ -66,6 +68,7 @@ class PromptReadingMixin(nn.Module):
 
     def _find_text_encoder(self) -> TextEncoder:
         config = self.config
+        name, revision, token = config.text_encoder, config.text_encoder_revision, self._token
         if config.text_encoder_in_folder and self._folder is not None:
             folder = self._folder / TEXT_ENCODER_FOLDER
             if not folder.is_dir():
@@ -73,20 +76,19 @@ class PromptReadingMixin(nn.Module):
                     f"The generator is to carry its text encoder in {str(folder)!r}, and that folder is missing. Save "
                     "the generator again with save_pretrained(..., include_text_encoder=True)."
                 )
-            return self._load_by_name(str(folder))
-        if config.text_encoder is None:
+            name, revision, token = str(folder), None, None
+        if name is None:
             raise TextEncoderError(
                 "The configuration names no text encoder. Set config.text_encoder to a sentence-transformers model, "
                 "or pass PromptConditionedLoraGenerator(config, text_encoder=...)."
             )
-        return self._load_by_name(config.text_encoder, revision=config.text_encoder_revision, token=self._token)
-
-    def _load_by_name(
-        self, name: str, revision: str | None = None, token: str | bool | None = None
-    ) -> SentenceTransformerTextEncoder:
-        layer, window_tokens = self.config.text_encoder_layer, self.config.window_tokens
-        return SentenceTransformerTextEncoder.from_pretrained(
-            name, revision=revision, token=token, layer=layer, window_tokens=window_tokens
+        return load_named_encoder(
+            name,
+            revision=revision,
+            token=token,
+            layer=config.text_encoder_layer,
+            layers=config.text_encoder_layers,
+            window_tokens=config.window_tokens,
         )
 
     def condition_texts(

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,13 +15,13 @@ from transformers.utils import CONFIG_NAME
 from ..adapters.layout import AdapterLayout
 from ..adapters.published_tokenizer import PublishedTokenizer
 from ..adapters.tokenizer import WeightTokenizer
-from ..errors import FormatVersionError, GeneratorConfigError, GeneratorNotFoundError
+from ..errors import FormatVersionError, GeneratorConfigError, GeneratorNotFoundError, did_you_mean
 from ..storage.files import PathLike, read_json
 from ..storage.hub import generator_name, what_it_is_instead
 from ..text.condition_text import check_condition_text
 from ..text.encoder import TextEncoder, check_how_it_reads, check_text_encoder, condition_size, longest_prompt
-from ..text.sentence_transformer import SentenceTransformerTextEncoder
-from .settings import PaperSettings
+from ..text.named_encoder import load_named_encoder
+from .paper_settings import PaperSettings
 
 
 FORMAT_VERSION = 1
@@ -64,6 +63,8 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         text_encoder_revision: Branch, tag or commit of a text encoder on the Hub.
         text_encoder_layer: The layer whose hidden states are read, from 0, the embeddings, up to the number of layers,
             the output; `None` for what the model itself gives, mostly its output.
+        text_encoder_layers: In place of one layer: those whose states where the answer would begin are read, as
+            [`AnswerStatesTextEncoder`] does, one vector a prompt.
         text_encoder_in_folder: Whether the text encoder lies in the generator's folder, in `text_encoder/`.
         freeze_text_encoder: Whether fitting leaves the text encoder as it is. If not, it is always carried.
         condition: `"token_states"`: the decoder reads the state of every token of every prompt, as in the paper;
@@ -102,6 +103,7 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         text_encoder: str | None = None,
         text_encoder_revision: str | None = None,
         text_encoder_layer: int | None = None,
+        text_encoder_layers: Sequence[int] | None = None,
         text_encoder_in_folder: bool = False,
         freeze_text_encoder: bool = True,
         condition: str = "token_states",
@@ -131,6 +133,7 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         self.text_encoder = text_encoder
         self.text_encoder_revision = text_encoder_revision
         self.text_encoder_layer = text_encoder_layer
+        self.text_encoder_layers = None if text_encoder_layers is None else list(text_encoder_layers)
         self.text_encoder_in_folder = text_encoder_in_folder
         self.freeze_text_encoder = freeze_text_encoder
         self.condition = condition
@@ -159,6 +162,7 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         *,
         text_encoder_revision: str | None = None,
         text_encoder_layer: int | None = None,
+        text_encoder_layers: Sequence[int] | None = None,
         text_encoder_in_folder: bool = False,
         freeze_text_encoder: bool = True,
         condition: str = "token_states",
@@ -184,6 +188,7 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
             text_encoder_revision: See the class.
             text_encoder_layer: See the class; negative numbers count from the output, -1. Of a loaded text encoder it
                 is known.
+            text_encoder_layers: See the class. Of a loaded text encoder they are known.
             text_encoder_in_folder: See the class. A loaded text encoder that came from nowhere is always carried.
             freeze_text_encoder: See the class.
             condition: See the class.
@@ -208,13 +213,17 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
             )
         if isinstance(text_encoder, str):
             name: str | None = text_encoder
-            encoder: TextEncoder = SentenceTransformerTextEncoder.from_pretrained(
-                text_encoder, revision=text_encoder_revision, layer=text_encoder_layer, window_tokens=window_tokens
+            encoder = load_named_encoder(
+                text_encoder,
+                revision=text_encoder_revision,
+                layer=text_encoder_layer,
+                layers=text_encoder_layers,
+                window_tokens=window_tokens,
             )
         else:
             check_text_encoder(text_encoder)
             encoder, name = text_encoder, text_encoder.name_or_path
-            check_how_it_reads(encoder, text_encoder_layer, window_tokens)
+            check_how_it_reads(encoder, text_encoder_layer, window_tokens, text_encoder_layers)
         if condition_text != "prompts" and hasattr(adapters, "with_condition"):
             adapters = adapters.with_condition(condition_text, answer_ratio)
         layout = adapters if isinstance(adapters, AdapterLayout) else adapters.layout
@@ -230,6 +239,7 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
             text_encoder=name,
             text_encoder_revision=text_encoder_revision,
             text_encoder_layer=getattr(encoder, "layer", None),
+            text_encoder_layers=getattr(encoder, "layers", None),
             text_encoder_in_folder=text_encoder_in_folder or name is None,
             freeze_text_encoder=freeze_text_encoder,
             condition=condition,
@@ -264,10 +274,8 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         known = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "kwargs")]
         for name in overrides:
             if name not in known or name == "layout":
-                near = difflib.get_close_matches(name, known, n=1)
-                raise GeneratorConfigError(
-                    f"Unknown setting {name!r}." + (f" Did you mean {near[0]!r}?" if near else f" Known: {known}.")
-                )
+                meant = did_you_mean(name, known) or f" Known: {known}."
+                raise GeneratorConfigError(f"Unknown setting {name!r}.{meant}")
         return cls(layout=layout or settings.layout(), **{**settings.generator, **overrides})
 
     @classmethod
@@ -382,6 +390,6 @@ def _refuse_misspelt(kwargs: Mapping[str, Any], own: list[str]) -> None:
     # transformers keeps unknown keywords as attributes, so that configurations of other versions load; a near miss of
     # one of our own names is a typo, though, and would silently leave the default in force.
     for name in kwargs:
-        near = difflib.get_close_matches(name, own, n=1, cutoff=0.85)
-        if near:
-            raise GeneratorConfigError(f"Unknown setting {name!r}. Did you mean {near[0]!r}?")
+        meant = did_you_mean(name, own, cutoff=0.85)
+        if meant:
+            raise GeneratorConfigError(f"Unknown setting {name!r}.{meant}")

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast, overload
 
 import torch
+from torch import nn
 
 from ..adapters.generated_adapter import GeneratedAdapter
 from ..adapters.tokenizer import WeightNormalization, WeightTokenizer
@@ -155,12 +157,8 @@ class AdapterWritingMixin(PromptReadingMixin):
             NotFittedError: If there are fewer than three tasks.
         """
         pools = prompts if isinstance(prompts, Mapping) else {task: prompts.prompts(task) for task in prompts.tasks}
-        was_training = self.training
-        self.eval()
-        try:
+        with _evaluating(self):
             points = {task: self._points(task, lines, len(pools), embeddings) for task, lines in pools.items()}
-        finally:
-            self.train(was_training)
         self.prompt_reference = PromptReference.fit(points)
         if self.prompt_reference is None:
             raise NotFittedError(
@@ -198,17 +196,13 @@ class AdapterWritingMixin(PromptReadingMixin):
     def _generate_one(
         self, prompts: tuple[str, ...], seed: int, action: tuple[str, float], what: str = "the task"
     ) -> GeneratedAdapter:
-        was_training = self.training
-        self.eval()
-        try:
+        with _evaluating(self):
             states, mask = self.encode_prompts(prompts, seed=seed)
             score = None if self.prompt_reference is None else self.prompt_reference.score(read_points(states, mask))
             factor = 1.0 if score is None else _act(score, *action, what=what)
             device = cast(torch.device, self.device)
             tokens = self(states[None].to(device), mask[None].to(device))[0] * factor
             grid = self.normalization.denormalize(tokens.to(self.normalization.mean.device)).cpu()
-        finally:
-            self.train(was_training)
         if not torch.isfinite(grid).all():
             raise WeightValueError(
                 "The generator wrote NaN or infinity. Its weights are damaged, or float16 overflowed: load it in "
@@ -230,6 +224,17 @@ class AdapterWritingMixin(PromptReadingMixin):
             "seed": seed,
             "peft_dnd_version": __version__,
         }
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Within this context a module is in evaluation mode; after it in the mode in which it was."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def _check_pools(prompts: object, answers: object) -> None:

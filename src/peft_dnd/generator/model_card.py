@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model cards: data and a template. No figure stands in a card that was not measured."""
+"""A generator's model card: data and a template. No figure stands in it that was not measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TEMPLATE = """---
 ---
 {mark}
 
-# {title}
+# Prompt-conditioned LoRA generator
 
 Writes a LoRA adapter for {base} from a handful of a task's unlabelled prompts, in one forward pass
 ([Drag-and-Drop LLMs](https://arxiv.org/abs/2506.16406)), with [peft_dnd](https://github.com/peft-dnd/peft-dnd).
@@ -30,7 +30,7 @@ Writes a LoRA adapter for {base} from a handful of a task's unlabelled prompts, 
 from peft import get_peft_model
 from peft_dnd import DnDConfig
 
-model = get_peft_model(base_model, DnDConfig(generator="{name}", prompts=prompts))
+model = get_peft_model(base_model, DnDConfig(generator="path-or-hub-id", prompts=prompts))
 ```
 
 | what | value |
@@ -72,9 +72,7 @@ def generator_card(
     return _TEMPLATE.format(
         data=data.to_yaml(),
         mark=GENERATED_MARK,
-        title="Prompt-conditioned LoRA generator",
         base=facts["base model"] if named_base else "its base model",
-        name="path-or-hub-id",
         facts="\n".join(f"| {what} | {value} |" for what, value in facts.items()),
         measured=_measured_section(measured),
     )
@@ -124,16 +122,14 @@ def _evaluation_section(evaluation: Mapping[str, Any]) -> str:
         )
         if evaluation[name] is not None
     ]
-    missing = [
-        "Not measured: " + "; ".join(f"{what} ({why})" for what, why in evaluation["not_measured"].items()) + "."
-    ]
+    missing = "; ".join(f"{what} ({why})" for what, why in evaluation["not_measured"].items())
     parts = [
         "### On held-out tasks",
         f"Mean score on {', '.join(evaluation['tasks'])}, whose data and adapters were used nowhere in fitting, with "
         f"{evaluation['confidence']:.0%} bootstrap intervals over their examples.",
         f"| | adapter | mean score |\n| ---: | --- | ---: |\n{rows}",
         "\n".join(figures),
-        *(missing if evaluation["not_measured"] else []),
+        f"Not measured: {missing}." if missing else "",
     ]
     return "\n\n".join(part for part in parts if part)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from huggingface_hub import CommitInfo
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from typing_extensions import Unpack
 
 from ..adapters.positions import token_positions
 from ..adapters.tokenizer import WeightNormalization, WeightTokenizer
@@ -22,8 +23,20 @@ from ..decoders import Decoder, build_decoder
 from ..errors import CorruptFileError, GeneratorNotFoundError
 from ..storage.cards import CARD_NAME, may_write_card
 from ..storage.files import PathLike, staged_directory
-from ..storage.hub import check_loading_info, generator_name, hub_id, name_for_others, resolve_generator, upload
+from ..storage.hub import (
+    HubOptions,
+    UploadOptions,
+    check_loading_info,
+    find_folder,
+    find_generator,
+    generator_name,
+    hub_id,
+    name_for_others,
+    takes_keywords_of,
+    upload,
+)
 from ..storage.processes import check_whole
+from ..storage.progress import short_bars_hidden
 from ..storage.stored_weights import floating_dtype
 from ..text.encoder import TextEncoder, check_text_encoder
 from ..text.out_of_distribution import REFERENCE_NAME, PromptReference
@@ -31,10 +44,6 @@ from .conditioning import TEXT_ENCODER_FOLDER
 from .configuration import PromptConditionedLoraGeneratorConfig
 from .generation import AdapterWritingMixin
 from .model_card import generator_card
-
-
-# What save_pretrained passes on to push_to_hub.
-_PUSH_OPTIONS = ("commit_message", "commit_description", "private", "revision", "create_pr")
 
 
 class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
@@ -118,17 +127,33 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
     def get_input_embeddings(self) -> None:  # type: ignore[override]
         """There are none: accelerate asks when it shards a model."""
 
+    @overload  # type: ignore[override]  # a revision may be None
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # the Hub's arguments are named, the rest is passed on
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: PathLike,
+        *,
+        text_encoder: TextEncoder | None = None,
+        dtype: torch.dtype | str | None = None,
+        **hub: Unpack[HubOptions],
+    ) -> PromptConditionedLoraGenerator: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: PathLike,
         *model_args: Any,
-        revision: str | None = None,
-        subfolder: str = "",
-        token: str | bool | None = None,
-        cache_dir: PathLike | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
+        text_encoder: TextEncoder | None = None,
+        **kwargs: Any,
+    ) -> Any: ...
+
+    @classmethod
+    @takes_keywords_of(find_folder)
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: PathLike,
+        *model_args: Any,
         text_encoder: TextEncoder | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -137,14 +162,9 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
             model_args: Passed on.
-            revision: Branch, tag or commit on the Hub.
-            subfolder: Folder inside the repository or folder.
-            token: Access token for the Hub.
-            cache_dir: Where downloads are kept.
-            force_download: Whether to download anew what is there already.
-            local_files_only: Whether to do without the network.
             text_encoder: A loaded text encoder to use in place of the one that the configuration names.
-            kwargs: What any transformers model takes: `dtype` (or `torch_dtype`), `device_map`, ...
+            kwargs: See [`HubOptions`][peft_dnd.storage.hub.HubOptions]; and what any transformers model takes: `dtype`
+                (or `torch_dtype`), `device_map`, ...
 
         Returns:
             The generator, in evaluation mode; with `output_loading_info=True` a pair of it and what was loaded.
@@ -161,29 +181,23 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         for option in {"dtype", "torch_dtype"} & set(kwargs):
             if kwargs[option] not in (None, "auto"):
                 kwargs[option] = floating_dtype(kwargs[option])
-        folder, commit = resolve_generator(
-            name,
-            revision=revision,
-            subfolder=subfolder,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
+        hub: Any = {option: kwargs.pop(option) for option in HubOptions.__annotations__ if option in kwargs}
+        folder, commit = find_generator(name, **hub)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.pop("ignore_mismatched_sizes", None)
         config = kwargs.pop("config", None) or PromptConditionedLoraGeneratorConfig.from_pretrained(folder)
         try:
-            loaded: Any = super().from_pretrained(
-                folder,
-                *model_args,
-                config=config,
-                output_loading_info=True,
-                local_files_only=True,
-                use_safetensors=True,  # a pickle is never read
-                ignore_mismatched_sizes=True,  # check_loading_info refuses them by name
-                **kwargs,
-            )
+            with short_bars_hidden():
+                loaded: Any = super().from_pretrained(
+                    folder,
+                    *model_args,
+                    config=config,
+                    output_loading_info=True,
+                    local_files_only=True,
+                    use_safetensors=True,  # a pickle is never read
+                    ignore_mismatched_sizes=True,  # check_loading_info refuses them by name
+                    **kwargs,
+                )
         except OSError as error:
             raise GeneratorNotFoundError(
                 f"The generator {name!r} has a configuration but no weights in safetensors format ({error}). Save it "
@@ -196,12 +210,18 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
             ) from error
         model, info = loaded
         check_loading_info(name, info)
-        model.name_or_path = model.config.name_or_path = name
-        model._folder, model._commit, model._token, model._text_encoder = folder, commit, token, text_encoder
-        model.load_prompt_reference(folder)
-        if not model.config.freeze_text_encoder:
-            model.load_text_encoder()
+        model._loaded_from(name, folder, commit, hub.get("token"), text_encoder)
         return (model, info) if wants_info else model
+
+    def _loaded_from(
+        self, name: str, folder: Path, commit: str | None, token: str | bool | None, text_encoder: TextEncoder | None
+    ) -> None:
+        """Note where the weights came from, and take up what lies beside them."""
+        self.name_or_path = self.config.name_or_path = name
+        self._folder, self._commit, self._token, self._text_encoder = folder, commit, token, text_encoder
+        self.load_prompt_reference(folder)
+        if not self.config.freeze_text_encoder:
+            self.load_text_encoder()
 
     def save_pretrained(  # type: ignore[override]  # one more keyword than the base class
         self,
@@ -212,7 +232,6 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         *,
         include_text_encoder: bool | None = None,
         repo_id: str | None = None,
-        token: str | bool | None = None,
         **kwargs: Any,
     ) -> None:
         """Save to a folder: configuration, sharded safetensors with the normalisation statistics, model card.
@@ -229,19 +248,18 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
                 generator self-contained. `None` leaves it as the configuration says. Always done for a text encoder
                 that was fitted too.
             repo_id: Hub id to push to; `None` takes the folder's name.
-            token: Access token for the Hub.
-            kwargs: What any transformers model takes, `max_shard_size` for one; and what
-                [`push_to_hub`][PromptConditionedLoraGenerator.push_to_hub] takes, `private` for one.
+            kwargs: What any transformers model takes, `max_shard_size` for one; and
+                [`UploadOptions`][peft_dnd.storage.hub.UploadOptions] for `push_to_hub`.
 
         Raises:
             DestinationError: If `save_directory` names no place, or a file is in its way.
             SavingError: If writing fails, on a full disk for instance.
         """
-        push_options = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if name in kwargs}
+        commit: Any = {option: kwargs.pop(option) for option in UploadOptions.__annotations__ if option in kwargs}
         if is_main_process:
             carry = self.config.carries_text_encoder(include_text_encoder)
             encoder = self.text_encoder if carry else None  # before anything is written: it may be missing
-            with staged_directory(save_directory) as staged:
+            with staged_directory(save_directory) as staged, short_bars_hidden():
                 weights = {
                     key: value
                     for key, value in (state_dict or self.state_dict()).items()
@@ -263,22 +281,18 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
                     path.unlink()
         if push_to_hub and is_main_process:
             if "max_shard_size" in kwargs:
-                push_options["max_shard_size"] = kwargs["max_shard_size"]
+                commit["max_shard_size"] = kwargs["max_shard_size"]
             name = repo_id or Path(save_directory).name
-            self.push_to_hub(name, token=token, include_text_encoder=include_text_encoder, **push_options)
+            self.push_to_hub(name, include_text_encoder=include_text_encoder, **commit)
 
+    @takes_keywords_of(upload)
     def push_to_hub(  # type: ignore[override]  # the model card is ours
         self,
         repo_id: str,
         *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
         max_shard_size: int | str = "50GB",
         include_text_encoder: bool | None = None,
+        **commit: Unpack[UploadOptions],
     ) -> CommitInfo:
         """Save the generator and upload it to the Hub.
 
@@ -287,14 +301,9 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
 
         Args:
             repo_id: Hub id, `"user/name"`.
-            commit_message: What the commit says.
-            commit_description: And its longer text.
-            private: Whether a new repository is private; `None` leaves it to the account's default.
-            token: Access token; `None` takes the one that is logged in.
-            revision: Branch to commit to; made where missing. `None` is the main branch.
-            create_pr: Whether to open a pull request rather than commit.
             max_shard_size: Largest weights file.
             include_text_encoder: See [`save_pretrained`].
+            commit: See [`UploadOptions`][peft_dnd.storage.hub.UploadOptions].
 
         Returns:
             The Hub's description of the commit.
@@ -307,18 +316,10 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         if self.config.carries_text_encoder(include_text_encoder):
             self.load_text_encoder()  # while its name is still there
         with _changed(self.config, **names):
-            return upload(
-                partial(
-                    self.save_pretrained, max_shard_size=max_shard_size, include_text_encoder=include_text_encoder
-                ),
-                repo_id,
-                commit_message=commit_message or "Upload PromptConditionedLoraGenerator",
-                commit_description=commit_description,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
+            save = partial(
+                self.save_pretrained, max_shard_size=max_shard_size, include_text_encoder=include_text_encoder
             )
+            return upload(save, repo_id, "PromptConditionedLoraGenerator", **commit)
 
     def names_for_others(self, include_text_encoder: bool | None = None) -> dict[str, str | None]:
         """What the configuration may say on the Hub, where folders of this machine mean nothing.

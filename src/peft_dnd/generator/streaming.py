@@ -10,10 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
+from typing_extensions import Unpack
 
 from ..errors import GeneratorConfigError, GeneratorNotFoundError, WeightValueError
 from ..storage.files import PathLike
-from ..storage.hub import check_loading_info, generator_name, resolve_generator
+from ..storage.hub import (
+    HubOptions,
+    check_loading_info,
+    find_folder,
+    find_generator,
+    generator_name,
+    takes_keywords_of,
+)
 from ..storage.stored_weights import StoredTensor, floating_dtype, stored_tensors
 from ..text.encoder import TextEncoder, check_text_encoder
 from .configuration import PromptConditionedLoraGeneratorConfig
@@ -57,7 +65,7 @@ class StreamedWeight:
         if isinstance(rows, int):
             return self[rows : rows + 1][0]
         start, stop, _ = rows.indices(len(self))
-        found = self._stored.read(start, stop).to(self.device, self.dtype)
+        found = self._stored.read((start, stop)).to(self.device, self.dtype)
         if stop > self._rows_read:
             self._on_read((stop - max(start, self._rows_read)) * self._stored.row_bytes)
             self._rows_read = stop
@@ -88,33 +96,24 @@ class StreamedLoraGenerator(PromptConditionedLoraGenerator):
     _execution_device: torch.device
 
     @classmethod
+    @takes_keywords_of(find_folder)
     def from_pretrained(  # type: ignore[override]  # nothing is passed on to transformers here
         cls,
         pretrained_model_name_or_path: PathLike,
         *,
-        revision: str | None = None,
-        subfolder: str = "",
-        token: str | bool | None = None,
-        cache_dir: PathLike | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
         text_encoder: TextEncoder | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
+        **hub: Unpack[HubOptions],
     ) -> StreamedLoraGenerator:
         """Find a generator in a folder or on the Hub. Of its decoder only the files' headers and small parts are read.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
-            revision: Branch, tag or commit on the Hub.
-            subfolder: Folder inside the repository or folder.
-            token: Access token for the Hub.
-            cache_dir: Where downloads are kept.
-            force_download: Whether to download anew what is there already.
-            local_files_only: Whether to do without the network.
             text_encoder: A loaded text encoder to use in place of the one that the configuration names.
             dtype: Type to decode in; `None` takes the one that it was saved in.
             device: Where to decode.
+            hub: See [`HubOptions`][peft_dnd.storage.hub.HubOptions].
 
         Raises:
             GeneratorNotFoundError: If there is no generator there.
@@ -127,15 +126,7 @@ class StreamedLoraGenerator(PromptConditionedLoraGenerator):
         check_text_encoder(text_encoder, or_none=True)
         dtype = None if dtype is None else floating_dtype(dtype)
         _check_device(device)
-        folder, commit = resolve_generator(
-            name,
-            revision=revision,
-            subfolder=subfolder,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
+        folder, commit = find_generator(name, **hub)
         config = PromptConditionedLoraGeneratorConfig.from_pretrained(folder)
         try:
             stored = stored_tensors(folder)
@@ -149,11 +140,7 @@ class StreamedLoraGenerator(PromptConditionedLoraGenerator):
         check_loading_info(name, _differences(model, stored))
         model._execution_device = torch.device(device)
         model._stream_from(stored, dtype or _saved_dtype(config, stored))
-        model.name_or_path = model.config.name_or_path = name
-        model._folder, model._commit, model._token, model._text_encoder = folder, commit, token, text_encoder
-        model.load_prompt_reference(folder)
-        if not config.freeze_text_encoder:
-            model.load_text_encoder()
+        model._loaded_from(name, folder, commit, hub.get("token"), text_encoder)
         return model.eval()
 
     @property

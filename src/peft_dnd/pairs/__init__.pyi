@@ -3,6 +3,7 @@
 from .collator import PromptCheckpointCollator as PromptCheckpointCollator
 from .collector import CheckpointCollector as CheckpointCollector
 from .dataset import PromptCheckpointDataset as PromptCheckpointDataset
+from .distillation import DistillationRecord as DistillationRecord
 from .examples import TaskExamples as TaskExamples
 from .examples import write_examples as write_examples
 from .folder import Task as Task

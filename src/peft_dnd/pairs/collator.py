@@ -1,27 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of pairs: prompts drawn and read, checkpoints as token grids."""
+"""Collators, which make batches of a data set's items: prompts drawn, checkpoints as grids, examples stacked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..adapters.tokenizer import WeightTokenizer
+from ..errors import PairsFolderError
 from ..storage.progress import with_progress
+from ..text.encoder import PromptEmbeddingCache
 from ..text.prompts import TokenStates, draw_prompt_set, select_prompts
 from .dataset import PromptCheckpointDataset
 
 
-class PromptReader(Protocol):
-    """What the collator needs of a [`PromptEmbeddingCache`]."""
-
-    def states(self, task: str, prompts: Sequence[str]) -> TokenStates:
-        """The states of all prompts of a task."""
-        ...
+_LABEL_PADDING = -100
 
 
 @dataclass
@@ -50,7 +47,7 @@ class PromptCheckpointCollator:
         smallest_set: For such a decoder: if at least 1, each item draws anew how many prompts, from this many to N.
     """
 
-    embeddings: PromptReader
+    embeddings: PromptEmbeddingCache
     weight_tokenizer: WeightTokenizer
     num_prompts: int
     max_length: int
@@ -102,3 +99,106 @@ class PromptCheckpointCollator:
         if id(prompts) not in self._known:
             self._known[id(prompts)] = (prompts, self.embeddings.states(task, prompts))
         return self._known[id(prompts)][1]
+
+
+@dataclass
+class ExampleCollator:
+    """Makes rows of examples into a batch of tensors, filled up on the right where their lengths differ.
+
+    `labels` are filled with -100, `input_ids` with the padding token, all else with 0; where `input_ids` differ in
+    length and the rows bring no `attention_mask`, there is one in the batch.
+
+    Args:
+        pad_token_id: The base's padding token. What it is does not matter where an attention mask covers it.
+    """
+
+    pad_token_id: int = 0
+
+    @classmethod
+    def for_model(cls, model: torch.nn.Module) -> ExampleCollator:
+        """One that fills up with a model's own padding token, if it has one."""
+        token = getattr(getattr(model, "config", None), "pad_token_id", None)
+        return cls(token if isinstance(token, int) and token >= 0 else 0)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Make a batch.
+
+        Raises:
+            PairsFolderError: If the rows do not belong together, or hold what cannot become a tensor.
+        """
+        names = list(rows[0])
+        for row in rows:
+            if row.keys() != rows[0].keys():
+                raise PairsFolderError(f"Examples of one task must have the same fields: {names} and {list(row)}.")
+        batch = {name: self._stack(name, [row[name] for row in rows]) for name in names}
+        lengths = [len(row["input_ids"]) for row in rows] if "input_ids" in names else []
+        if len(set(lengths)) > 1 and "attention_mask" not in names:
+            mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+            batch["attention_mask"] = mask.long()
+        return batch
+
+    def _stack(self, name: str, values: list[Any]) -> torch.Tensor:
+        filling = {"labels": _LABEL_PADDING, "input_ids": self.pad_token_id}.get(name, 0)
+        if all(isinstance(value, list) for value in values):
+            longest = max(map(len, values))
+            values = [value + [filling] * (longest - len(value)) for value in values]
+        try:
+            return torch.tensor(values)
+        except (TypeError, ValueError) as error:
+            raise PairsFolderError(
+                f"The field {name!r} of the examples cannot become a tensor ({error}). Write numbers or lists of "
+                "numbers, or pass DnDTrainer a task_collator(rows) that makes the base's batch of such rows."
+            ) from error
+
+
+class DistillationCollator(ExampleCollator):
+    """Makes distilled rows into a batch: as [`ExampleCollator`], with the top tokens of all answer tokens in a row.
+
+    Beside the padded `input_ids`, `labels` and `attention_mask` there are `top_tokens`, (P, k) int64, and
+    `top_log_probs`, (P, k) float32, for the P labelled positions of the batch, row by row.
+    """
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Make a batch.
+
+        Raises:
+            PairsFolderError: If the rows do not belong together, or a position lacks its top tokens.
+        """
+        batch = super().__call__([{name: row[name] for name in row if not name.startswith("top_")} for row in rows])
+        try:
+            tokens = torch.tensor([top for row in rows for top in row["top_tokens"]])
+            log_probs = torch.tensor([top for row in rows for top in row["top_log_probs"]], dtype=torch.float32)
+        except (KeyError, TypeError, ValueError) as error:
+            raise PairsFolderError(
+                f"Distilled rows need as many top_tokens as top_log_probs for each answer token ({error!r}). Have the "
+                "task distilled again, with overwrite=True."
+            ) from error
+        labelled = int((batch["labels"] != -100).sum())
+        if not len(tokens) == len(log_probs) == labelled:
+            raise PairsFolderError(
+                f"Distilled rows have {labelled} answer tokens, but {len(tokens)} sets of top_tokens and "
+                f"{len(log_probs)} of top_log_probs. Have the task distilled again, with overwrite=True."
+            )
+        return {**batch, "top_tokens": tokens, "top_log_probs": log_probs}
+
+
+@dataclass
+class ExamplesBesidePairs:
+    """A collator that adds to each item's pair a batch of examples of its task, drawn with the item's seed.
+
+    The batch of pairs gets one more entry, `"examples"`: a list of B batches, one for each item.
+
+    Args:
+        pairs: The collator of the pairs.
+        num_examples: How many examples an item gets; all, where its task has no more.
+        collate: Rows to a batch.
+    """
+
+    pairs: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
+    num_examples: int
+    collate: Callable[[Sequence[Mapping[str, Any]]], Any]
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Make a batch of items."""
+        drawn = [item["examples"].draw(self.num_examples, item["seed"]) for item in items]
+        return {**self.pairs(items), "examples": [self.collate(rows) for rows in drawn]}

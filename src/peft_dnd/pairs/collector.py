@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Collecting LoRA checkpoints: a callback for any `Trainer`, and the writer behind it for other training loops."""
+"""The collector: a callback by which any `Trainer` writes its task's folder, through a `PairWriter`, as it trains."""
 
 from __future__ import annotations
 

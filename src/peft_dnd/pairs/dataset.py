@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt-checkpoint pairs as a data set: reading them, drawing batches of them, and their statistics."""
+"""The data set: a pairs folder's prompts and checkpoints, item by item, as a `Trainer` goes through them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from ..storage.files import PathLike, read_safetensors
 from ..storage.progress import with_progress
 from ..text.condition_text import condition_texts
 from ..text.prompts import select_prompts
+from .distillation import RECORD_NAME, ROWS_NAME
 from .examples import EXAMPLES_NAME, TaskExamples
 from .folder import CHECKPOINTS_FOLDER, TASK_NAME, Task, check_alike, find_tasks, load_task
 from .prompt_pool import PROMPTS_NAME
@@ -43,6 +44,7 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
       for others;
     - `"state_dict"`: the checkpoint, PEFT's on-disk key -> float32 tensor; `None` for a task without any;
     - `"examples"`: the task's [`TaskExamples`], from which rows can be drawn, or `None`;
+    - `"distillation"`: the same of what a teacher said to inputs of the task, or `None`;
     - `"seed"`: the seed for drawing prompts from the pool. It follows from the data set's seed, the epoch and the
       index alone: each visit draws afresh, and a resumed run, or one with more worker processes, draws the same.
 
@@ -105,16 +107,16 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         folders = find_tasks(path, None if tasks is None else _names(tasks)).values()
         read = [load_task(folder) for folder in with_progress(folders, "Checking pairs")]
         check_alike(read)
-        found = next((task.layout for task in read if task.layout is not None), None)
-        if layout is not None and found is not None and (difference := found.difference(layout)) is not None:
+        if keep_in_memory is None:
+            sizes = (checkpoint.stat().st_size for task in read for checkpoint in task.checkpoints)
+            keep_in_memory = sum(sizes) < _KEPT_IN_MEMORY
+        pairs = cls(read, seed=seed, keep_in_memory=keep_in_memory, layout=layout)
+        if layout is not None and (difference := pairs.layout.difference(layout)) is not None:
             raise LayoutError(
                 f"The checkpoints in {str(path)!r} have another layout than layout= says: {difference} (the first is "
                 "the checkpoints'). Leave layout= out, or choose among the tasks with tasks=[...]."
             )
-        if keep_in_memory is None:
-            sizes = (checkpoint.stat().st_size for task in read for checkpoint in task.checkpoints)
-            keep_in_memory = sum(sizes) < _KEPT_IN_MEMORY
-        return cls(read, seed=seed, keep_in_memory=keep_in_memory, layout=layout)
+        return pairs
 
     @classmethod
     def from_hub(
@@ -165,7 +167,8 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         if names is not None:
             found = find_tasks(download([f"*/{TASK_NAME}"]), names)
             folders = [glob.escape(folder.name) for folder in found.values()]
-        files = (TASK_NAME, PROMPTS_NAME, EXAMPLES_NAME, ADAPTER_CONFIG_NAME, f"{CHECKPOINTS_FOLDER}/*.safetensors")
+        files = [TASK_NAME, PROMPTS_NAME, EXAMPLES_NAME, RECORD_NAME, ROWS_NAME, ADAPTER_CONFIG_NAME]
+        files.append(f"{CHECKPOINTS_FOLDER}/*.safetensors")
         path = download([f"{folder}/{file}" for folder in folders for file in files])
         return cls.from_folder(path, names, seed=seed, keep_in_memory=keep_in_memory, layout=layout)
 
@@ -200,7 +203,7 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
 
     def with_canonical_factors(self) -> PromptCheckpointDataset:
         """The same pairs, but each checkpoint with its factors in canonical form; see [`canonical_state_dict`]."""
-        return self if self.canonical else self._of(list(self._tasks.values()), canonical=True)
+        return self if self.canonical else self._of(self._tasks.values(), canonical=True)
 
     def with_condition(
         self, condition_text: str = "prompts", answer_ratio: float = 0.2, *, prompt_pool_size: int | None = None
@@ -223,11 +226,14 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         """
         if prompt_pool_size is not None and (not isinstance(prompt_pool_size, int) or prompt_pool_size < 1):
             raise GeneratorConfigError(f"prompt_pool_size must be at least 1, got {prompt_pool_size!r}.")
-        tasks = list(self._tasks.values())
-        formed = [_with_texts(task, condition_text, answer_ratio, prompt_pool_size, self.seed) for task in tasks]
-        if all(new is old for new, old in zip(formed, tasks, strict=True)):
+        formed = []
+        for task in self._tasks.values():
+            seed = _stable_seed(self.seed, task.name)  # the task's own, whatever other tasks there are
+            smaller = task if prompt_pool_size is None else _with_fewer_prompts(task, prompt_pool_size, seed)
+            formed.append(_with_texts(smaller, condition_text, answer_ratio, seed))
+        if all(new is old for new, old in zip(formed, self._tasks.values(), strict=True)):
             return self
-        return self._of(formed, self.canonical)
+        return self._of(formed)
 
     def prompts(self, task: str) -> tuple[str, ...]:
         """A task's whole pool of prompts, or of the texts in their place."""
@@ -240,6 +246,10 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
     def examples(self, task: str) -> TaskExamples | None:
         """A task's examples, if it has any."""
         return self._task(task).examples
+
+    def distillation(self, task: str) -> TaskExamples | None:
+        """What a teacher said to inputs of a task, if any did; see [`distil_task`][peft_dnd.fitting.distil_task]."""
+        return self._task(task).distillation
 
     def checkpoints(self, task: str) -> tuple[Path, ...]:
         """The files of a task's checkpoints, in the order of their steps."""
@@ -285,7 +295,7 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
                 f"Holding out {len(out)} of {len(self._tasks)} tasks leaves one of the two parts empty. Name at least "
                 "one task, and not all."
             )
-        return self._of(rest, self.canonical), self._of(out, self.canonical)
+        return self._of(rest), self._of(out)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, on which the items' seeds depend."""
@@ -303,24 +313,29 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
             "prompts": task.prompts,
             "state_dict": None if path is None else self._read(task, path),
             "examples": task.examples,
+            "distillation": task.distillation,
             "seed": _stable_seed(self.seed, epoch, number),
         }
 
     def _task(self, name: str) -> Task:
-        if not isinstance(name, str) or name not in self._tasks:
+        if name not in self.tasks:
             raise PairsFolderError(f"There is no task {name!r}. The tasks: {', '.join(map(repr, self._tasks))}.")
         return self._tasks[name]
 
-    def _of(self, tasks: Sequence[Task], canonical: bool) -> PromptCheckpointDataset:
+    def _of(self, tasks: Iterable[Task], *, canonical: bool = False) -> PromptCheckpointDataset:
         """Other tasks, or the same ones in another form, with all else as it is here."""
         return PromptCheckpointDataset(
-            tasks, seed=self.seed, keep_in_memory=self.keep_in_memory, layout=self._layout, canonical=canonical
+            list(tasks),
+            seed=self.seed,
+            keep_in_memory=self.keep_in_memory,
+            layout=self._layout,
+            canonical=canonical or self.canonical,
         )
 
     def _task_with_checkpoints(self, name: str) -> Task:
         task = self._task(name)
         if not task.checkpoints:
-            raise PairsFolderError(f"Task {name!r} has no checkpoints, only examples.")
+            raise PairsFolderError(f"Task {name!r} has no checkpoints.")
         return task
 
     def _read(self, task: Task, path: Path) -> dict[str, torch.Tensor]:
@@ -335,13 +350,15 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         return dict(kept)
 
 
-def _with_texts(task: Task, condition_text: str, answer_ratio: float, pool_size: int | None, seed: int) -> Task:
-    # Both draws are the task's own, whatever other tasks there are.
-    seed = _stable_seed(seed, task.name)
-    if pool_size is not None and pool_size < len(task.prompts):
-        kept = sorted(select_prompts(len(task.prompts), pool_size, seed).tolist())
-        answers = None if task.answers is None else tuple(task.answers[index] for index in kept)
-        task = replace(task, prompts=tuple(task.prompts[index] for index in kept), answers=answers)
+def _with_fewer_prompts(task: Task, pool_size: int, seed: int) -> Task:
+    if pool_size >= len(task.prompts):
+        return task
+    kept = sorted(select_prompts(len(task.prompts), pool_size, seed).tolist())
+    answers = None if task.answers is None else tuple(task.answers[index] for index in kept)
+    return replace(task, prompts=tuple(task.prompts[index] for index in kept), answers=answers)
+
+
+def _with_texts(task: Task, condition_text: str, answer_ratio: float, seed: int) -> Task:
     if task.condition_text == condition_text:
         return task
     what = f"the prompts of task {task.name!r}"

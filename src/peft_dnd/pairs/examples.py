@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task's examples: what the base model's forward takes, row by row, for fitting a generator on the task's own loss.
+"""A task's examples on disk: rows of what the base's forward takes, for a fit on the task's own loss.
 
 They lie in the task's folder as `examples.jsonl`, one JSON object a line, such as `{"input_ids": [...], "labels":
 [...]}`. A file is never read whole: where its lines begin is noted once, and the rows that are drawn are read.
@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..errors import CorruptFileError, PairsFolderError
 from ..storage.files import PathLike, staged_file
@@ -24,7 +22,6 @@ from ..storage.files import PathLike, staged_file
 EXAMPLES_NAME = "examples.jsonl"
 
 _BLOCK = 2**22
-_LABEL_PADDING = -100
 
 
 class TaskExamples:
@@ -126,78 +123,6 @@ def write_examples(task_folder: PathLike, rows: Iterable[Mapping[str, Any]]) -> 
         if count == 0:
             raise PairsFolderError(f"There are no examples to write to {str(path)!r}. Give at least one row.")
     return count
-
-
-@dataclass
-class ExampleCollator:
-    """Makes rows of examples into a batch of tensors, filled up on the right where their lengths differ.
-
-    `labels` are filled with -100, `input_ids` with the padding token, all else with 0; where `input_ids` differ in
-    length and the rows bring no `attention_mask`, there is one in the batch.
-
-    Args:
-        pad_token_id: The base's padding token. What it is does not matter where an attention mask covers it.
-    """
-
-    pad_token_id: int = 0
-
-    @classmethod
-    def for_model(cls, model: torch.nn.Module) -> ExampleCollator:
-        """One that fills up with a model's own padding token, if it has one."""
-        token = getattr(getattr(model, "config", None), "pad_token_id", None)
-        return cls(token if isinstance(token, int) and token >= 0 else 0)
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Make a batch.
-
-        Raises:
-            PairsFolderError: If the rows do not belong together, or hold what cannot become a tensor.
-        """
-        names = list(rows[0])
-        for row in rows:
-            if row.keys() != rows[0].keys():
-                raise PairsFolderError(f"Examples of one task must have the same fields: {names} and {list(row)}.")
-        batch = {name: self._stack(name, [row[name] for row in rows]) for name in names}
-        lengths = [len(row["input_ids"]) for row in rows] if "input_ids" in names else []
-        if len(set(lengths)) > 1 and "attention_mask" not in names:
-            mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-            batch["attention_mask"] = mask.long()
-        return batch
-
-    def _stack(self, name: str, values: list[Any]) -> torch.Tensor:
-        filling = {"labels": _LABEL_PADDING, "input_ids": self.pad_token_id}.get(name, 0)
-        if all(isinstance(value, list) for value in values):
-            longest = max(map(len, values))
-            values = [value + [filling] * (longest - len(value)) for value in values]
-        try:
-            return torch.tensor(values)
-        except (TypeError, ValueError) as error:
-            raise PairsFolderError(
-                f"The field {name!r} of the examples cannot become a tensor ({error}). Write numbers or lists of "
-                "numbers, or pass DnDTrainer a task_collator(rows) that makes the base's batch of such rows."
-            ) from error
-
-
-@dataclass
-class ExamplesBesidePairs:
-    """A collator that adds to each item's pair a batch of examples of its task, drawn with the item's seed.
-
-    The batch of pairs gets one more entry, `"examples"`: a list of B batches, one for each item.
-
-    Args:
-        pairs: The collator of the pairs.
-        num_examples: How many examples an item gets; all, where its task has no more.
-        collate: Rows to a batch.
-    """
-
-    pairs: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
-    num_examples: int
-    collate: Callable[[Sequence[Mapping[str, Any]]], Any]
-
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Make a batch of items."""
-        drawn = [item["examples"].draw(self.num_examples, item["seed"]) for item in items]
-        return {**self.pairs(items), "examples": [self.collate(rows) for rows in drawn]}
 
 
 def _line_of(row: Any, number: int) -> str:

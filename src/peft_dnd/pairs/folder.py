@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pairs folder: what a generator is fitted to, and its format on disk, which is written down here and only here.
+"""The pairs folder's format on disk, written down here and only here: finding, reading and checking what lies in it.
 
     pairs/
       initialization/                       the adapter that all tasks started from, as PEFT saves one
@@ -7,6 +7,7 @@
       <task>/prompts.jsonl                  its pool of prompts, one {"prompt": "..."} a line, or each with its answer:
                                             {"prompt": "...", "answer": "..."}
       <task>/examples.jsonl                 where given: what the base's forward takes, one example a line
+      <task>/distillation.jsonl, .json      where made: what a teacher said to inputs of the task; see `distillation`
       <task>/adapter_config.json            plain PEFT, so that with it each checkpoint is an adapter
       <task>/checkpoints/step-00000051.safetensors
 
@@ -32,9 +33,9 @@ from ..errors import CorruptFileError, FormatVersionError, LayoutError, PairsFol
 from ..storage.files import PathLike, read_json, read_safetensors_shapes, write_json, write_safetensors
 from ..text.prompts import check_prompts
 from ..version import __version__
+from .distillation import load_distillation
 from .examples import EXAMPLES_NAME, TaskExamples
 from .prompt_pool import PROMPTS_NAME, read_answers, read_prompts
-from .prompt_pool import write_prompts as write_prompts  # for those who look for it here
 
 
 logger = logging.getLogger(__name__)
@@ -78,23 +79,23 @@ class Task:
 
     Attributes:
         name: Its name.
-        folder: Its folder.
         prompts: Its pool of prompts.
         checkpoints: The files of its checkpoints, in the order of their steps.
         layout: The layout that they share; `None` where there are no checkpoints.
         initialization: As in its [`TaskRecord`].
         examples: Its examples, for a fit on the base's own loss, if it has any.
+        distillation: What a teacher said to inputs of the task, for a fit by context distillation, if any did.
         answers: The answers to its prompts, one each, if it has any.
         condition_text: Which texts stand in `prompts`, one of `CONDITION_TEXTS`.
     """
 
     name: str
-    folder: Path
     prompts: tuple[str, ...]
     checkpoints: tuple[Path, ...]
     layout: AdapterLayout | None
     initialization: str | None
     examples: TaskExamples | None = None
+    distillation: TaskExamples | None = None
     answers: tuple[str, ...] | None = None
     condition_text: str = "prompts"
 
@@ -115,29 +116,12 @@ def find_tasks(pairs: PathLike, names: Collection[str] | None = None) -> dict[st
         FormatVersionError: If a newer version of the library wrote a task.
         CorruptFileError: If a `task.json` is unreadable.
     """
-    if not isinstance(pairs, (str, os.PathLike)) or not os.fspath(pairs):
-        raise PairsFolderError(f"A pairs folder is named by a string or a path; got {pairs!r}.")
-    pairs = Path(pairs)
-    if not pairs.is_dir():
-        raise PairsFolderError(
-            f"There is no folder {str(pairs)!r}. Expected a pairs folder, with one folder for each task, as "
-            "CheckpointCollector writes it."
-        )
-    if (pairs / TASK_NAME).is_file():
-        raise PairsFolderError(f"{str(pairs)!r} is the folder of one task. Pass the folder that it lies in.")
+    folders = _folders_in(pairs)
     if names is not None and not names:
         raise PairsFolderError(f"No task of {str(pairs)!r} is asked for: tasks is empty. Name some, or leave it out.")
     found: dict[str, Path] = {}
-    folders = sorted(path for path in pairs.iterdir() if path.is_dir())
-    if not any((folder / TASK_NAME).is_file() for folder in folders):
-        # Whoever named another kind of folder must not be told to remove what is in it.
-        raise PairsFolderError(
-            f"{str(pairs)!r} is no pairs folder: there is no task at all in it, that is, no folder with a "
-            f"{TASK_NAME}. Expected one folder for each task, as CheckpointCollector writes it; found none."
-        )
     for folder in folders:
-        hidden = folder.name == INITIALIZATION_FOLDER or folder.name.startswith(".")
-        if hidden or (names is not None and not (folder / TASK_NAME).is_file()):
+        if names is not None and not (folder / TASK_NAME).is_file():
             continue
         name = read_task(folder).task
         if name in found:
@@ -146,20 +130,25 @@ def find_tasks(pairs: PathLike, names: Collection[str] | None = None) -> dict[st
                 f"change the name in its {TASK_NAME}."
             )
         found[name] = folder
-    unknown = sorted(set(names or ()) - set(found), key=natural_key)
-    if unknown or not found:
-        what = f"no task {unknown[0]!r}" if unknown else "no task at all"
-        known = ", ".join(map(repr, sorted(found, key=natural_key))) or "none"
-        raise PairsFolderError(f"There is {what} in {str(pairs)!r}. Its tasks: {known}.")
-    wanted = found if names is None else names
-    return {name: found[name] for name in sorted(wanted, key=natural_key)}
+    wanted = sorted(found if names is None else names, key=natural_key)
+    unknown = [name for name in wanted if name not in found]
+    if unknown:
+        known = ", ".join(map(repr, sorted(found, key=natural_key)))
+        raise PairsFolderError(f"There is no task {unknown[0]!r} in {str(pairs)!r}. Its tasks: {known}.")
+    return {name: found[name] for name in wanted}
+
+
+def may_be_task(name: str) -> bool:
+    """Whether a folder of a pairs folder may be a task's, going by its name."""
+    return name != INITIALIZATION_FOLDER and not name.startswith(".")
 
 
 def load_task(folder: PathLike) -> Task:
     """Read a task and check that it can be fitted to: everything but the weights, of which the headers are read.
 
     Raises:
-        PairsFolderError: If it is incomplete, lacks a checkpoint, has no prompts, or neither checkpoints nor examples.
+        PairsFolderError: If it is incomplete, lacks a checkpoint, has no prompts, or nothing to be fitted to: no
+            checkpoints, no examples and no teacher's answers.
         PromptError: If a prompt is empty.
         LayoutError: If its checkpoints differ in their layouts.
         CorruptFileError: If a file is unreadable, for instance cut short.
@@ -168,7 +157,8 @@ def load_task(folder: PathLike) -> Task:
     folder = Path(folder)
     record = read_task(folder)
     examples = TaskExamples(folder / EXAMPLES_NAME) if (folder / EXAMPLES_NAME).is_file() else None
-    if not record.complete or not (record.steps or examples):
+    distillation = load_distillation(folder)
+    if not record.complete or not (record.steps or examples or distillation):
         raise PairsFolderError(
             f"Task {record.task!r} in {str(folder)!r} is incomplete: its training did not come to its end, and holds "
             f"{len(stored_steps(folder))} checkpoints so far. Train it again or resume it, or leave it out with "
@@ -184,7 +174,16 @@ def load_task(folder: PathLike) -> Task:
     prompts = check_prompts(read_prompts(folder), f"{str(folder / PROMPTS_NAME)!r}")
     layout = _shared_layout(folder, checkpoints) if checkpoints else None
     answers = read_answers(folder)
-    return Task(record.task, folder, prompts, checkpoints, layout, record.initialization, examples, answers)
+    return Task(
+        record.task,
+        prompts,
+        checkpoints,
+        layout,
+        record.initialization,
+        examples=examples,
+        distillation=distillation,
+        answers=answers,
+    )
 
 
 def check_alike(tasks: Sequence[Task]) -> None:
@@ -226,15 +225,13 @@ def checkpoint_path(folder: PathLike, step: int) -> Path:
 
 def stored_steps(folder: PathLike) -> tuple[int, ...]:
     """The training steps of which a task's folder holds an adapter, in rising order, whatever its `task.json` says."""
-    checkpoints = Path(folder) / CHECKPOINTS_FOLDER
-    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    names = [path.name for path in (Path(folder) / CHECKPOINTS_FOLDER).glob("*")]
     return tuple(sorted(int(match[1]) for name in names if (match := _CHECKPOINT_PATTERN.fullmatch(name))))
 
 
 def remove_checkpoints(folder: PathLike, keep: Collection[int] = ()) -> None:
     """Remove a task's checkpoints, but for those of the steps to keep, and what killed processes left of theirs."""
-    checkpoints = Path(folder) / CHECKPOINTS_FOLDER
-    for path in list(checkpoints.iterdir()) if checkpoints.is_dir() else []:
+    for path in list((Path(folder) / CHECKPOINTS_FOLDER).glob("*")):
         match = _CHECKPOINT_PATTERN.fullmatch(path.name)
         if _LEFTOVER_PATTERN.fullmatch(path.name) or (match and int(match[1]) not in keep):
             path.unlink(missing_ok=True)
@@ -297,6 +294,28 @@ def adapter_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def _folders_in(pairs: PathLike) -> list[Path]:
+    """The folders in a pairs folder, of which one at least is a task's."""
+    if not isinstance(pairs, (str, os.PathLike)) or not os.fspath(pairs):
+        raise PairsFolderError(f"A pairs folder is named by a string or a path; got {pairs!r}.")
+    pairs = Path(pairs)
+    if not pairs.is_dir():
+        raise PairsFolderError(
+            f"There is no folder {str(pairs)!r}. Expected a pairs folder, with one folder for each task, as "
+            "CheckpointCollector writes it."
+        )
+    if (pairs / TASK_NAME).is_file():
+        raise PairsFolderError(f"{str(pairs)!r} is the folder of one task. Pass the folder that it lies in.")
+    folders = sorted(path for path in pairs.iterdir() if path.is_dir() and may_be_task(path.name))
+    if not any((folder / TASK_NAME).is_file() for folder in folders):
+        # Whoever named another kind of folder must not be told to remove what is in it.
+        raise PairsFolderError(
+            f"{str(pairs)!r} is no pairs folder: there is no task at all in it, that is, no folder with a "
+            f"{TASK_NAME}. Expected one folder for each task, as CheckpointCollector writes it; found none."
+        )
+    return folders
+
+
 def _shared_layout(folder: Path, checkpoints: Sequence[Path]) -> AdapterLayout:
     config = read_lora_config(folder / ADAPTER_CONFIG_NAME)
     shapes = read_safetensors_shapes(checkpoints[0])
@@ -304,10 +323,7 @@ def _shared_layout(folder: Path, checkpoints: Sequence[Path]) -> AdapterLayout:
     for path in checkpoints[1:]:
         other_shapes = read_safetensors_shapes(path)
         if other_shapes != shapes:
-            try:
-                other = AdapterLayout.from_shapes(other_shapes, config, source=str(path))
-            except LayoutError as error:
-                raise LayoutError(f"{str(path)!r}: {error} Collect the task again.") from error
+            other = AdapterLayout.from_shapes(other_shapes, config, source=str(path))
             raise LayoutError(
                 f"{str(checkpoints[0])!r} and {str(path)!r}, of one task, have different layouts: "
                 f"{layout.difference(other)}. Collect the task again."

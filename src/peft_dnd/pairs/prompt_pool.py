@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task's pool of prompts on disk: `prompts.jsonl` in its folder, with or without answers."""
+"""A task's pool of unlabelled prompts on disk: `prompts.jsonl` in its folder, with or without answers."""
 
 from __future__ import annotations
 

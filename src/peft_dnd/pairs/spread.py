@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far each weight token varies over the training adapters, within tasks and between them.
+"""The formula of the spread: how far each weight token varies over adapters, within tasks and between them.
+
+It is told the adapters' token grids; [`token_spread`] in `statistics` takes them from a data set.
 
 A grid has the shape (N_w, L_w, C_w): weight tokens, rows, columns. Its valid mask, of the same shape, is `True` where
 an entry stands for a weight and `False` where it only fills up a token.
@@ -7,18 +9,20 @@ an entry stands for a weight and `False` where it only fills up a token.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Literal
 
 import torch
 
-from ..errors import GeneratorConfigError, LayoutError, WeightValueError
+from ..errors import GeneratorConfigError
 
 
 @dataclass(frozen=True, eq=False)
 class TokenSpread:
-    """How much each weight token varies over the training adapters; the result of a `SpreadAccumulator`.
+    """How much each weight token varies over the training adapters; the result of [`token_spread`].
 
     Spreads are relative: their mean over the valid entries is 1, or they are all zero where nothing varies.
 
@@ -57,124 +61,63 @@ class TokenSpread:
             (N_w,) float32, on the CPU.
 
         Raises:
-            GeneratorConfigError: the kind is unknown, or the floor is negative or not finite.
+            GeneratorConfigError: the kind is unknown.
         """
         if kind not in ("within_task", "between_task"):
             raise GeneratorConfigError(f"Unknown kind of spread {kind!r}. Known: 'within_task', 'between_task'.")
-        if not (math.isfinite(floor) and floor >= 0):
-            raise GeneratorConfigError(
-                f"The floor of token weights must be finite and not negative, but is {floor!r}."
-            )
         spread = self.within_task if kind == "within_task" else self.between_task
         if not spread.any():
             return torch.ones(spread.shape, dtype=torch.float32)
         return _relative(spread.clamp(min=floor), self.entries_per_token).float()
 
 
-class SpreadAccumulator:
-    """Takes the checkpoints of all training tasks one by one and yields the spread of each weight token.
+def spread_of_grids(grids: Iterable[tuple[str, torch.Tensor]], valid_mask: torch.Tensor) -> TokenSpread:
+    """The spread of each weight token over the checkpoints of all training tasks.
 
-    Welford's algorithm in float64, within the current task and over the means of the finished ones, so memory is that
-    of four grids however many checkpoints there are. For that, a task's checkpoints must come one after another.
+    Welford's algorithm in float64, within each task and over the tasks' means, so memory is that of four grids however
+    many checkpoints there are.
 
     Args:
+        grids: Each checkpoint's task and its grid (N_w, L_w, C_w), in the space in which the loss is taken; those of a
+            task one after another. Invalid entries are not looked at.
         valid_mask: (N_w, L_w, C_w) bool.
 
-    Raises:
-        LayoutError: the mask is not three-dimensional.
-        WeightValueError: the mask marks no entry as valid.
-
     Examples:
-        >>> accumulator = SpreadAccumulator(torch.ones(2, 1, 1, dtype=torch.bool))
-        >>> for task, entries in [("law", [1.0, 0.0]), ("law", [3.0, 0.0]), ("med", [0.0, 5.0]), ("med", [2.0, 5.0])]:
-        ...     accumulator.update(task, torch.tensor(entries).view(2, 1, 1))
-        >>> spread = accumulator.result()
+        >>> entries = [("law", [1.0, 0.0]), ("law", [3.0, 0.0]), ("med", [0.0, 5.0]), ("med", [2.0, 5.0])]
+        >>> grids = [(task, torch.tensor(pair).view(2, 1, 1)) for task, pair in entries]
+        >>> spread = spread_of_grids(grids, torch.ones(2, 1, 1, dtype=torch.bool))
         >>> spread.within_task.tolist()
         [2.0, 0.0]
         >>> spread.between_task.tolist()
         [0.3333333333333333, 1.6666666666666667]
     """
+    token_of_entry = valid_mask.nonzero()[:, 0]
+    entries_per_token = valid_mask.sum(dim=(1, 2))
 
-    def __init__(self, valid_mask: torch.Tensor) -> None:
-        if valid_mask.dim() != 3:
-            raise LayoutError(f"The valid mask must be (N_w, L_w, C_w), but has {tuple(valid_mask.shape)}.")
-        self._valid_mask = valid_mask.cpu()
-        self._token_of_entry = self._valid_mask.nonzero()[:, 0]
-        if len(self._token_of_entry) == 0:
-            raise WeightValueError("The valid mask marks no entry as a weight, so no token has a spread.")
-        self._entries_per_token = self._valid_mask.sum(dim=(1, 2))
-        self._within_sum = torch.zeros(len(valid_mask), dtype=torch.float64)
-        self._task: str | None = None
-        self._finished: set[str] = set()
-        self._num_checkpoints = 0
-        self._checkpoints = _Welford(len(self._token_of_entry))
-        self._task_means = _Welford(len(self._token_of_entry))
+    def of_tokens(moments: _Welford) -> torch.Tensor:
+        sums = torch.zeros(len(valid_mask), dtype=torch.float64)
+        sums.index_add_(0, token_of_entry, moments.standard_deviation())
+        return _relative(sums / entries_per_token.clamp(min=1), entries_per_token)
 
-    def update(self, task: str, grid: torch.Tensor) -> None:
-        """Takes one checkpoint.
-
-        Args:
-            task: the task's name. All checkpoints of a task must follow one another.
-            grid: (N_w, L_w, C_w) in the space in which the loss is taken. Invalid entries are not looked at.
-
-        Raises:
-            LayoutError: the grid does not have the valid mask's shape.
-            WeightValueError: a valid entry is not finite.
-            ValueError: the task was already left for another one.
-        """
-        if grid.shape != self._valid_mask.shape:
-            raise LayoutError(
-                f"A checkpoint of the task {task!r} has a token grid of {tuple(grid.shape)}, but the valid mask has "
-                f"{tuple(self._valid_mask.shape)}. All checkpoints must have the same adapter layout."
-            )
-        if task in self._finished:
-            raise ValueError(
-                f"Checkpoints of the task {task!r} must come one after another, but other tasks came between. Go "
-                "through the checkpoints sorted by task."
-            )
-        entries = grid.detach().cpu()[self._valid_mask].double()
-        if not entries.isfinite().all():
-            raise WeightValueError(
-                f"A checkpoint of the task {task!r} holds NaN or infinite weights. Remove it, or collect it again."
-            )
-        if task != self._task:
-            self._finish_task()
-            self._task = task
-        self._checkpoints.add(entries)
-        self._num_checkpoints += 1
-
-    def result(self) -> TokenSpread:
-        """The spread over everything taken so far. It closes the current task; other tasks may still follow.
-
-        Raises:
-            WeightValueError: no checkpoint was taken.
-        """
-        self._finish_task()
-        if not self._finished:
-            raise WeightValueError("No checkpoint was given, so no token has a spread.")
-        return TokenSpread(
-            within_task=self._within_sum / len(self._finished),
-            between_task=self._relative_token_spread(self._task_means),
-            entries_per_token=self._entries_per_token.clone(),
-            num_tasks=len(self._finished),
-            num_checkpoints=self._num_checkpoints,
-        )
-
-    def _finish_task(self) -> None:
-        if self._task is None:
-            return
+    within_sum = torch.zeros(len(valid_mask), dtype=torch.float64)
+    task_means = _Welford(len(token_of_entry))
+    num_checkpoints = 0
+    for _, of_task in groupby(grids, key=itemgetter(0)):
+        checkpoints = _Welford(len(token_of_entry))
+        for _, grid in of_task:
+            checkpoints.add(grid[valid_mask].double())
         # Relative within each task before tasks are averaged, as the paper's code does: so each task counts alike,
         # however far its training went.
-        self._within_sum += self._relative_token_spread(self._checkpoints)
-        self._task_means.add(self._checkpoints.mean)
-        self._finished.add(self._task)
-        self._task = None
-        self._checkpoints = _Welford(len(self._token_of_entry))
-
-    def _relative_token_spread(self, moments: _Welford) -> torch.Tensor:
-        sums = torch.zeros(len(self._entries_per_token), dtype=torch.float64)
-        sums.index_add_(0, self._token_of_entry, moments.standard_deviation())
-        return _relative(sums / self._entries_per_token.clamp(min=1), self._entries_per_token)
+        within_sum += of_tokens(checkpoints)
+        task_means.add(checkpoints.mean)
+        num_checkpoints += checkpoints.count
+    return TokenSpread(
+        within_task=within_sum / task_means.count,
+        between_task=of_tokens(task_means),
+        entries_per_token=entries_per_token,
+        num_tasks=task_means.count,
+        num_checkpoints=num_checkpoints,
+    )
 
 
 class _Welford:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a data set of pairs says of the weights: their mean and scale, and how far they lie apart."""
+"""Passes over a data set's checkpoints: the grids, spreads and sizes that normalisation and losses are scaled by."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..adapters.layout import AdapterLayout
 from ..adapters.tokenizer import WeightNormalization, WeightTokenizer
 from ..storage.progress import with_progress
 from .dataset import PromptCheckpointDataset
-from .spread import SpreadAccumulator, TokenSpread
+from .spread import TokenSpread, spread_of_grids
 
 
 _FLOOR_OF_OWN_SIZE = 1e-6
@@ -42,19 +42,17 @@ def token_spread(
 ) -> TokenSpread:
     """How far each weight token's entries lie apart, within tasks and between them, after normalisation.
 
-    This takes a pass of its own: how far they do, relative to other tokens, depends on the scales, which are known
-    only after the pass that [`task_balanced_grids`] serves.
+    This takes a pass of its own, for it depends on the scales, which are known only after the one that
+    [`task_balanced_grids`] serves.
 
     Args:
         dataset: The pairs.
         tokenizer: Makes the grids.
         normalization: Its statistics are set already; or not, for the spread of the weights as they are.
     """
-    spread = SpreadAccumulator(tokenizer.valid_mask())
     mean, scale = normalization.mean.cpu(), normalization.scale.cpu()[:, None, None]
-    for task, grid in _grids(dataset, tokenizer, "Spread of the weights"):
-        spread.update(task, (grid - mean) / scale)
-    return spread.result()
+    grids = _grids(dataset, tokenizer, "Spread of the weights")
+    return spread_of_grids(((task, (grid - mean) / scale) for task, grid in grids), tokenizer.valid_mask())
 
 
 def delta_weight_spread(
@@ -77,7 +75,7 @@ def delta_weight_spread(
         adapter = dataset.state_dict(task, number)
         around += delta_weight_distances(adapter, center, layout).double() / len(dataset.checkpoints(task))
         size += delta_weight_distances(adapter, zero, layout).double() / len(dataset.checkpoints(task))
-    tasks = sum(1 for task in dataset.tasks if dataset.checkpoints(task))
+    tasks = sum(bool(dataset.checkpoints(task)) for task in dataset.tasks)
     floor = torch.maximum(_FLOOR_OF_OWN_SIZE * size, _FLOOR_OF_LARGEST * around.max()) / tasks
     spread = torch.maximum(around / tasks, floor)
     return torch.where(spread > 0, spread, 1.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spreading the collection of many tasks over jobs that know nothing of one another.
+"""Sharing out the collection of many tasks among jobs that know nothing of one another.
 
 Each job of an array takes its slice of the task list, and of that what is not collected yet. Slices have no task in
 common, so that no two jobs write the same folder; what they share, the pairs folder's common initialisation, is made

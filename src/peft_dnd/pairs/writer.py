@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing one task's folder of the pairs folder."""
+"""The writer of one task's folder, for any training loop; the collector calls it from a `Trainer`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ..text.condition_text import check_answers
 from ..text.prompts import check_prompts
 from .examples import EXAMPLES_NAME, write_examples
 from .folder import (
-    INITIALIZATION_FOLDER,
     TASK_NAME,
     TaskRecord,
     adapter_digest,
     checkpoint_path,
+    may_be_task,
     read_task,
     remove_checkpoints,
     stored_steps,
@@ -97,21 +97,9 @@ class PairWriter:
         self._begun = False
         self._record = TaskRecord(self.task)
         self._last_kept_step = 0
-        found = _read_record(self.folder)
-        if found is None:
-            return
-        if resume_from is not None:
-            adapter, step = resume_from
-            if found.resume_points.get(step) == adapter_digest(self._state_dict(adapter)):
-                self._record = dataclasses.replace(found, task=self.task, complete=False, steps=())
-                self._last_kept_step = step
-                return
-            logger.warning(
-                "Training resumes at step %d, but %s was written by another run, or noted no checkpoint there.",
-                step,
-                self.folder,
-            )
-        _check_may_replace(found, self.folder, overwrite)
+        found = task_record(self.folder)
+        if found is not None and not (resume_from is not None and self._resume(found, *resume_from)):
+            _check_may_replace(found, self.folder, overwrite)
 
     def begin(self, initialization: str | None = None, planned: Collection[int] | None = None) -> None:
         """Lay out the folder, without what it held before that is not kept.
@@ -176,6 +164,19 @@ class PairWriter:
         self._record = dataclasses.replace(self._record, complete=True, steps=steps)
         write_task(self.folder, self._record)
 
+    def _resume(self, found: TaskRecord, adapter: nn.Module | Mapping[str, torch.Tensor], step: int) -> bool:
+        """Take up what a run wrote up to a step, if it is the one that wrote the folder."""
+        if found.resume_points.get(step) != adapter_digest(self._state_dict(adapter)):
+            logger.warning(
+                "Training resumes at step %d, but %s was written by another run, or noted no checkpoint there.",
+                step,
+                self.folder,
+            )
+            return False
+        self._record = dataclasses.replace(found, task=self.task, complete=False, steps=())
+        self._last_kept_step = step
+        return True
+
     def _check_begun(self) -> None:
         if not self._begun:
             raise PairsFolderError(f"The folder of task {self.task!r} is not laid out yet: call begin() first.")
@@ -212,8 +213,7 @@ def write_task_without_checkpoints(
     folder = Path(folder).absolute()
     prompts = check_prompts(prompts)
     answers = None if answers is None else check_answers(prompts, answers)
-    found = _read_record(folder)
-    if found is not None:
+    if (found := task_record(folder)) is not None:
         _check_may_replace(found, folder, overwrite)
     record = TaskRecord(folder.name if task is None else task)
     write_task(folder, record)
@@ -224,16 +224,21 @@ def write_task_without_checkpoints(
     write_task(folder, dataclasses.replace(record, complete=True))
 
 
-def _read_record(folder: Path) -> TaskRecord | None:
-    if folder.name == INITIALIZATION_FOLDER or folder.name.startswith("."):
+def task_record(folder: Path) -> TaskRecord | None:
+    """What the folder's `task.json` says; `None` where there is no folder yet, or an empty one.
+
+    Raises:
+        PairsFolderError: If it cannot be a task's folder, or holds something else.
+    """
+    if not may_be_task(folder.name):
         raise PairsFolderError(f"{folder.name!r} cannot be a task's folder; name another one.")
     if (folder / TASK_NAME).is_file():
         return read_task(folder)
-    strangers = [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.exists() else []
+    strangers = [path.name for path in folder.glob("*") if not path.name.startswith(".")]
     if strangers:
         raise PairsFolderError(
-            f"{str(folder)!r} is no task's folder: it has no {TASK_NAME} and holds {sorted(strangers)[0]!r}. Name a "
-            "folder of its own for each task, such as 'pairs/law'."
+            f"{str(folder)!r} is no task's folder: it has no {TASK_NAME} and holds {min(strangers)!r}. Name a folder "
+            "of its own for each task, such as 'pairs/law'."
         )
     return None
 

@@ -7,7 +7,7 @@ import copy
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import LoraConfig
@@ -17,7 +17,7 @@ from ..errors import GeneratorConfigError
 from ..generator.configuration import PromptConditionedLoraGeneratorConfig
 from ..generator.generation import THRESHOLD
 from ..generator.modeling import PromptConditionedLoraGenerator
-from ..storage.hub import resolve_generator
+from ..storage.hub import HubOptions, find_generator
 from ..text.condition_text import condition_texts
 from ..text.out_of_distribution import check_action
 from ..text.prompts import check_prompts
@@ -59,25 +59,24 @@ _FREE_FIELDS = (
     "runtime_config",
 )
 _PEFT_OWN_FIELDS = ("peft_type", "auto_mapping", "peft_version")
-# Of generator_kwargs, what bears on where the configuration is read; and what cannot be among them.
-_FINDING = ("subfolder", "token", "cache_dir", "force_download", "local_files_only")
+# What cannot be among generator_kwargs.
 _REFUSED_OPTIONS = ("revision", "config", "text_encoder", "output_loading_info")
 
 
-class LoadingOptions(dict[str, Any]):
+class GeneratorKwargs(dict[str, Any]):
     """How a [`DnDConfig`] loads its generator. An access token among it is neither shown nor pickled."""
 
     def __repr__(self) -> str:
         return repr({name: "***" if name == "token" else value for name, value in self.items()})
 
-    def __copy__(self) -> LoadingOptions:
-        return LoadingOptions(self)
+    def __copy__(self) -> GeneratorKwargs:
+        return GeneratorKwargs(self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LoadingOptions:
-        return LoadingOptions((name, copy.deepcopy(value, memo)) for name, value in self.items())
+    def __deepcopy__(self, memo: dict[int, Any]) -> GeneratorKwargs:
+        return GeneratorKwargs((name, copy.deepcopy(value, memo)) for name, value in self.items())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LoadingOptions, ({name: value for name, value in self.items() if name != "token"},)
+        return GeneratorKwargs, ({name: value for name, value in self.items() if name != "token"},)
 
 
 class LiveGenerator:
@@ -205,7 +204,7 @@ class DnDConfig(LoraConfig):
             elif isinstance(value, os.PathLike):
                 value = os.fspath(value)
         elif name == "generator_kwargs":
-            value = _loading_options(value)
+            value = _checked_kwargs(value)
         super().__setattr__(name, value)
         if name == "modules_to_save":
             # PEFT sets it on the configuration that it was given, for some task types only after the adapter is made.
@@ -261,9 +260,9 @@ class DnDConfig(LoraConfig):
                 "Leave it out."
             )
         understood = {*_OWN_FIELDS, *_WRITTEN_FIELDS, *_FREE_FIELDS, *_PEFT_OWN_FIELDS}
-        for config_field in fields(self):
-            name = config_field.name
-            if name not in understood and getattr(self, name) != _default(config_field):
+        plain = LoraConfig()
+        for name in (config_field.name for config_field in fields(plain)):
+            if name not in understood and getattr(self, name) != getattr(plain, name):
                 raise GeneratorConfigError(
                     f"DnDConfig got {name}={getattr(self, name)!r}. A generator writes the A and B matrices of plain "
                     f"LoRA, for the modules that it was fitted for, and nothing else: leave {name} out."
@@ -286,11 +285,9 @@ class DnDConfig(LoraConfig):
                 f"DnDConfig needs a generator: a Hub id, a folder or a loaded PromptConditionedLoraGenerator; got "
                 f"{generator!r}."
             )
-        folder, self._generator_commit = resolve_generator(
-            generator,
-            revision=self.generator_revision,
-            config_only=True,
-            **{name: value for name, value in options.items() if name in _FINDING},
+        hub: Any = {name: value for name, value in options.items() if name in HubOptions.__annotations__}
+        folder, self._generator_commit = find_generator(
+            generator, config_only=True, revision=self.generator_revision, **hub
         )
         return PromptConditionedLoraGeneratorConfig.from_pretrained(folder)
 
@@ -310,7 +307,7 @@ class DnDConfig(LoraConfig):
                 )
 
 
-def _loading_options(given: Mapping[str, Any] | None) -> LoadingOptions:
+def _checked_kwargs(given: Mapping[str, Any] | None) -> GeneratorKwargs:
     if given is not None and not isinstance(given, Mapping):
         raise GeneratorConfigError(
             "DnDConfig's generator_kwargs must be a dictionary of what PromptConditionedLoraGenerator.from_pretrained "
@@ -324,10 +321,4 @@ def _loading_options(given: Mapping[str, Any] | None) -> LoadingOptions:
                 else "Load the generator yourself and pass it: DnDConfig(generator=loaded_generator, ...)."
             )
             raise GeneratorConfigError(f"DnDConfig's generator_kwargs cannot hold {name!r}. {mend}")
-    return LoadingOptions(given or {})
-
-
-def _default(config_field: Field[Any]) -> Any:
-    if config_field.default_factory is not MISSING:
-        return config_field.default_factory()
-    return config_field.default
+    return GeneratorKwargs(given or {})

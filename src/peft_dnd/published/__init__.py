@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What others released: the paper's generators, adapters and prompts."""
+"""What others released: the files of the paper's generators, adapters and prompts, and making them ours."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-from .reader import import_published_adapters as import_published_adapters
-from .reader import load_published_generator as load_published_generator
-from .reader import published_token_weights as published_token_weights
+from .files import read_published_prompts as read_published_prompts
+from .importer import import_published_adapters as import_published_adapters
+from .importer import load_published_generator as load_published_generator
+from .importer import published_token_weights as published_token_weights

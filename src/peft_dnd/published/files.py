@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,8 @@ from ..errors import CorruptFileError, MissingFileError, PromptError
 from ..storage.files import PathLike, read_json, read_safetensors
 
 
-PICKLED_SUFFIXES = (".pth", ".pt", ".bin")
-ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+_ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def read_tensors(path: PathLike) -> dict[str, torch.Tensor]:
@@ -52,9 +53,9 @@ def read_tensors(path: PathLike) -> dict[str, torch.Tensor]:
             f"{str(path)!r} cannot be read as tensors saved by torch.save ({type(error).__name__}: {reason:.200}). It "
             "was cut short, is another kind of file, or holds more than tensors, which may be code and is not loaded."
         ) from error
-    entries = loaded.items() if isinstance(loaded, Mapping) else [(type(loaded).__name__, loaded)]
+    entries = loaded.items() if isinstance(loaded, Mapping) else [(None, loaded)]
     for key, value in entries:
-        if not isinstance(loaded, Mapping) or not isinstance(key, str) or not isinstance(value, torch.Tensor):
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise CorruptFileError(
                 f"{str(path)!r} is no state dict: expected tensors under names, found {key!r}, a "
                 f"{type(value).__name__}. Save model.state_dict() alone."
@@ -74,15 +75,14 @@ def find_checkpoints(folder: PathLike) -> dict[int, Path]:
     """
     found: dict[str, Path] = {}
     for path in Path(folder).iterdir():
-        if path.is_file() and path.suffix in (".safetensors", *PICKLED_SUFFIXES):
+        if path.is_file() and path.suffix in _SUFFIXES:
             found[path.name.removesuffix(path.suffix)] = path
         else:
-            inside = [path / name for name in ADAPTER_NAMES if (path / name).is_file()]
+            inside = [path / name for name in _ADAPTER_NAMES if (path / name).is_file()]
             if inside:
                 found[path.name] = inside[0]
     names = sorted(found, key=natural_key)
-    numbers = [[int(part) for kind, part in natural_key(name) if kind == 0] for name in names]
-    steps = [of_name[-1] if of_name else 0 for of_name in numbers]
+    steps = [int((re.findall(r"\d+", name) or [0])[-1]) for name in names]
     if len(set(steps)) < len(steps) or 0 in steps:
         steps = list(range(1, len(names) + 1))
     return {step: found[name] for step, name in sorted(zip(steps, names, strict=True))}

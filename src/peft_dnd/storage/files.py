@@ -49,8 +49,7 @@ def staged_file(path: PathLike) -> Iterator[Path]:
     """
     target = _destination(path)
     with _errors_of_saving(target):
-        _check_parents(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_parents(target)
         handle, name = tempfile.mkstemp(prefix=_STAGING_PREFIX, suffix=target.suffix, dir=target.parent)
         os.close(handle)
     staged = Path(name)
@@ -58,8 +57,7 @@ def staged_file(path: PathLike) -> Iterator[Path]:
         with errors_of_writing_below(staged, target):
             yield staged
         with _errors_of_saving(target):
-            _flush_to_disk(staged)
-            staged.chmod(0o666 & ~_current_umask())
+            _finish(staged)
             os.replace(staged, target)
     finally:
         with suppress(OSError):  # it must not hide why saving failed
@@ -84,16 +82,14 @@ def staged_directory(path: PathLike) -> Iterator[Path]:
     with _errors_of_saving(target):
         if target.exists() and not target.is_dir():
             raise DestinationError(f"Cannot save to {str(target)!r}: it is a file. Name a folder, or remove the file.")
-        _check_parents(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_parents(target)
         staged = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=target.parent))
     try:
         with errors_of_writing_below(staged, target):
             yield staged
         with _errors_of_saving(target):
             for file in _files_below(staged):
-                _flush_to_disk(file)
-                file.chmod(0o666 & ~_current_umask())  # safetensors makes files that only their owner may read
+                _finish(file)
             staged.chmod(0o777 & ~_current_umask())
         if target.exists():
             _move_into(target, staged)
@@ -199,12 +195,13 @@ def _destination(path: PathLike) -> Path:
     return Path(path)
 
 
-def _check_parents(target: Path) -> None:
+def _make_parents(target: Path) -> None:
     for parent in target.parents:
         if parent.exists() and not parent.is_dir():
             raise DestinationError(
                 f"Cannot save to {str(target)!r}: {str(parent)!r} is a file. Name another folder, or remove the file."
             )
+    target.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _move_into(target: Path, staged: Path) -> None:
@@ -256,13 +253,15 @@ def _files_below(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _flush_to_disk(path: Path) -> None:
+def _finish(path: Path) -> None:
+    """Flush a file to disk, and open it to others: mkstemp and safetensors make files for their owner alone."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+    path.chmod(0o666 & ~_current_umask())
 
 
 def _current_umask() -> int:
-    # The umask can only be read by setting it; mkstemp and mkdtemp make private files, users expect shared ones.
+    # The umask can only be read by setting it.
     umask = os.umask(0)
     os.umask(umask)
     return umask

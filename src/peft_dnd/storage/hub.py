@@ -3,23 +3,29 @@
 
 from __future__ import annotations
 
+import functools
 import glob
+import inspect
 import os
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypedDict, TypeVar
 
 from huggingface_hub import CommitInfo, HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from transformers.utils import CONFIG_NAME
+from typing_extensions import Unpack
 
-from ..errors import CorruptFileError, GeneratorNotFoundError, MissingFileError, PeftDndError
+from ..errors import CorruptFileError, GeneratorNotFoundError, MissingFileError, PeftDndError, did_you_mean
 from .files import PathLike
 
+
+_P = ParamSpec("_P")
+_Result = TypeVar("_Result")
 
 # All that is read of a generator; what else lies in its repository is not downloaded.
 GENERATOR_FILES = (CONFIG_NAME, "model*.safetensors*", "prompt_reference.safetensors", "text_encoder/*")
@@ -33,32 +39,84 @@ class _Kind(NamedTuple):
     error: type[PeftDndError]
 
 
+class HubOptions(TypedDict, total=False):
+    """Which version is read of what lies on the Hub, and how: keywords of all that loads a generator or an adapter.
+
+    Attributes:
+        revision: Branch, tag or commit; `None` is the main branch.
+        subfolder: Folder inside the repository, or inside a folder of this machine.
+        token: Access token; `None` takes the one that is logged in.
+        cache_dir: Where downloads are kept; `None` is the Hub's own cache.
+        force_download: Whether to download anew what is there already.
+        local_files_only: Whether to do without the network.
+    """
+
+    revision: str | None
+    subfolder: str
+    token: str | bool | None
+    cache_dir: PathLike | None
+    force_download: bool
+    local_files_only: bool
+
+
 _GENERATOR = _Kind("generator", "PromptConditionedLoraGenerator.save_pretrained", GeneratorNotFoundError)
 _ADAPTER = _Kind("adapter", "GeneratedAdapter.save_pretrained or PEFT", MissingFileError)
 
 
-def resolve_generator(
-    name: str,
-    *,
-    revision: str | None = None,
-    subfolder: str = "",
-    token: str | bool | None = None,
-    cache_dir: PathLike | None = None,
-    force_download: bool = False,
-    local_files_only: bool = False,
-    config_only: bool = False,
-) -> tuple[Path, str | None]:
+class UploadOptions(TypedDict, total=False):
+    """How something is uploaded to the Hub: keywords of every `push_to_hub`.
+
+    Attributes:
+        commit_message: What the commit says; `None` says what was uploaded.
+        commit_description: And its longer text.
+        private: Whether a new repository is private; `None` leaves it to the account's default.
+        token: Access token; `None` takes the one that is logged in.
+        revision: Branch to commit to, made where missing; `None` is the main branch.
+        create_pr: Whether to open a pull request rather than commit.
+    """
+
+    commit_message: str | None
+    commit_description: str | None
+    private: bool | None
+    token: str | bool | None
+    revision: str | None
+    create_pr: bool
+
+
+def takes_keywords_of(source: Callable[..., Any]) -> Callable[[Callable[_P, _Result]], Callable[_P, _Result]]:
+    """Have a function that passes its `**` on to `source` show and check the keywords as if they stood there.
+
+    `help`, notebooks and the reference see their names and defaults, and a misspelt one is a `TypeError`. A function
+    with `**kwargs`, which takes these and more, shows them as well and checks the rest itself.
+    """
+    keywords = [value for value in inspect.signature(source).parameters.values() if value.kind is value.KEYWORD_ONLY]
+
+    def decorate(function: Callable[_P, _Result]) -> Callable[_P, _Result]:
+        signature = inspect.signature(function)
+        *own, last = signature.parameters.values()
+        rest = [last] if last.name == "kwargs" else []
+        signature = signature.replace(parameters=[*own, *keywords, *rest])
+
+        @functools.wraps(function)
+        def checked(*args: _P.args, **kwargs: _P.kwargs) -> _Result:
+            for name in () if rest else kwargs.keys() - signature.parameters.keys():
+                meant = did_you_mean(name, signature.parameters)
+                raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}.{meant}")
+            return function(*args, **kwargs)
+
+        checked.__signature__ = signature  # type: ignore[attr-defined]
+        return checked
+
+    return decorate
+
+
+def find_generator(name: str, *, config_only: bool = False, **hub: Unpack[HubOptions]) -> tuple[Path, str | None]:
     """Find a generator's folder, downloading it from the Hub where needed, as one snapshot of one commit.
 
     Args:
         name: Folder or Hub id.
-        revision: Branch, tag or commit on the Hub.
-        subfolder: Folder inside the repository or folder.
-        token: Access token for the Hub.
-        cache_dir: Where downloads are kept.
-        force_download: Whether to download anew what is there already.
-        local_files_only: Whether to do without the network.
         config_only: Whether to download its configuration alone, without the weights.
+        hub: See [`HubOptions`].
 
     Returns:
         The local folder, and the commit if it is from the Hub.
@@ -66,17 +124,7 @@ def resolve_generator(
     Raises:
         GeneratorNotFoundError: If there is none.
     """
-    folder, commit = _resolve(
-        _GENERATOR,
-        name,
-        (CONFIG_NAME,) if config_only else GENERATOR_FILES,
-        subfolder,
-        revision=revision,
-        token=token,
-        cache_dir=None if cache_dir is None else Path(cache_dir),
-        force_download=force_download,
-        local_files_only=local_files_only,
-    )
+    folder, commit = find_folder(_GENERATOR, name, (CONFIG_NAME,) if config_only else GENERATOR_FILES, **hub)
     if not (folder / CONFIG_NAME).is_file():
         raise GeneratorNotFoundError(
             f"{str(folder)!r} holds no {CONFIG_NAME}, so it is no generator's folder. Expected what "
@@ -85,8 +133,25 @@ def resolve_generator(
     return folder, commit
 
 
-def resolve_adapter(
-    name: PathLike,
+def find_adapter(name: PathLike, files: Sequence[str], **hub: Unpack[HubOptions]) -> Path:
+    """Find an adapter's folder, downloading it from the Hub where needed.
+
+    Args:
+        name: Folder or Hub id.
+        files: Which files to download.
+        hub: See [`HubOptions`].
+
+    Raises:
+        FileNotFoundError: If there is no such folder, nor such a repository. Whether it holds an adapter is not
+            looked at.
+    """
+    folder, _ = find_folder(_ADAPTER, _name(_ADAPTER, name), files, **hub)
+    return folder
+
+
+def find_folder(
+    kind: _Kind,
+    name: str,
     files: Sequence[str],
     *,
     revision: str | None = None,
@@ -95,49 +160,21 @@ def resolve_adapter(
     cache_dir: PathLike | None = None,
     force_download: bool = False,
     local_files_only: bool = False,
-) -> Path:
-    """Find an adapter's folder, downloading it from the Hub where needed.
-
-    Args:
-        name: Folder or Hub id.
-        files: Which files to download.
-        revision: As for [`resolve_generator`].
-        subfolder: As there.
-        token: As there.
-        cache_dir: As there.
-        force_download: As there.
-        local_files_only: As there.
-
-    Raises:
-        FileNotFoundError: If there is no such folder, nor such a repository. Whether it holds an adapter is not
-            looked at.
-    """
-    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
-        raise MissingFileError(f"An adapter is named by its folder or its Hub id, a string; got {name!r}.")
-    folder, _ = _resolve(
-        _ADAPTER,
-        str(os.fspath(name)),
-        files,
-        subfolder,
-        revision=revision,
-        token=token,
-        cache_dir=None if cache_dir is None else Path(cache_dir),
-        force_download=force_download,
-        local_files_only=local_files_only,
-    )
-    return folder
-
-
-def _resolve(
-    kind: _Kind, name: str, files: Sequence[str], subfolder: str, *, revision: str | None, **options: Any
 ) -> tuple[Path, str | None]:
+    """The folder, and the commit if it is from the Hub, of what is asked for with the keywords of [`HubOptions`]."""
     if Path(name).is_dir():
         return Path(name) / subfolder, None
     _refuse_what_is_no_hub_id(kind, name)
     prefix = f"{glob.escape(subfolder.strip('/'))}/" if subfolder else ""
     try:
         snapshot = snapshot_download(
-            name, revision=revision, allow_patterns=[prefix + file for file in files], **options
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            force_download=force_download,
+            local_files_only=local_files_only,
+            allow_patterns=[prefix + file for file in files],
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise kind.error(
@@ -174,8 +211,9 @@ def commit_in_cache(
 def upload(
     save: Callable[[Path], None],
     repo_id: str,
+    what: str,
     *,
-    commit_message: str,
+    commit_message: str | None = None,
     commit_description: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
@@ -187,12 +225,13 @@ def upload(
     Args:
         save: Writes into the folder that it is given, which is there for the upload only.
         repo_id: Hub id, `"user/name"`.
-        commit_message: What the commit says.
-        commit_description: And its longer text.
-        private: Whether a new repository is private; `None` leaves it to the account's default.
-        token: Access token; `None` takes the one that is logged in.
-        revision: Branch to commit to; `None` is the main branch.
-        create_pr: Whether to open a pull request rather than commit.
+        what: What is uploaded, for a commit without a message.
+        commit_message: As in [`UploadOptions`], and so are the others.
+        commit_description: As there.
+        private: As there.
+        token: As there.
+        revision: As there.
+        create_pr: As there.
 
     Returns:
         The Hub's description of the commit.
@@ -206,7 +245,7 @@ def upload(
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            commit_message=commit_message,
+            commit_message=commit_message or f"Upload {what}",
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
@@ -219,8 +258,12 @@ def generator_name(name: object) -> str:
     Raises:
         GeneratorNotFoundError: If it is neither, or empty.
     """
-    if not isinstance(name, (str, os.PathLike)) or not str(name):
-        raise GeneratorNotFoundError(f"A generator is named by its folder or its Hub id, a string; got {name!r}.")
+    return _name(_GENERATOR, name)
+
+
+def _name(kind: _Kind, name: object) -> str:
+    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+        raise kind.error(f"The {kind.noun} is named by its folder or its Hub id, a string; got {name!r}.")
     return str(os.fspath(name))
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors in a model's safetensors files, read one at a time or by slices of their first axis, never the whole file.
 
+Also what a name of a floating-point type means, as callers give it for what they read.
+
 Plain reads rather than a memory map: what is read through a map stays counted as this process's memory for as long as
 the system likes, and the point here is to stay below a bound.
 """
@@ -63,19 +65,23 @@ class StoredTensor:
         """How much memory one entry of its first axis takes."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
-    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Read it, or the entries from `start` up to `stop` of its first axis, to the CPU.
+    def read(self, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """Read it to the CPU.
+
+        Args:
+            rows: The first entry of its first axis to read, and the one to stop before; `None` reads all.
 
         Raises:
             FileNotFoundError: If the file is gone.
             CorruptFileError: If the file ends too early.
         """
-        shape = self.shape if stop is None else torch.Size([stop - start, *self.shape[1:]])
-        offset = self.offset + start * (self.row_bytes if start else 0)
+        start, shape = 0, self.shape
+        if rows is not None:
+            start, shape = rows[0], torch.Size([rows[1] - rows[0], *self.shape[1:]])
         found = torch.empty(math.prod(shape) * self.dtype.itemsize, dtype=torch.uint8, device="cpu")
         missing = found.numpy().data
         with self.path.open("rb", buffering=0) as file:
-            file.seek(offset)
+            file.seek(self.offset + start * self.row_bytes)
             while missing.nbytes:
                 count = file.readinto(missing)
                 if not count:

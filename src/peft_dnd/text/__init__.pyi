@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
+from .answer_states import AnswerStatesTextEncoder as AnswerStatesTextEncoder
 from .condition_text import condition_texts as condition_texts
 from .encoder import PromptEmbeddingCache as PromptEmbeddingCache
 from .encoder import TextEncoder as TextEncoder

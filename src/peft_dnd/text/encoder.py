@@ -27,8 +27,8 @@ class TextEncoder(Protocol):
     The library brings `SentenceTransformerTextEncoder` and `HiddenStatesTextEncoder`. Whoever writes another keeps
     this promise: while it is frozen, the same prompts give the same bytes, whatever was encoded before.
 
-    An encoder that reads a chosen layer, or long prompts in windows, tells so by attributes `layer` and
-    `window_tokens`; one that has neither attribute does neither. In windows it is called as
+    An encoder that reads a chosen layer, several, or long prompts in windows, tells so by attributes `layer`, `layers`
+    (a tuple) and `window_tokens`; one that has none of them does none of it. In windows it is called as
     `encode_tokens(prompts, max_length=...)`, and need not read a prompt further than that.
 
     Attributes:
@@ -89,18 +89,22 @@ def condition_size(encoder: TextEncoder, condition: str) -> int:
     return encoder.sentence_embedding_size if condition == "sentence_embeddings" else encoder.embedding_size
 
 
-def check_how_it_reads(encoder: TextEncoder, layer: int | None, window_tokens: int | None) -> None:
-    """Check that a loaded text encoder reads the layer, and in the windows, that are asked for.
+def check_how_it_reads(
+    encoder: TextEncoder, layer: int | None, window_tokens: int | None, layers: Sequence[int] | None = None
+) -> None:
+    """Check that a loaded text encoder reads the layer or layers, and in the windows, that are asked for.
 
     Raises:
         GeneratorConfigError: If it does not.
     """
-    for name, wanted in (("layer", layer), ("window_tokens", window_tokens)):
+    asked = {"layer": layer, "layers": None if layers is None else tuple(layers), "window_tokens": window_tokens}
+    for name, wanted in asked.items():
         found = getattr(encoder, name, None)
         if wanted is not None and wanted != found:
             raise GeneratorConfigError(
                 f"{name}={wanted} is asked for, and the loaded text encoder has {name}={found}. Load it with "
-                f"SentenceTransformerTextEncoder.from_pretrained(..., {name}={wanted}), or ask for what it has."
+                f"{'AnswerStates' if name == 'layers' else 'SentenceTransformer'}TextEncoder.from_pretrained(..., "
+                f"{name}={wanted}), or ask for what it has."
             )
 
 

@@ -75,7 +75,7 @@ class HiddenStatesTextEncoder:
         self.tokenizer = tokenizer
         self.block_tokens = block_tokens
         self.window_tokens = window_tokens
-        self.layer = layer_from_front(self._reader.config, layer)
+        self.layer: int | None = layer_from_front(self._reader.config, layer)
         self.name_or_path: str | None = name_or_path or getattr(self._reader.config, "_name_or_path", None) or None
         self._most = getattr(self._reader.config.get_text_config(), "max_position_embeddings", None)
         check_token_limits(max_length, window_tokens, tokenizer.num_special_tokens_to_add() + 1, self._most)
@@ -214,7 +214,7 @@ class HiddenStatesTextEncoder:
         for window in windows(ids.shape[1], self.window_tokens, max_length):
             part = ids[:, window]
             output = model(input_ids=part, attention_mask=torch.ones_like(part), output_hidden_states=True, **cache)
-            states.append(output.hidden_states[self.layer].float())
+            states.append(output.hidden_states[cast(int, self.layer)].float())
         return list(torch.cat(states, dim=1)[:, :max_length])
 
 

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..errors import GeneratorConfigError, TextEncoderError
 from ..storage.processes import loaded_whole
+from ..storage.progress import short_bars_hidden
 from .blocks import check_token_limits
 
 
@@ -42,7 +43,7 @@ def load_sentence_transformer(
     source = _checked_source(name_or_path)
     is_folder = os.path.isdir(source)
     try:
-        with loaded_whole():
+        with loaded_whole(), short_bars_hidden():
             module = SentenceTransformer(
                 source,
                 device="cpu" if device is None else str(device),
@@ -158,7 +159,7 @@ def choose_layer(module: SentenceTransformer, layer: int) -> None:
     for name, part in module.named_children():
         if isinstance(part, Pooling):
             module.register_module(name, Pooling(part.get_embedding_dimension(), "mean"))
-    _drop_layers(model, layer + 1)
+    drop_layers(model, layer + 1)
 
 
 def layer_from_front(config: PretrainedConfig, layer: int) -> int:
@@ -180,7 +181,8 @@ def _modalities(module: SentenceTransformer) -> dict[str, dict[str, Any]]:
     return getattr(module[0], "modality_config", {})
 
 
-def _drop_layers(model: PreTrainedModel, keep: int) -> None:
+def drop_layers(model: PreTrainedModel, keep: int) -> None:
+    """Keep a model's first layers alone, if it can be told which they are."""
     # What layer k gives is among a model's hidden states as it is only if a layer follows; after the last one
     # transformers gives the model's output, which mostly has gone through a norm. So the caller keeps one more.
     config = model.config.get_text_config()

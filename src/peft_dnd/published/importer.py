@@ -20,10 +20,10 @@ from ..decoders.hyper_convolution import PUBLISHED_PARAMETER_NAMES
 from ..errors import CorruptFileError, GeneratorConfigError, LayoutError, PairsFolderError, PromptError
 from ..generator.configuration import PromptConditionedLoraGeneratorConfig
 from ..generator.modeling import PromptConditionedLoraGenerator
-from ..generator.settings import PaperSettings
+from ..generator.paper_settings import PaperSettings
 from ..pairs.writer import PairWriter
 from ..storage.files import PathLike, staged_directory
-from ..text.encoder import TextEncoder
+from ..text.encoder import TextEncoder, check_text_encoder
 from ..text.prompts import check_prompts
 from .files import find_checkpoints, read_tensors
 
@@ -70,8 +70,10 @@ def load_published_generator(
         CorruptFileError: If it is no state dict of tensors, or keys are missing, unexpected or misshapen; they are
             named.
         GeneratorConfigError: If there are no such settings, or they describe another kind of generator.
+        TextEncoderError: If `text_encoder` is neither a name nor a text encoder.
     """
     state = read_tensors(path)
+    token_weight = state.pop(_TOKEN_WEIGHT, None)
     config = _published_config(settings, layout)
     if base_model is not None:
         config.base_model_name_or_path = base_model
@@ -79,26 +81,17 @@ def load_published_generator(
     if isinstance(text_encoder, str):
         config.text_encoder = text_encoder
     elif text_encoder is not None:
+        check_text_encoder(text_encoder)
         encoder, config.text_encoder = text_encoder, text_encoder.name_or_path
     with torch.device("meta"):
         generator = PromptConditionedLoraGenerator(config, text_encoder=encoder)
     decoder = generator.decoder
     assert isinstance(decoder, HyperConvolutionDecoder)
     names = _published_names(decoder)
-    token_weight = state.pop(_TOKEN_WEIGHT, None)
     expected = {names[ours]: tensor.shape for ours, tensor in decoder.state_dict().items()}
     _check_state(state, expected, Path(path), str(settings))
     if token_weight is not None:
-        weights = _checked_token_weights(token_weight, generator.weight_tokenizer.num_tokens, Path(path))
-        logger.info(
-            "%s of %r, what %d tokens weighed in the published loss, from %.3g to %.3g, is no part of the generator. "
-            "To go on fitting with it: DnDTrainer(..., token_weight=published_token_weights(path)).",
-            _TOKEN_WEIGHT,
-            str(path),
-            len(weights),
-            float(weights.min()),
-            float(weights.max()),
-        )
+        _report(_checked_token_weights(token_weight, generator.weight_tokenizer.num_tokens, Path(path)), Path(path))
     dtype = reduce(torch.promote_types, {tensor.dtype for tensor in state.values()})
     decoder.load_state_dict({ours: state[theirs].to(dtype) for ours, theirs in names.items()}, assign=True)
     generator.normalization = WeightNormalization(generator.weight_tokenizer.grid_shape)
@@ -161,11 +154,12 @@ def import_published_adapters(
         WeightValueError: If one holds NaN or infinity.
         GeneratorConfigError: If neither settings nor a layout are given, or both.
     """
-    if (settings is None) == (layout is None):
+    if settings is not None and layout is None:
+        layout = PaperSettings.load(settings).layout()
+    elif layout is None or settings is not None:
         raise GeneratorConfigError(
             "Whose adapters are they? Give settings='common-sense-0.5b' or layout=..., not both."
         )
-    layout = PaperSettings.load(settings).layout() if layout is None else layout  # type: ignore[arg-type]
     checkpoints = _find_tasks(Path(folder), prompts)
     pairs = Path(pairs)
     for task in checkpoints:
@@ -257,6 +251,18 @@ def _checked_token_weights(weights: torch.Tensor, num_tokens: int, path: Path) -
             f"{num_tokens} tokens, (1, {num_tokens}, 1, 1)."
         )
     return weights.flatten().float()
+
+
+def _report(token_weights: torch.Tensor, path: Path) -> None:
+    logger.info(
+        "%s of %r, what %d tokens weighed in the published loss, from %.3g to %.3g, is no part of the generator. "
+        "To go on fitting with it: DnDTrainer(..., token_weight=published_token_weights(path)).",
+        _TOKEN_WEIGHT,
+        str(path),
+        len(token_weights),
+        float(token_weights.min()),
+        float(token_weights.max()),
+    )
 
 
 def _find_tasks(folder: Path, prompts: Mapping[str, Sequence[str]]) -> dict[str, dict[int, Path]]:

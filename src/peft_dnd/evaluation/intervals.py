@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bootstrap intervals of what is read off per-example scores: means, paired differences, shares of a gap."""
+"""Figures with their bootstrap intervals, computed from tables of per-example scores."""
 
 from __future__ import annotations
 
@@ -36,15 +36,19 @@ class Estimate:
         """The same as JSON values."""
         return {
             "value": self.value,
-            "over_examples": None if self.over_examples is None else list(self.over_examples),
-            "over_tasks": None if self.over_tasks is None else list(self.over_tasks),
+            "over_examples": self.over_examples and list(self.over_examples),
+            "over_tasks": self.over_tasks and list(self.over_tasks),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Estimate:
         """Read what `to_dict` wrote."""
-        low_high = [None if data[name] is None else tuple(data[name]) for name in ("over_examples", "over_tasks")]
-        return cls(data["value"], *low_high)
+        return cls(data["value"], *(data[name] and tuple(data[name]) for name in ("over_examples", "over_tasks")))
+
+
+def read_estimates(data: Mapping[str, Any]) -> dict[str, Estimate]:
+    """Estimates by name, as `to_dict` wrote each."""
+    return {name: Estimate.from_dict(estimate) for name, estimate in data.items()}
 
 
 @dataclass(frozen=True)

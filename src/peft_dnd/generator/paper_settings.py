@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's settings as data: one JSON file each, here beside this one, and nothing of them in code."""
+"""The paper's settings as data: one JSON file each, in `settings/` beside this file, and nothing of them in code."""
 
 from __future__ import annotations
 
-import difflib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
@@ -18,11 +16,12 @@ from peft import LoraConfig
 from torch import nn
 from transformers import AutoConfig
 
-from ...adapters.layout import AdapterLayout
-from ...errors import GeneratorConfigError
-from ...storage.files import PathLike, read_json
+from ..adapters.layout import AdapterLayout
+from ..errors import GeneratorConfigError, did_you_mean
+from ..storage.files import PathLike, read_json
 
 
+_FOLDER = resources.files(__package__) / "settings"
 _SUFFIX = ".json"
 
 
@@ -71,8 +70,7 @@ class PaperSettings:
         if path.suffix == _SUFFIX and path.is_file():
             data = read_json(path)
         elif str(name_or_path) in available_settings():
-            file = resources.files(__name__) / f"{os.fspath(name_or_path)}{_SUFFIX}"
-            data = json.loads(file.read_text(encoding="utf-8"))
+            data = json.loads((_FOLDER / f"{path.name}{_SUFFIX}").read_text(encoding="utf-8"))
         else:
             raise GeneratorConfigError(_unknown_settings(str(name_or_path)))
         known = {field.name for field in fields(cls)} - {"name"}
@@ -118,16 +116,14 @@ def available_settings() -> tuple[str, ...]:
     >>> available_settings()
     ('coding-1.5b', 'coding-7b', 'common-sense-0.5b', 'math-1.5b', 'math-7b', 'vl-3b')
     """
-    files = (file.name for file in resources.files(__name__).iterdir())
-    return tuple(sorted(name.removesuffix(_SUFFIX) for name in files if name.endswith(_SUFFIX)))
+    return tuple(sorted(file.name.removesuffix(_SUFFIX) for file in _FOLDER.iterdir()))
 
 
 def _unknown_settings(name: str) -> str:
     if name.endswith(_SUFFIX):
         return f"There is no settings file {name!r}."
-    near = difflib.get_close_matches(name, available_settings(), n=1, cutoff=0.5)
-    suggestion = f" Did you mean {near[0]!r}?" if near else ""
+    known = available_settings()
     return (
-        f"There are no settings {name!r}.{suggestion} Known: {', '.join(map(repr, available_settings()))}; or give "
-        "the path of a JSON file of your own."
+        f"There are no settings {name!r}.{did_you_mean(name, known, cutoff=0.5)} Known: "
+        f"{', '.join(map(repr, known))}; or give the path of a JSON file of your own."
     )

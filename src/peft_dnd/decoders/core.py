@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decoder that writes small cores between bases which all tasks share.
+
+Each adapted module has a matrix A and a basis of directions for B, both learned and the same for all tasks; a task's
+prompts say only how its B is mixed from them, by a core of a few hundred numbers. What hundreds of tasks teach the
+bases every other task can use, so that they learn in far fewer examples than where whole matrices are written anew
+for each task; Zhyper (arXiv 2510.19733) and LoRA-XS (arXiv 2405.17604) put a small matrix between fixed factors too.
+
+B is the batch of tasks, N prompts, L positions in a prompt, C the text encoder's width, d the decoder's, P the number
+of adapted modules, r the rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..adapters.positions import TokenPositions
+from ..errors import GeneratorConfigError
+from .cascade import check_shape
+
+
+# By how much a step of an optimiser that moves all parameters alike (Adam) moves the shared A and B, the bases and the
+# cores, in units of normalised tokens. A shared A has to turn as fast as one that is trained by itself, at a learning
+# rate of 1e-3 in its own units.
+_GAIN_OF_A = 25.0
+_GAIN_OF_B = 6.0
+_GAIN_OF_BASES = 4.0
+_GAIN_OF_CORES = 2.0
+
+
+class CoreWriter(nn.Module):
+    """Writes one vector as the cores of all modules: B_p = core_p(c) bases_p, beside what all tasks share.
+
+        grid = shared;  the first `core_rank` rows of B_p's tokens += (Linear(c))_p bases_p
+
+    A core starts at zero, so that the shared adapter is what an unfitted decoder writes.
+
+    Args:
+        size: d, of c.
+        positions: where each token belongs.
+        token_shape: (N_w, L_w, C_w).
+        core_rank: how many of B's ranks the prompts write; the others are the same for all tasks.
+        num_bases: how many directions a module has for each of its tokens.
+        zero_init: start with cores of zero.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        positions: TokenPositions,
+        token_shape: tuple[int, int, int],
+        core_rank: int,
+        num_bases: int,
+        *,
+        zero_init: bool,
+    ) -> None:
+        super().__init__()
+        self.core_rank = core_rank
+        self.num_bases = num_bases
+        self.zero_init = zero_init
+        self._written = tuple(i for i, side in enumerate(positions.sides) if side == "B")
+        places = [positions.matrices[i] for i in self._written]
+        order = {matrix: number for number, matrix in enumerate(dict.fromkeys(places))}
+        self._place = tuple(order[matrix] for matrix in places)
+        self._gains = tuple(_GAIN_OF_A if side == "A" else _GAIN_OF_B for side in positions.sides)
+        self.shared = nn.Parameter(torch.empty(token_shape))
+        self.bases = nn.Parameter(torch.empty(len(places), num_bases, token_shape[2]))
+        self.cores = nn.Linear(size, len(order) * core_rank * num_bases)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Starts anew, by `torch.nn.init` alone so that transformers can guard what it has loaded."""
+        nn.init.zeros_(self.shared)
+        nn.init.normal_(self.bases, std=1 / _GAIN_OF_BASES)
+        nn.init.zeros_(self.cores.bias)
+        if self.zero_init:
+            nn.init.zeros_(self.cores.weight)
+        else:
+            nn.init.normal_(self.cores.weight, std=0.5)
+
+    def forward(self, summary: torch.Tensor) -> torch.Tensor:
+        """Maps (B, d) to (B, N_w, L_w, C_w)."""
+        device = summary.device
+        written, place = (torch.tensor(numbers, device=device) for numbers in (self._written, self._place))
+        weight = self.cores.weight * (_GAIN_OF_CORES * self.cores.in_features**-0.5)
+        cores = F.linear(summary, weight, self.cores.bias).unflatten(-1, (-1, self.core_rank, self.num_bases))
+        # One product a token for the whole batch: (n, B r, K) (n, K, C_w).
+        of_token = cores[:, place].permute(1, 0, 2, 3).flatten(1, 2)
+        rows = torch.bmm(of_token, self.bases * _GAIN_OF_BASES).unflatten(1, (-1, self.core_rank)).transpose(0, 1)
+        gains = torch.tensor(self._gains, device=device, dtype=self.shared.dtype)
+        shared = (self.shared * gains[:, None, None]).expand(len(summary), -1, -1, -1)
+        own = F.pad(rows, (0, 0, 0, self.shared.shape[1] - self.core_rank))
+        return shared.index_add(1, written, own)
+
+
+class CoreDecoder(nn.Module):
+    """From a set of prompts, any number in any order, to a grid of weight tokens.
+
+        x = mean over all tokens of all prompts of  Linear((state - center) / spread)
+        c = normalise(x) + noise;  c = normalise(c + MLP(c))      the noise while fitting only
+        grid = shared + core(c) bases                             see `CoreWriter`
+
+    `normalise` brings a vector to mean 0 and variance 1; `center` and `spread` are each feature's mean and standard
+    deviation over the training tasks' prompts (see `center_on`). Made for conditions of one vector a prompt, such as a
+    base's own states where the answer would begin; of many it reads the mean.
+
+    Args:
+        condition_shape: (N, L, C). Only C matters.
+        token_shape: (N_w, L_w, C_w): weight tokens, rows, columns.
+        positions: where each token belongs.
+        hidden_size: d.
+        mixing_size: the width of the MLP's hidden layer.
+        core_rank: how many of the adapter's ranks the prompts write; the others, if it has more, are the same for all
+            tasks: a multi-task adapter beside. `None`: half of them, at least one.
+        num_bases: how many directions the rows of a module's B are mixed from. `None`: `core_rank`.
+        dropout: share of features dropped in training, of the states and in the MLP.
+        summary_noise: standard deviation of the noise on c, whose entries have a size of about 1, in training.
+        zero_init_output: start from the shared adapter, which starts as the mean adapter.
+
+    Raises:
+        GeneratorConfigError: an impossible shape or setting.
+    """
+
+    reads_sets = True
+    _no_split_modules = ("CoreWriter",)  # what FSDP shards and gathers one by one, and no device map splits
+    center: torch.Tensor
+    spread: torch.Tensor
+    centered: torch.Tensor
+
+    def __init__(
+        self,
+        condition_shape: Iterable[int],
+        token_shape: Iterable[int],
+        positions: TokenPositions,
+        *,
+        hidden_size: int = 256,
+        mixing_size: int = 512,
+        core_rank: int | None = None,
+        num_bases: int | None = None,
+        dropout: float = 0.1,
+        summary_noise: float = 0.3,
+        zero_init_output: bool = True,
+    ) -> None:
+        super().__init__()
+        self.condition_size = check_shape("condition_shape", condition_shape)[2]
+        shape = check_shape("token_shape", token_shape)
+        core_rank = max(1, shape[1] // 2) if core_rank is None else core_rank
+        num_bases = core_rank if num_bases is None else num_bases
+        sizes = {
+            "hidden_size": hidden_size,
+            "mixing_size": mixing_size,
+            "core_rank": core_rank,
+            "num_bases": num_bases,
+        }
+        _check_settings(sizes, shape, positions, dropout, summary_noise)
+        self._settings = {
+            **sizes,
+            "dropout": dropout,
+            "summary_noise": summary_noise,
+            "zero_init_output": zero_init_output,
+        }
+        self.summary_noise = summary_noise
+        self.register_buffer("center", torch.zeros(self.condition_size))
+        self.register_buffer("spread", torch.ones(self.condition_size))
+        self.register_buffer("centered", torch.zeros((), dtype=torch.bool))
+        self.reading = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.condition_size, hidden_size))
+        self.mixing = nn.Sequential(
+            nn.Linear(hidden_size, mixing_size),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(mixing_size, hidden_size),
+        )
+        self.writer = CoreWriter(hidden_size, positions, shape, core_rank, num_bases, zero_init=zero_init_output)
+
+    @property
+    def resolved_settings(self) -> dict[str, Any]:
+        """The settings that build this very decoder."""
+        return dict(self._settings)
+
+    def reset_parameters(self) -> None:
+        """Forgets center and spread."""
+        nn.init.zeros_(self.center)
+        nn.init.ones_(self.spread)
+        self.centered.zero_()
+
+    @torch.no_grad()
+    def center_on(self, states_of_tasks: Iterable[torch.Tensor]) -> None:
+        """Takes center and spread from the training tasks, each of which weighs the same.
+
+        Args:
+            states_of_tasks: for each task the states of all tokens of its prompts, (any number, C).
+        """
+        moments = [torch.stack([s.mean(0), s.square().mean(0)]) for s in map(torch.Tensor.double, states_of_tasks)]
+        mean, square = torch.stack(moments).mean(0)
+        self.center.copy_(mean)
+        # A feature that never varies says nothing; it must not be blown up where it does.
+        self.spread.copy_((square - mean.square()).clamp_min(0).sqrt() + 1e-3)
+        self.centered.fill_(True)
+
+    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Writes one grid of weight tokens for each task of a batch.
+
+        Args:
+            states: (B, N, L, C) floating point, with any N and L; cast to the decoder's dtype. What stands at masked
+                positions, NaN included, has no effect.
+            mask: (B, N, L), bool or a number, zero at padding. A prompt may be masked wholly, but not all of a task.
+
+        Returns:
+            (B, N_w, L_w, C_w) tokens in normalised space.
+
+        Raises:
+            GeneratorConfigError: states or mask do not have the shapes that this decoder was built for.
+        """
+        if states.dim() != 4 or states.shape[-1] != self.condition_size or mask.shape != states.shape[:3]:
+            raise GeneratorConfigError(
+                f"Condition states must have the shape (batch, N, L, {self.condition_size}) and the mask that without "
+                f"its last axis, but they have {tuple(states.shape)} and {tuple(mask.shape)}. Encode the prompts with "
+                "the text encoder that this decoder was built for."
+            )
+        unseen = ~mask.bool().flatten(1).unsqueeze(-1)
+        x = states.to(self.center.dtype).flatten(1, 2).masked_fill(unseen, 0)
+        read = self.reading((x - self.center) / self.spread).masked_fill(unseen, 0)
+        summary = _normalise(read.sum(1) / (~unseen).sum(1))
+        if self.training:
+            summary = summary + self.summary_noise * torch.randn_like(summary)
+        return self.writer(_normalise(summary + self.mixing(summary)))
+
+
+def _normalise(vectors: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(vectors, vectors.shape[-1:])
+
+
+def _check_settings(
+    sizes: dict[str, int], shape: tuple[int, ...], positions: TokenPositions, dropout: float, noise: float
+) -> None:
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise GeneratorConfigError(f"{name} must be a positive integer, but is {value!r}.")
+    if sizes["core_rank"] > shape[1]:
+        raise GeneratorConfigError(
+            f"core_rank must not be above the adapter's rank {shape[1]}, but is {sizes['core_rank']}."
+        )
+    if not len(positions.matrices) == len(positions.sides) == shape[0]:
+        raise GeneratorConfigError(
+            f"There are {shape[0]} weight tokens, but positions with the matrices of {len(positions.matrices)}. Both "
+            "must come from the same weight tokenizer."
+        )
+    for name, number, most in (("dropout", dropout, 1.0), ("summary_noise", noise, float("inf"))):
+        if not 0 <= number < most:
+            raise GeneratorConfigError(f"{name} must be at least 0 and below {most}, but is {number!r}.")

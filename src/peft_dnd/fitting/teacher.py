@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teacher of context distillation: a base with a task's text in its window, which answers inputs for the student.
+
+A teacher needs neither labels nor checkpoints: what it does with a text in its window (an instruction, solved
+examples, a policy, a document) is what the student, the same base with a generated adapter and without that text, is
+fitted to do (Doc-to-LoRA, arXiv 2602.15902, fits its generators so).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
+
+from ..adapters.lora import live_state_dict
+from ..adapters.matching import adaptable_modules, base_model_of
+from ..errors import GeneratorConfigError, PairsFolderError, PromptError
+from ..pairs.distillation import DistillationRecord, DistillationWriter
+from ..pairs.folder import TaskRecord, adapter_digest, read_task, write_task
+from ..pairs.prompt_pool import read_prompts, write_prompts
+from ..pairs.writer import task_record
+from ..storage.files import PathLike
+from ..storage.progress import with_progress
+from ..text.prompts import check_prompts
+
+
+logger = logging.getLogger(__name__)
+
+_IGNORED = -100
+_SAMPLED = 64
+
+
+def distil_task(
+    folder: PathLike,
+    inputs: Sequence[str],
+    *,
+    teacher: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    context: str | Sequence[str],
+    prompts: Sequence[str] | None = None,
+    chat: bool = False,
+    max_new_tokens: int = 32,
+    top_tokens: int = 16,
+    stop: str | None = None,
+    rows_at_once: int = 16,
+    task: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Make a task's folder of prompts alone: the teacher answers them, with the task's text in its window.
+
+    The teacher reads `context + input`, and the student, the same base with a generated adapter, is to do with the
+    input alone what the teacher did. In a folder that holds a complete task already, its checkpoints and examples
+    stay. A pass that was killed goes on where it stopped when the call is made again; one that is complete does
+    nothing.
+
+    Args:
+        folder: The task's folder inside the pairs folder, for instance `"pairs/support"`.
+        inputs: What the student will see, one text each; for a model without chat template just as it will stand in
+            its window, for instance `"Question: ... Answer:"`.
+        teacher: The frozen base whose answers are wanted: the one that the generator writes for, with or without an
+            adapter of its own. It is not changed.
+        tokenizer: Its tokenizer.
+        context: What stands in the teacher's window before the input: one text for all inputs, or one each.
+        prompts: What the generator reads, the task's pool of prompts: by default each `context + input`. Of a task
+            that exists already its own prompts are kept, and none may be given.
+        chat: Whether the texts are put into the tokenizer's chat template, the context as the system's message and
+            the input as the user's.
+        max_new_tokens: The most tokens of an answer.
+        top_tokens: k, of how many of the teacher's likeliest next tokens the probabilities are kept.
+        stop: A text at whose first appearance an answer ends, such as a line end for a base that was not tuned to
+            stop by itself.
+        rows_at_once: How many inputs go through the teacher at once.
+        task: The task's name; by default that of the folder.
+        overwrite: Whether to begin anew where another teacher, or other inputs, were at work before.
+
+    Raises:
+        PromptError: If there are no inputs, an empty one, or one that does not fit into the teacher's window.
+        PromptTypeError: If they are no sequence of strings.
+        PairsFolderError: If the folder holds something else, or what another teacher said, and `overwrite` is off; if
+            an answer is empty; if prompts are given for a task that has some.
+        GeneratorConfigError: If a setting is impossible.
+    """
+    sizes = {"max_new_tokens": max_new_tokens, "top_tokens": top_tokens, "rows_at_once": rows_at_once}
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise GeneratorConfigError(f"{name} must be a positive integer, got {value!r}.")
+    inputs = check_prompts(inputs, "the inputs")
+    contexts = (context,) * len(inputs) if isinstance(context, str) else tuple(context)
+    if len(contexts) != len(inputs):
+        raise PromptError(f"There are {len(inputs)} inputs, but {len(contexts)} contexts. Give one text, or one each.")
+    windows = _windows(tokenizer, inputs, contexts, chat)
+    _check_lengths(teacher, windows, max_new_tokens)
+    folder = Path(folder).absolute()
+    found = _prepare_folder(folder, task, prompts, [c + i for c, i in zip(contexts, inputs, strict=True)])
+    record = DistillationRecord(
+        teacher=teacher_digests(teacher),
+        asked={
+            "windows": _digest(windows),
+            "max_new_tokens": max_new_tokens,
+            "top_tokens": top_tokens,
+            "stop": stop,
+        },
+        rows=len(inputs),
+    )
+    writer = DistillationWriter(folder, record, overwrite=overwrite)
+    if writer.done:
+        logger.info("%s: %d of %d inputs are answered already.", folder, writer.done, record.rows)
+    answering = _Answering(teacher, tokenizer, max_new_tokens, top_tokens, stop)
+    starts = range(writer.done, len(inputs), rows_at_once)
+    with _as_teacher(teacher):
+        for start in with_progress(starts, f"Teacher on {found.task}"):
+            block = windows[start : start + rows_at_once]
+            writer.add(answering.rows(block, inputs[start : start + rows_at_once]))
+    writer.close()
+    write_task(folder, replace(found, complete=True))
+
+
+def teacher_digests(teacher: nn.Module) -> dict[str, str | None]:
+    """Who a teacher is: digests of its base's weights and of its active adapters, and its name.
+
+    The base's is taken of a sample of each weight, rounded to bfloat16, so that it is quick, and the same in whatever
+    dtype the base was loaded.
+    """
+    base = base_model_of(teacher)
+    adapter = None
+    if isinstance(teacher, PeftModel):
+        states = {name: live_state_dict(teacher, name) for name in teacher.active_adapters}
+        adapter = adapter_digest({f"{name}/{key}": value for name in states for key, value in states[name].items()})
+    name = getattr(getattr(base, "config", None), "_name_or_path", None) or None
+    return {"base": base_digest(teacher), "adapter": adapter, "name": Path(name).name if name else None}
+
+
+def base_digest(model: nn.Module) -> str:
+    """A digest of a base model's weights, whatever adapters are in it; see [`teacher_digests`]."""
+    digest = hashlib.sha256()
+    for name, module in adaptable_modules(model):
+        for key, parameter in getattr(module, "base_layer", module).named_parameters(recurse=False):
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].to("cpu", torch.bfloat16)
+            digest.update(f"{name}.{key} {tuple(parameter.shape)}\n".encode())
+            digest.update(sample.view(torch.int16).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+class _Answering:
+    """Answers to a block of inputs: greedy, each step's top tokens kept."""
+
+    def __init__(
+        self, teacher: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, top: int, stop: str | None
+    ) -> None:
+        self._teacher: Any = teacher
+        self._tokenizer = tokenizer
+        self._top = top
+        self._stop = stop
+        own = getattr(self._teacher, "generation_config", None)
+        ends = getattr(own, "eos_token_id", None)
+        ends = tokenizer.eos_token_id if ends is None else ends
+        self._ends = {ends} if isinstance(ends, int) else set(ends or ())
+        padding = tokenizer.pad_token_id
+        self._padding = int(padding if padding is not None else min(self._ends, default=0))
+        self._config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(self._ends) or None,
+            pad_token_id=self._padding,
+        )
+
+    def rows(self, windows: Sequence[tuple[list[int], list[int]]], inputs: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """The rows of `distillation.jsonl` for teacher's and student's token ids."""
+        keeper = _KeepTop(self._top)
+        longest = max(len(ids) for ids, _ in windows)
+        device = next(self._teacher.parameters()).device
+        ids = torch.tensor([[self._padding] * (longest - len(ids)) + ids for ids, _ in windows], device=device)
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in windows], device=device)
+        given = self._teacher.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=self._config,
+            logits_processor=LogitsProcessorList([keeper]),
+            stopping_criteria=StoppingCriteriaList([lambda now, _: self._stopped(now[:, longest:])]),
+        )[:, longest:].tolist()
+        for place, ((_, student), answer) in enumerate(zip(windows, given, strict=True)):
+            answer = self._cut(answer, inputs[place])
+            steps = range(len(answer))
+            yield {
+                "input_ids": [*student, *answer],
+                "labels": [*([_IGNORED] * len(student)), *answer],
+                "top_tokens": [keeper.tokens[step][place].tolist() for step in steps],
+                "top_log_probs": [
+                    [round(value, 4) for value in keeper.log_probs[step][place].tolist()] for step in steps
+                ],
+            }
+
+    def _stopped(self, given: torch.Tensor) -> torch.Tensor:
+        # transformers' own stop strings want a tokenizer whose tokens can be put together letter by letter.
+        stop = self._stop
+        stopped = [stop is not None and stop in str(self._tokenizer.decode(answer)) for answer in given.tolist()]
+        return torch.tensor(stopped, device=given.device)
+
+    def _cut(self, answer: list[int], text: str) -> list[int]:
+        """The answer up to its end, which is part of it: the end of text, or the token that brings the stop."""
+        kept: list[int] = []
+        for token in answer:
+            kept.append(token)
+            if token in self._ends or (self._stop is not None and self._stop in self._tokenizer.decode(kept)):
+                break
+        said = str(self._tokenizer.decode([token for token in kept if token not in self._ends]))
+        if not (said.partition(self._stop)[0] if self._stop else said).strip():
+            raise PairsFolderError(
+                f"The teacher answers {text[:60]!r} with nothing. Give it solved examples or a clearer text in its "
+                "context, end the input where the answer is to begin, or leave that input out."
+            )
+        return kept
+
+
+class _KeepTop(LogitsProcessor):
+    """Keeps the top log-probabilities of every step of a generation, and changes nothing."""
+
+    def __init__(self, top: int) -> None:
+        self._top = top
+        self.tokens: list[torch.Tensor] = []
+        self.log_probs: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        top = scores.float().log_softmax(-1).topk(min(self._top, scores.shape[-1]), -1)
+        self.tokens.append(top.indices.cpu())
+        self.log_probs.append(top.values.cpu())
+        return scores
+
+
+@contextmanager
+def _as_teacher(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _windows(
+    tokenizer: PreTrainedTokenizerBase, inputs: Sequence[str], contexts: Sequence[str], chat: bool
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids of what the teacher reads, and of what the student reads, input by input."""
+    if not chat:
+        return [
+            (list(tokenizer(context + text)["input_ids"]), list(tokenizer(text)["input_ids"]))
+            for context, text in zip(contexts, inputs, strict=True)
+        ]
+
+    def ids(*messages: dict[str, str]) -> list[int]:
+        found: Any = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        return list(found["input_ids"])
+
+    asked = [{"role": "user", "content": text} for text in inputs]
+    told = [{"role": "system", "content": context} for context in contexts]
+    return [(ids(system, user), ids(user)) for system, user in zip(told, asked, strict=True)]
+
+
+def _check_lengths(teacher: nn.Module, windows: Sequence[tuple[list[int], list[int]]], max_new_tokens: int) -> None:
+    config: Any = getattr(base_model_of(teacher), "config", None)
+    most = getattr(config.get_text_config() if config is not None else None, "max_position_embeddings", None)
+    for number, (ids, _) in enumerate(windows):
+        if most is not None and len(ids) + max_new_tokens > most:
+            raise PromptError(
+                f"Input {number} takes {len(ids)} tokens with its context, which with max_new_tokens={max_new_tokens} "
+                f"is more than the teacher's window of {most}. Shorten the context, leave the input out, or lower "
+                "max_new_tokens."
+            )
+
+
+def _prepare_folder(
+    folder: Path, name: str | None, prompts: Sequence[str] | None, default: Sequence[str]
+) -> TaskRecord:
+    """The folder's task: as it is where it is complete, otherwise begun with the prompts."""
+    found = task_record(folder)
+    if found is not None and found.complete:
+        if prompts is not None and tuple(prompts) != tuple(read_prompts(folder)):
+            raise PairsFolderError(
+                f"Task {found.task!r} in {str(folder)!r} has prompts of its own, which are kept: leave prompts= out, "
+                "or name another folder."
+            )
+        return found
+    record = TaskRecord(folder.name if name is None else name)
+    pool = check_prompts(default if prompts is None else prompts)
+    write_task(folder, record)
+    write_prompts(folder, pool)
+    return read_task(folder)
+
+
+def _digest(windows: Sequence[tuple[list[int], list[int]]]) -> str:
+    return f"sha256:{hashlib.sha256(json.dumps(windows).encode()).hexdigest()}"
