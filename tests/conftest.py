@@ -18,8 +18,16 @@ from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from support.constants import LORA_CONFIG, TASK_PROMPTS, WORDS
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import BertConfig, BertModel, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from peft_dnd import (
     AdapterLayout,
@@ -28,7 +36,7 @@ from peft_dnd import (
     PromptConditionedLoraGeneratorConfig,
 )
 from peft_dnd.pairs.writer import PairWriter
-from peft_dnd.text.sentence_transformer import SentenceTransformerTextEncoder
+from peft_dnd.text.sentence_transformer_encoder import SentenceTransformerTextEncoder
 
 
 # The matrices here are tiny: threads would only wait for one another, and badly where cores are shared.
@@ -178,3 +186,16 @@ def generator_folder(generator: PromptConditionedLoraGenerator, tmp_path_factory
     folder = tmp_path_factory.mktemp("generators") / "generator"
     generator.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Words to numbers below 50, the vocabulary of the tiny base."""
+    words = ["<unk>", "<pad>", "</s>", *WORDS, *(f"w{number}" for number in range(50 - 3 - len(WORDS)))]
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>")
+    found.chat_template = (
+        "{% for m in messages %}{{ m['content'] }} . {% endfor %}{% if add_generation_prompt %}answer{% endif %}"
+    )
+    return found

@@ -26,7 +26,7 @@ from peft_dnd import (
     write_examples,
 )
 from peft_dnd.fitting.task_loss import TaskLoss
-from peft_dnd.text.hidden_states import HiddenStatesTextEncoder
+from peft_dnd.text.hidden_states_encoder import HiddenStatesTextEncoder
 
 
 pytestmark = pytest.mark.gpu

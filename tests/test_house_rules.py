@@ -40,6 +40,8 @@ ROOMS = [
 ]
 # What may be imported within a function: heavy, and needed by few.
 HEAVY = {"lm_eval", "matplotlib", "scipy", "sentence_transformers", "sklearn"}
+# The command's verbs import all but these and one another when they run, so that `--help` waits for nothing.
+LIGHT = {*sys.stdlib_module_names, "typer"}
 
 
 def sources() -> list[Path]:
@@ -132,7 +134,7 @@ def test_an_import_turned_round_is_found() -> None:
     assert upward_imports(turned) == ["adapters.layout <- generator.modeling"]
     assert first_circle(turned) is not None
     turned = {module: set(imports) for module, imports in IMPORTS.items()}
-    turned["text.prompts"].add("text.condition_text")
+    turned["text.prompts"].add("text.prompts_and_answers")
     assert upward_imports(turned) == [] and first_circle(turned) is not None
     assert first_circle({**IMPORTS, "adapters.layout": {"adapters"}}) is not None, "a circle through a face"
 
@@ -164,15 +166,37 @@ def test_decoders_know_nothing_but_where_tokens_belong() -> None:
     assert {module for module in known if not module.startswith("decoders")} == {"adapters.positions", "errors"}
 
 
-@pytest.mark.parametrize("path", sources(), ids=module_of)
+def within_functions(path: Path) -> list[ast.Import | ast.ImportFrom]:
+    functions = [node for node in ast.walk(syntax_of(path)) if isinstance(node, ast.FunctionDef)]
+    inside = [node for function in functions for node in ast.walk(function)]
+    return [node for node in inside if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def modules_named(node: ast.Import | ast.ImportFrom) -> set[str]:
+    """The outermost package of each module that a statement imports; `"."` for a relative import."""
+    if isinstance(node, ast.Import):
+        return {name.name.split(".")[0] for name in node.names}
+    return {"." if node.level else str(node.module).split(".")[0]}
+
+
+@pytest.mark.parametrize("path", [path for path in sources() if path.parent.name != "cli"], ids=module_of)
 def test_only_what_is_heavy_is_imported_within_a_function(path: Path) -> None:
-    for function in ast.walk(syntax_of(path)):
-        if isinstance(function, ast.FunctionDef):
-            for node in ast.walk(function):
-                if isinstance(node, ast.Import):
-                    assert {name.name.split(".")[0] for name in node.names} <= HEAVY, f"line {node.lineno}"
-                elif isinstance(node, ast.ImportFrom):
-                    assert not node.level and str(node.module).split(".")[0] in HEAVY, f"line {node.lineno}"
+    for node in within_functions(path):
+        assert modules_named(node) <= HEAVY, f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "cli").glob("*.py")), ids=module_of)
+def test_a_verb_imports_the_library_when_it_runs_and_nothing_else_then(path: Path) -> None:
+    """Beside the library there is what that needs too, but nothing light or of the command's own hides there."""
+    late = within_functions(path)
+    for node in late:
+        assert not modules_named(node) & {"."}, f"line {node.lineno}: a file of the command is light, import it above"
+        assert not modules_named(node) & LIGHT, f"line {node.lineno}: this is light, import it above"
+    types_only = [node for node in syntax_of(path).body if isinstance(node, ast.If)]
+    assert all(ast.unparse(node.test) == "TYPE_CHECKING" for node in types_only)
+    for node in syntax_of(path).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            assert modules_named(node) <= LIGHT | {"."}, f"line {node.lineno}"
 
 
 def changes_of_peft(path: Path) -> list[str]:

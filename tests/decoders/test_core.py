@@ -14,6 +14,7 @@ from peft_dnd import AdapterLayout, PromptConditionedLoraGenerator, PromptCondit
 from peft_dnd.adapters.positions import token_positions
 from peft_dnd.adapters.tokenizer import WeightTokenizer
 from peft_dnd.decoders import CenteredDecoder, CoreDecoder, TokenPositions
+from peft_dnd.decoders.discriminants import discriminants
 from peft_dnd.errors import GeneratorConfigError
 
 
@@ -87,11 +88,15 @@ def test_starts_from_the_mean_adapter_and_every_parameter_learns():
 def test_center_and_spread_are_the_training_tasks():
     decoder = new_decoder()
     assert isinstance(decoder, CenteredDecoder) and not decoder.centered
-    tasks = [torch.randn(500, 12) * 3 + 7, torch.randn(50, 12) * 3 + 7]
+    tasks = [torch.randn(8, 12) * 3 + 7 for _ in range(200)]
     decoder.center_on(tasks)
     assert decoder.centered
-    torch.testing.assert_close(decoder.center, torch.stack([task.mean(0) for task in tasks]).mean(0))
-    torch.testing.assert_close(decoder.spread, torch.full((12,), 3.0), rtol=0.3, atol=0)
+    whole = torch.cat(tasks)
+    torch.testing.assert_close(decoder.center, whole.mean(0))
+    torch.testing.assert_close(decoder.spread, whole.std(0, correction=0) + 1e-3)
+    before = decoder.directions.clone()
+    decoder.reset_parameters()
+    assert not decoder.centered and not torch.equal(decoder.directions, before)
 
 
 @pytest.mark.parametrize(
@@ -146,3 +151,19 @@ def test_a_generator_has_it_saves_it_and_loads_it(layout: AdapterLayout, encoder
     # Where weights lie in memory decides how a product is blocked, and with it the last digit.
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     assert loaded.config.decoder_config["num_bases"] == 2
+    assert torch.equal(loaded.decoder.directions, generator.decoder.directions)
+
+
+def test_what_wordings_add_is_taken_off_before_anything_is_learned():
+    chance = torch.Generator().manual_seed(0)
+    # Tasks differ a little in two features, prompts of one task a lot in all the others.
+    place = torch.randn(40, 1, 12, generator=chance) * torch.tensor([0.3] * 2 + [0.0] * 10)
+    wording = torch.randn(40, 6, 12, generator=chance) * torch.tensor([0.1] * 2 + [3.0] * 10)
+    states = place + wording
+    tasks = list(states / states.flatten(0, 1).std(0))
+    found = discriminants(tasks, 3)
+    assert found.shape == (3, 12)
+    assert (found[:2, :2].norm(dim=1) > 0.95 * found[:2].norm(dim=1)).all()
+    read = torch.stack([task.mean(0) @ found.T for task in tasks])
+    assert (read.std(0)[:2] > 0.8).all() and read.std(0)[2] < read.std(0)[:2].min()
+    assert not discriminants([torch.randn(5, 12)], 3).any()

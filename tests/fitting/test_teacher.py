@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from support.constants import LORA_CONFIG, WORDS
-from tokenizers import Tokenizer, models, pre_tokenizers
+from support.constants import LORA_CONFIG
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -28,23 +27,16 @@ INPUTS = ["what is the law ?", "a court please", "the capital ?", "medicine , do
 CONTEXT = "answer in one word , please . "
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Words to numbers below 50, the vocabulary of the tiny base."""
-    words = ["<unk>", "<pad>", "</s>", *WORDS, *(f"w{number}" for number in range(50 - 3 - len(WORDS)))]
-    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>")
-    found.chat_template = (
-        "{% for m in messages %}{{ m['content'] }} . {% endfor %}{% if add_generation_prompt %}answer{% endif %}"
-    )
-    return found
-
-
 @pytest.fixture
-def distil(base_model: nn.Module, tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
+def distil(base_model: nn.Module, word_tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
     def run(folder: str = "law", inputs=INPUTS, **options) -> Path:
-        options = {"teacher": base_model, "tokenizer": tokenizer, "context": CONTEXT, "max_new_tokens": 4, **options}
+        options = {
+            "teacher": base_model,
+            "tokenizer": word_tokenizer,
+            "context": CONTEXT,
+            "max_new_tokens": 4,
+            **options,
+        }
         distil_task(tmp_path / folder, inputs, top_tokens=3, rows_at_once=2, **options)
         return tmp_path / folder
 
@@ -55,14 +47,14 @@ def rows_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / ROWS_NAME).read_text().splitlines()]
 
 
-def test_rows_are_what_the_teacher_does_with_the_context_in_its_window(distil, base_model, tokenizer):
+def test_rows_are_what_the_teacher_does_with_the_context_in_its_window(distil, base_model, word_tokenizer):
     folder = distil()
     for text, row in zip(INPUTS, rows_of(folder), strict=True):
-        student = tokenizer(text)["input_ids"]
+        student = word_tokenizer(text)["input_ids"]
         answer = [label for label in row["labels"] if label != -100]
         assert row["input_ids"] == student + answer
         assert row["labels"] == [-100] * len(student) + answer
-        window = tokenizer(CONTEXT + text)["input_ids"]
+        window = word_tokenizer(CONTEXT + text)["input_ids"]
         with torch.no_grad():
             logits = base_model(input_ids=torch.tensor([window + answer])).logits[0, len(window) - 1 : -1]
         top = logits.log_softmax(-1).topk(3)
@@ -124,10 +116,10 @@ def test_a_killed_pass_goes_on_and_gives_the_same_bytes(distil, tmp_path, monkey
     assert not asked
 
 
-def test_batches_of_any_size_say_the_same(distil, base_model, tokenizer, tmp_path):
+def test_batches_of_any_size_say_the_same(distil, base_model, word_tokenizer, tmp_path):
     one = rows_of(distil("one"))
     distil_task(
-        tmp_path / "five", INPUTS, teacher=base_model, tokenizer=tokenizer, context=CONTEXT, max_new_tokens=4,
+        tmp_path / "five", INPUTS, teacher=base_model, tokenizer=word_tokenizer, context=CONTEXT, max_new_tokens=4,
         top_tokens=3, rows_at_once=5,
     )  # fmt: skip
     for first, second in zip(one, rows_of(tmp_path / "five"), strict=True):
@@ -172,19 +164,19 @@ def test_the_digest_is_of_the_base_in_any_dtype(base_model, fresh_base, trained_
     assert base_digest(changed) != base_digest(base_model)
 
 
-def test_chat_models_are_asked_in_their_template(distil, tokenizer):
+def test_chat_models_are_asked_in_their_template(distil, word_tokenizer):
     row = rows_of(distil(chat=True))[0]
-    asked = tokenizer(f"{INPUTS[0]} . answer")["input_ids"]
+    asked = word_tokenizer(f"{INPUTS[0]} . answer")["input_ids"]
     assert row["input_ids"][: len(asked)] == asked
 
 
-def test_an_answer_ends_with_what_brings_the_stop(distil, fresh_base, tokenizer):
+def test_an_answer_ends_with_what_brings_the_stop(distil, fresh_base, word_tokenizer):
     teacher = fresh_base()
     teacher.lm_head = nn.Linear(24, 50, bias=False)  # one tied to the embedding repeats what it reads
     nn.init.normal_(teacher.lm_head.weight, generator=torch.Generator().manual_seed(0))
     free = [[label for label in row["labels"] if label >= 0] for row in rows_of(distil(teacher=teacher))]
     answer = next(answer for answer in free if answer[1] != answer[0])
-    stop = tokenizer.decode([answer[1]])
+    stop = word_tokenizer.decode([answer[1]])
     options = {"teacher": teacher, "inputs": [INPUTS[free.index(answer)]], "stop": stop}
     (stopped,) = rows_of(distil("stopped", **options))
     assert [label for label in stopped["labels"] if label >= 0] == answer[:2]

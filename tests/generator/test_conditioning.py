@@ -25,9 +25,10 @@ from peft_dnd import (
     PromptConditionedLoraGeneratorConfig,
 )
 from peft_dnd.errors import GeneratorConfigError, TextEncoderError
-from peft_dnd.text.encoder import PromptEmbeddingCache, TextEncoder
-from peft_dnd.text.hidden_states import HiddenStatesTextEncoder
-from peft_dnd.text.sentence_transformer import SentenceTransformerTextEncoder
+from peft_dnd.text.embedding_cache import PromptEmbeddingCache
+from peft_dnd.text.encoder import TextEncoder
+from peft_dnd.text.hidden_states_encoder import HiddenStatesTextEncoder
+from peft_dnd.text.sentence_transformer_encoder import SentenceTransformerTextEncoder
 
 
 PROMPTS = ["what is the capital ?", "law of the river", "what is tax law ? please answer in one word .", "a court ?"]

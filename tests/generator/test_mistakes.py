@@ -38,7 +38,7 @@ from peft_dnd.errors import (
     TextEncoderError,
 )
 from peft_dnd.storage.files import read_safetensors, write_safetensors
-from peft_dnd.text.sentence_transformer import SentenceTransformerTextEncoder
+from peft_dnd.text.sentence_transformer_encoder import SentenceTransformerTextEncoder
 
 
 PROMPTS = ["what is the law ?", "a court please"]

@@ -26,7 +26,7 @@ from peft_dnd import (
     PromptConditionedLoraGenerator,
     write_examples,
 )
-from peft_dnd.cli.main import main
+from peft_dnd.cli.app import main
 from peft_dnd.errors import SavingError
 from peft_dnd.pairs.initialization import use_common_initialization
 from peft_dnd.storage.files import staged_directory, staged_file, write_json, write_safetensors

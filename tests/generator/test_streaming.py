@@ -24,7 +24,7 @@ from peft_dnd import (
     PromptConditionedLoraGeneratorConfig,
     StreamedLoraGenerator,
 )
-from peft_dnd.cli.main import main
+from peft_dnd.cli.app import main
 from peft_dnd.decoders import plane_convolution
 from peft_dnd.errors import CorruptFileError, GeneratorNotFoundError, NotFittedError, PeftDndError, WeightValueError
 from peft_dnd.generator import streaming

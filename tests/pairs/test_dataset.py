@@ -24,7 +24,8 @@ from peft_dnd.pairs.collator import PromptCheckpointCollator
 from peft_dnd.pairs.dataset import PromptCheckpointDataset
 from peft_dnd.pairs.statistics import task_balanced_grids, token_spread
 from peft_dnd.storage.files import read_safetensors
-from peft_dnd.text.prompts import TokenStates, select_prompts
+from peft_dnd.text.prompts import select_prompts
+from peft_dnd.text.token_states import TokenStates
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from peft_dnd import (
     load_published_generator,
     published_token_weights,
 )
-from peft_dnd.cli.main import main
+from peft_dnd.cli.app import main
 from peft_dnd.errors import GeneratorConfigError, LayoutError, PairsFolderError, PromptError, WeightValueError
 
 
@@ -163,7 +163,7 @@ def test_from_the_command_line(
 
     given = ["--settings", settings, "--prompts", f"law={tmp_path / 'prompts.json'}"]
     pairs = tmp_path / "pairs"
-    assert main(["import-adapters", str(released_folder), str(pairs), *given, "--prompts", "med"]) == 1
+    assert main(["import-adapters", str(released_folder), str(pairs), *given, "--prompts", "med"]) == 2
     assert "TASK=FILE" in capsys.readouterr().err
     assert not pairs.exists()
     given += ["--prompts", f"med={tmp_path / 'chats.json'}"]

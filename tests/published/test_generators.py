@@ -28,7 +28,7 @@ from support.released import (
 from transformers import AutoModel, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from peft_dnd import PromptConditionedLoraGenerator, load_published_generator, published_token_weights
-from peft_dnd.cli.main import main
+from peft_dnd.cli.app import main
 from peft_dnd.errors import CorruptFileError, GeneratorConfigError
 
 

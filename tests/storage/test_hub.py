@@ -34,7 +34,7 @@ from peft_dnd.errors import GeneratorConfigError, GeneratorNotFoundError, Missin
 from peft_dnd.peft_integration import injection
 from peft_dnd.storage.hub import HubOptions, UploadOptions
 from peft_dnd.text.out_of_distribution import REFERENCE_NAME
-from peft_dnd.text.sentence_transformer import SentenceTransformerTextEncoder
+from peft_dnd.text.sentence_transformer_encoder import SentenceTransformerTextEncoder
 
 
 pytest_plugins = ("support.adapter_fixtures",)

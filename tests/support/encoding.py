@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from peft_dnd.text.prompts import TokenStates
+from peft_dnd.text.token_states import TokenStates
 
 
 PROMPTS = ["what is the capital ?", "a river", "law", "what is tax law ? please answer in one word .", "of a", "a law"]

@@ -22,7 +22,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peft_dnd.text.prompts import TokenStates
+from peft_dnd.text.token_states import TokenStates
 from support.constants import WORDS
 
 

@@ -13,7 +13,7 @@ from support.encoding import PROMPTS, bytes_of
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from peft_dnd.text.sentence_transformer import SentenceTransformerTextEncoder
+from peft_dnd.text.sentence_transformer_encoder import SentenceTransformerTextEncoder
 
 
 WORDS = [
@@ -175,8 +175,8 @@ class TestSameBytes:
     def test_blocks_hold_prompts_of_equal_length(self, encoder_folder, monkeypatch):
         encoder = SentenceTransformerTextEncoder.from_pretrained(encoder_folder, block_tokens=8)
         blocks = []
-        forward = encoder._forward
-        monkeypatch.setattr(encoder, "_forward", lambda texts, most: blocks.append(texts) or forward(texts, most))
+        read = encoder._token_states
+        monkeypatch.setattr(encoder, "_token_states", lambda texts, most: blocks.append(texts) or read(texts, most))
         encoder.encode_tokens(["a", "law of tax", "tax", "of", "a law of a river", "the law", "of tax"])
         assert blocks == [["a", "tax"], ["of"], ["law of tax"], ["a law of a river"], ["the law", "of tax"]]
 
@@ -244,7 +244,7 @@ class TestFrozenOrTrainable:
 
 
 def test_progress_bar_only_for_long_pools(encoder, capsys, monkeypatch):
-    monkeypatch.setattr("peft_dnd.text.blocks._PROGRESS_BAR_FROM", 20)
+    monkeypatch.setattr("peft_dnd.text.blockwise_encoder._PROGRESS_BAR_FROM", 20)
     try:
         transformers_logging.enable_progress_bar()
         encoder.encode_tokens(PROMPTS)

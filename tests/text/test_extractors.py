@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoModel, T5EncoderModel
 
 from peft_dnd.errors import GeneratorConfigError, PromptError, TextEncoderError
-from peft_dnd.text.hidden_states import HiddenStatesTextEncoder
-from peft_dnd.text.sentence_transformer import SentenceTransformerTextEncoder
+from peft_dnd.text.hidden_states_encoder import HiddenStatesTextEncoder
+from peft_dnd.text.sentence_transformer_encoder import SentenceTransformerTextEncoder
 
 
 PROMPTS = ["what is the capital ?", "a river", "law", "what is tax law ? please answer in one word .", "of a", "a law"]

@@ -15,7 +15,7 @@ from support.encoding import PROMPTS, bytes_of
 from tokenizers import Tokenizer
 
 from peft_dnd.errors import GeneratorConfigError, PromptError, PromptTypeError, TextEncoderError
-from peft_dnd.text.sentence_transformer import SentenceTransformerTextEncoder
+from peft_dnd.text.sentence_transformer_encoder import SentenceTransformerTextEncoder
 
 
 class TestSavingAndLoading:

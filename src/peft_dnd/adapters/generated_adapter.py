@@ -182,7 +182,7 @@ class GeneratedAdapter:
             write_safetensors(staged / ADAPTER_WEIGHTS_NAME, self._state_dict)
             write_json(staged / PROVENANCE_NAME, self._provenance)
             if may_write_card(Path(save_directory)):
-                (staged / CARD_NAME).write_text(self._card(), encoding="utf-8")
+                (staged / CARD_NAME).write_text(self.model_card(), encoding="utf-8")
 
     @classmethod
     @takes_keywords_of(find_folder)
@@ -252,7 +252,8 @@ class GeneratedAdapter:
         # Sets have another order in every process; the same adapter is to give the same bytes.
         return {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
 
-    def _card(self) -> str:
+    def model_card(self) -> str:
+        """The text of the README.md that is saved along."""
         base = hub_id(self._layout.base_model_name_or_path)
         causal = self._layout.task_type == "CAUSAL_LM"
         data = ModelCardData(

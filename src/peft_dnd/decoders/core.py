@@ -22,6 +22,7 @@ from torch import nn
 from ..adapters.positions import TokenPositions
 from ..errors import GeneratorConfigError
 from .cascade import check_shape
+from .discriminants import discriminants
 
 
 # By how much a step of an optimiser that moves all parameters alike (Adam) moves the shared A and B, the bases and the
@@ -31,6 +32,9 @@ _GAIN_OF_A = 25.0
 _GAIN_OF_B = 6.0
 _GAIN_OF_BASES = 4.0
 _GAIN_OF_CORES = 2.0
+
+# How many of a task's states the center, the spread and the directions are taken from.
+_LOOKED_AT = 8
 
 
 class CoreWriter(nn.Module):
@@ -101,19 +105,22 @@ class CoreWriter(nn.Module):
 class CoreDecoder(nn.Module):
     """From a set of prompts, any number in any order, to a grid of weight tokens.
 
-        x = mean over all tokens of all prompts of  Linear((state - center) / spread)
-        c = normalise(x) + noise;  c = normalise(c + MLP(c))      the noise while fitting only
-        grid = shared + core(c) bases                             see `CoreWriter`
+        x = mean over all tokens of all prompts of  directions (state - center) / spread
+        c = normalise(Linear(x)) + noise;  c = normalise(c + MLP(c))      the noise while fitting only
+        grid = shared + core(c) bases                                     see `CoreWriter`
 
     `normalise` brings a vector to mean 0 and variance 1; `center` and `spread` are each feature's mean and standard
-    deviation over the training tasks' prompts (see `center_on`). Made for conditions of one vector a prompt, such as a
-    base's own states where the answer would begin; of many it reads the mean.
+    deviation over the training tasks' prompts, and `directions` those in which the tasks lie apart beside how their
+    prompts scatter (see `center_on` and [`discriminants`]): what a wording adds to a prompt is taken off before
+    anything is learned. Made for conditions of one vector a prompt, such as a base's own states where the answer would
+    begin; of many it reads the mean.
 
     Args:
         condition_shape: (N, L, C). Only C matters.
         token_shape: (N_w, L_w, C_w): weight tokens, rows, columns.
         positions: where each token belongs.
         hidden_size: d.
+        num_directions: how many directions are read. `None`: `hidden_size`.
         mixing_size: the width of the MLP's hidden layer.
         core_rank: how many of the adapter's ranks the prompts write; the others, if it has more, are the same for all
             tasks: a multi-task adapter beside. `None`: half of them, at least one.
@@ -130,6 +137,7 @@ class CoreDecoder(nn.Module):
     _no_split_modules = ("CoreWriter",)  # what FSDP shards and gathers one by one, and no device map splits
     center: torch.Tensor
     spread: torch.Tensor
+    directions: torch.Tensor
     centered: torch.Tensor
 
     def __init__(
@@ -139,6 +147,7 @@ class CoreDecoder(nn.Module):
         positions: TokenPositions,
         *,
         hidden_size: int = 256,
+        num_directions: int | None = None,
         mixing_size: int = 512,
         core_rank: int | None = None,
         num_bases: int | None = None,
@@ -151,8 +160,10 @@ class CoreDecoder(nn.Module):
         shape = check_shape("token_shape", token_shape)
         core_rank = max(1, shape[1] // 2) if core_rank is None else core_rank
         num_bases = core_rank if num_bases is None else num_bases
+        num_directions = hidden_size if num_directions is None else num_directions
         sizes = {
             "hidden_size": hidden_size,
+            "num_directions": num_directions,
             "mixing_size": mixing_size,
             "core_rank": core_rank,
             "num_bases": num_bases,
@@ -167,8 +178,9 @@ class CoreDecoder(nn.Module):
         self.summary_noise = summary_noise
         self.register_buffer("center", torch.zeros(self.condition_size))
         self.register_buffer("spread", torch.ones(self.condition_size))
+        self.register_buffer("directions", torch.empty(num_directions, self.condition_size))
         self.register_buffer("centered", torch.zeros((), dtype=torch.bool))
-        self.reading = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.condition_size, hidden_size))
+        self.reading = nn.Sequential(nn.Dropout(dropout), nn.Linear(num_directions, hidden_size))
         self.mixing = nn.Sequential(
             nn.Linear(hidden_size, mixing_size),
             nn.GELU(),
@@ -176,6 +188,7 @@ class CoreDecoder(nn.Module):
             nn.Linear(mixing_size, hidden_size),
         )
         self.writer = CoreWriter(hidden_size, positions, shape, core_rank, num_bases, zero_init=zero_init_output)
+        self.reset_parameters()
 
     @property
     def resolved_settings(self) -> dict[str, Any]:
@@ -183,23 +196,28 @@ class CoreDecoder(nn.Module):
         return dict(self._settings)
 
     def reset_parameters(self) -> None:
-        """Forgets center and spread."""
+        """Forgets center, spread and directions, in place of which random ones are read."""
         nn.init.zeros_(self.center)
         nn.init.ones_(self.spread)
+        nn.init.normal_(self.directions, std=self.condition_size**-0.5)
         self.centered.zero_()
 
     @torch.no_grad()
     def center_on(self, states_of_tasks: Iterable[torch.Tensor]) -> None:
-        """Takes center and spread from the training tasks, each of which weighs the same.
+        """Takes center, spread and directions from the training tasks, each of which weighs the same.
 
         Args:
             states_of_tasks: for each task the states of all tokens of its prompts, (any number, C).
         """
-        moments = [torch.stack([s.mean(0), s.square().mean(0)]) for s in map(torch.Tensor.double, states_of_tasks)]
+        # A few prompts of each tell how they scatter, and all of many tasks would be more than memory holds.
+        few = [states[:: max(1, len(states) // _LOOKED_AT)][:_LOOKED_AT] for states in states_of_tasks]
+        moments = [torch.stack([s.mean(0), s.square().mean(0)]) for s in map(torch.Tensor.double, few)]
         mean, square = torch.stack(moments).mean(0)
         self.center.copy_(mean)
         # A feature that never varies says nothing; it must not be blown up where it does.
         self.spread.copy_((square - mean.square()).clamp_min(0).sqrt() + 1e-3)
+        standardised = [(states.float().cpu() - self.center.cpu()) / self.spread.cpu() for states in few]
+        self.directions.copy_(discriminants(standardised, len(self.directions)))
         self.centered.fill_(True)
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -224,8 +242,8 @@ class CoreDecoder(nn.Module):
             )
         unseen = ~mask.bool().flatten(1).unsqueeze(-1)
         x = states.to(self.center.dtype).flatten(1, 2).masked_fill(unseen, 0)
-        read = self.reading((x - self.center) / self.spread).masked_fill(unseen, 0)
-        summary = _normalise(read.sum(1) / (~unseen).sum(1))
+        read = F.linear((x - self.center) / self.spread, self.directions).masked_fill(unseen, 0)
+        summary = _normalise(self.reading(read.sum(1) / (~unseen).sum(1)))
         if self.training:
             summary = summary + self.summary_noise * torch.randn_like(summary)
         return self.writer(_normalise(summary + self.mixing(summary)))

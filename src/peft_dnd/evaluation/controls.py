@@ -14,22 +14,30 @@ from ..errors import EvaluationError
 _CONSONANTS, _VOWELS = "bcdfghjklmnprstvwz", "aeiou"
 _SIGNS = string.ascii_letters + string.digits + string.punctuation
 # What a constant prompt set is where there are no training tasks to take one from.
-_PLAIN_PROMPTS = ("Please help me with this.", "What is the answer?", "Do what is asked.", "Here is a task for you.")
+PLAIN_PROMPTS = ("Please help me with this.", "What is the answer?", "Do what is asked.", "Here is a task for you.")
 
 
-def junk_prompts(count: int, *, seed: int | str = 0) -> list[str]:
-    """Make prompts that mean nothing: sentences of words that do not exist, and random letters and signs, in turn.
+def junk_prompts(count: int, *, seed: int | str = 0, kind: str = "mixed") -> list[str]:
+    """Make prompts that mean nothing.
 
     Args:
         count: How many.
         seed: The same seed gives the same prompts, on every platform.
+        kind: `"words"`: sentences of words that do not exist; `"characters"`: random letters, digits and signs;
+            `"mixed"`: the two in turn.
+
+    Raises:
+        EvaluationError: If the kind is another one, or `count` is less than 1.
 
     Example:
         >>> junk_prompts(2, seed=0)[0] == junk_prompts(1, seed=0)[0]
         True
     """
+    kinds = {"words": [_sentence], "characters": [_characters], "mixed": [_sentence, _characters]}
+    if kind not in kinds or count < 1:
+        raise EvaluationError(f"Junk is one of {', '.join(kinds)}, at least 1 of it; got {kind!r}, {count}.")
     chance = random.Random(f"junk {seed}")
-    return [(_characters if i % 2 else _sentence)(chance) for i in range(count)]
+    return [kinds[kind][i % len(kinds[kind])](chance) for i in range(count)]
 
 
 def shuffled_tasks(tasks: Sequence[str], *, seed: int = 0, kinds: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -54,21 +62,8 @@ def shuffled_tasks(tasks: Sequence[str], *, seed: int = 0, kinds: Mapping[str, s
     for i in range(len(order) - 1, 0, -1):
         j = int(chance.random() * i)
         order[i], order[j] = order[j], order[i]
-    return _exchanged_between_kinds(order, kinds) if kinds else dict(zip(tasks, order, strict=True))
-
-
-def constant_prompts(training: Mapping[str, Sequence[str]], *, seed: int = 0) -> list[str]:
-    """One prompt set for every task: a prompt of each training task, or, where there are none, plain phrases.
-
-    Args:
-        training: Training task -> its prompts.
-        seed: Which prompt of each.
-    """
-    chance = random.Random(f"constant {seed}")
-    return [lines[int(chance.random() * len(lines))] for lines in training.values()] or list(_PLAIN_PROMPTS)
-
-
-def _exchanged_between_kinds(order: list[str], kinds: Mapping[str, str]) -> dict[str, str]:
+    if not kinds:
+        return dict(zip(tasks, order, strict=True))
     # Kind by kind in a row, a step as long as the largest kind leads from each task to one of another kind.
     kind_of = {task: kinds.get(task, task) for task in order}
     places = {kind: place for place, kind in enumerate(dict.fromkeys(kind_of.values()))}
@@ -80,6 +75,17 @@ def _exchanged_between_kinds(order: list[str], kinds: Mapping[str, str]) -> dict
             "another kind. At most half may be of one kind."
         )
     return {task: order[(place + step) % len(order)] for place, task in enumerate(order)}
+
+
+def constant_prompts(training: Mapping[str, Sequence[str]], *, seed: int = 0) -> list[str]:
+    """One prompt set for every task: a prompt of each training task, or, where there are none, plain phrases.
+
+    Args:
+        training: Training task -> its prompts.
+        seed: Which prompt of each.
+    """
+    chance = random.Random(f"constant {seed}")
+    return [lines[int(chance.random() * len(lines))] for lines in training.values()] or list(PLAIN_PROMPTS)
 
 
 def _sentence(chance: random.Random) -> str:

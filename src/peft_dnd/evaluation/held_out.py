@@ -9,8 +9,8 @@ from typing import Protocol
 
 from ..adapters.generated_adapter import GeneratedAdapter
 from ..pairs.dataset import PromptCheckpointDataset
-from ..text.condition_text import condition_texts
 from ..text.prompts import ConditionText
+from ..text.prompts_and_answers import condition_texts
 from .bench import AdapterSource
 
 

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-from .adapted_base import AdaptedBase as AdaptedBase
 from .arguments import DnDTrainingArguments as DnDTrainingArguments
 from .distillation import top_token_divergence as top_token_divergence
 from .losses import add_noise as add_noise
 from .losses import masked_mse as masked_mse
-from .rows import Places as Places
 from .task_loss import TaskLoss as TaskLoss
 from .teacher import distil_task as distil_task
 from .trainer import DnDTrainer as DnDTrainer

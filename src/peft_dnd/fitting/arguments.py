@@ -47,6 +47,10 @@ class DnDTrainingArguments(TrainingArguments):
         task_examples: How many of its task's examples are drawn for each item of a batch.
         task_tokens_per_pass: How many tokens, padding included, the base reads in one pass at most, for all items of a
             batch together; an example longer than that is read alone. It bounds the memory and changes nothing else.
+        distillation_weight: Weight of context distillation: how far the base with the generated adapter is from what a
+            teacher, the base with the task's text in its window, said (see `distil_task`). 0 turns it off; above 0 the
+            trainer needs a `base_model`, and the tasks need a teacher's answers, of which `task_examples` are drawn
+            for each item.
         rebuild_steps: How many optimiser steps of weight loss alone come before the task loss: the warm start.
         rebuild_weight: Weight of the weight loss beside the task loss, after those steps. Without task loss it is 1.
         base_gradient_checkpointing: Whether the base's layers are computed again in the backward pass of the task loss
@@ -81,6 +85,7 @@ class DnDTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Whether checkpoints' factors are brought into canonical form."}
     )
     task_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the base's own loss; 0 turns it off."})
+    distillation_weight: float = field(default=0.0, metadata={"help": "Weight of context distillation; 0: off."})
     task_examples: int = field(default=16, metadata={"help": "Examples of its task that an item draws."})
     task_tokens_per_pass: int = field(default=8192, metadata={"help": "Most tokens in a pass of the base."})
     rebuild_steps: int = field(default=0, metadata={"help": "Steps of weight loss alone before the task loss."})
@@ -102,7 +107,7 @@ class DnDTrainingArguments(TrainingArguments):
                 )
         if self.weight_loss not in WEIGHT_LOSSES:
             raise GeneratorConfigError(f"weight_loss must be one of {WEIGHT_LOSSES}, got {self.weight_loss!r}.")
-        for name in ("task_loss_weight", "rebuild_steps", "rebuild_weight"):
+        for name in ("task_loss_weight", "distillation_weight", "rebuild_steps", "rebuild_weight"):
             if getattr(self, name) < 0:
                 raise GeneratorConfigError(f"{name} must be at least 0, got {getattr(self, name)}.")
         if self.prompt_pool_size is not None and self.prompt_pool_size < 1:

@@ -3,9 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
+from torch.nn.functional import pad
 
 from ..errors import LayoutError
+from .adapted_base import AdaptedBase
+from .rows import LABEL_PADDING, Places, stack
 
 
 def top_token_divergence(logits: torch.Tensor, top_tokens: torch.Tensor, top_log_probs: torch.Tensor) -> torch.Tensor:
@@ -43,6 +49,43 @@ def top_token_divergence(logits: torch.Tensor, top_tokens: torch.Tensor, top_log
     log_q = log_q_all.gather(-1, top_tokens)
     log_p = top_log_probs.float()
     return (log_p.exp() * (log_p - log_q)).sum(-1) + _of_the_rest(log_p, log_q)
+
+
+def distillation_losses(
+    base: AdaptedBase, matrices: Mapping[str, torch.Tensor], batches: Sequence[Mapping[str, Any]]
+) -> torch.Tensor:
+    """Each item's mean divergence from what the teacher said, with its own adapter in place.
+
+    Args:
+        base: The frozen base.
+        matrices: PEFT on-disk key -> (B, *shape), any floating dtype.
+        batches: B batches, as [`DistillationCollator`][peft_dnd.pairs.collator.DistillationCollator] makes them.
+
+    Returns:
+        (B,), float32, in nats a token, with a graph to the matrices where gradients are enabled.
+
+    Raises:
+        LayoutError: If a matrix is missing, or the teacher names tokens that the base does not have.
+    """
+    # Logits at a place are those for the token after it.
+    at = [pad(batch["labels"][:, 1:] != LABEL_PADDING, (0, 1)) for batch in batches]
+    numbers, count = [], 0
+    for wanted in at:
+        number = torch.zeros(wanted.shape, dtype=torch.int64)
+        number[wanted] = torch.arange(count, count + int(wanted.sum()))
+        count += int(wanted.sum())
+        numbers.append(number)
+    number_at = stack(numbers, 0).to(base.device)
+    top_tokens, top_log_probs = (
+        torch.cat([batch[name] for batch in batches]).to(base.device) for name in ("top_tokens", "top_log_probs")
+    )
+
+    def divergence(logits: torch.Tensor, places: Places) -> torch.Tensor:
+        found = places.of(number_at)
+        return top_token_divergence(logits, top_tokens[found], top_log_probs[found])
+
+    read = [{name: batch[name] for name in batch if name in ("input_ids", "attention_mask")} for batch in batches]
+    return base.losses(matrices, read, at, divergence)
 
 
 def _of_the_rest(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:

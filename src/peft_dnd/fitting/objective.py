@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a generator is fitted to: weight loss, task loss, or both, by the training arguments and the step."""
+"""What a generator is fitted to: weight loss, task loss and distillation, by the training arguments and the step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,21 @@ from ..generator.modeling import PromptConditionedLoraGenerator
 from ..pairs.dataset import PromptCheckpointDataset
 from ..pairs.statistics import delta_weight_spread, task_balanced_grids, token_spread
 from .arguments import DnDTrainingArguments
+from .distillation import distillation_losses
 from .losses import add_noise, masked_mse
-from .task_loss import LossFunction, TaskLoss, untrained_statistics
+from .task_loss import LossFunction, TaskLoss
+from .teacher import check_teachers
+from .untrained import activation_sizes, untrained_statistics
 
 
-LOSSES = ("weight_loss", "mean_adapter_loss", "task_loss", "mean_adapter_task_loss")
+LOSSES = (
+    "weight_loss",
+    "mean_adapter_loss",
+    "task_loss",
+    "mean_adapter_task_loss",
+    "distillation_loss",
+    "mean_adapter_distillation_loss",
+)
 """What [`FittingObjective.item_losses`] gives for each item, column by column."""
 
 
@@ -33,24 +43,28 @@ class Supervision:
         targets: (B, N_w, L_w, C_w), the checkpoints' token grids; `None` where no item has one.
         has_target: (B,), bool: which items have one; `None` if all.
         examples: For each item a batch of examples for the base model; `None` without task loss.
+        distillation: For each item a batch of what a teacher said; `None` without distillation.
     """
 
     targets: torch.Tensor | None
     has_target: torch.Tensor | None
     examples: list[Any] | None
+    distillation: list[Any] | None = None
 
     @classmethod
     def split_off(cls, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Supervision]:
         """Divide a collator's batch into what the generator's forward takes and what its result is held against."""
         rest = dict(batch)
-        return rest, cls(*(rest.pop(name, None) for name in ("target_tokens", "has_target", "examples")))
+        names = ("target_tokens", "has_target", "examples", "distillation")
+        return rest, cls(*(rest.pop(name, None) for name in names))
 
     def known(self, count: int, device: torch.device) -> torch.Tensor:
-        """Which of so many items have a checkpoint, and which have examples: (B, 2), bool."""
-        known = torch.zeros(count, 2, dtype=torch.bool, device=device)
+        """Which of so many items have a checkpoint, examples, and a teacher's answers: (B, 3), bool."""
+        known = torch.zeros(count, 3, dtype=torch.bool, device=device)
         if self.targets is not None:
             known[:, 0] = True if self.has_target is None else self.has_target
         known[:, 1] = self.examples is not None
+        known[:, 2] = self.distillation is not None
         return known
 
 
@@ -61,11 +75,13 @@ class FittingObjective:
     - Weight loss on updates: the mean squared error of ΔW, of each module relative to the training adapters' mean
       squared distance from the mean adapter; see [`delta_weight_mse`]. The mean adapter's loss is then about 1.
     - Task loss: the base's own loss with the adapter in place; see [`TaskLoss`].
+    - Distillation: how far the base with the adapter in place is from what a teacher said; see
+      [`top_token_divergence`][peft_dnd.fitting.top_token_divergence].
 
     Args:
         generator: The generator.
         args: The training arguments.
-        base_model: The frozen base, which task loss needs.
+        base_model: The frozen base, which task loss and distillation need.
         loss_function: The base's loss, where its forward gives none.
         token_weight: What each token weighs in the loss on factors, (N_w,), in place of what the arguments say.
 
@@ -87,17 +103,28 @@ class FittingObjective:
         self.args = args
         self.token_weight = token_weight
         self.module_size: torch.Tensor | None = None
+        self._own_loss = loss_function is None
+        # Distillation is taken on the same copy of the base.
         self.task_loss = _task_loss(generator, args, base_model, loss_function)
         self._valid_mask = generator.weight_tokenizer.valid_mask()
 
-    def prepare(self, pairs: PromptCheckpointDataset) -> None:
+    def prepare(
+        self, pairs: PromptCheckpointDataset, some_batches: Callable[[], Sequence[Mapping[str, Any]]] | None = None
+    ) -> None:
         """Take from the training pairs what the loss needs to know, where it is not known yet.
 
         That is the generator's normalisation, and what weighs tokens or modules.
+
+        Args:
+            pairs: The training pairs.
+            some_batches: Gives a few batches of the base's, of several tasks, on which to see how large what goes
+                through its modules is, where there are no adapters to take the normalisation from.
         """
         generator = self.generator
+        if self.args.distillation_weight > 0 and self.task_loss is not None:
+            check_teachers(pairs, self.task_loss.model)
         if not generator.normalization.fitted and generator.config.normalization != "none":
-            generator.normalization.set_statistics(*self._statistics(pairs))
+            generator.normalization.set_statistics(*self._statistics(pairs, some_batches))
         generator.normalization.fitted.fill_(True)
         if not pairs.has_checkpoints:
             return
@@ -120,7 +147,7 @@ class FittingObjective:
         Returns:
             A scalar.
         """
-        weight_loss, task_loss = self._weights(step)
+        weight_loss, task_loss, distillation = self._weights(step)
         # In the graph whatever follows: by chance no item of a batch may have a checkpoint.
         loss = tokens.sum() * 0.0
         targets, known, examples = supervision.targets, supervision.has_target, supervision.examples
@@ -133,6 +160,8 @@ class FittingObjective:
             loss = loss + weight_loss * self._weight_loss(tokens_with_target, target, self.token_weight)
         if task_loss > 0 and examples is not None:
             loss = loss + task_loss * self._task_losses(tokens, examples).mean()
+        if distillation > 0 and supervision.distillation is not None:
+            loss = loss + distillation * self._distillation_losses(tokens, supervision.distillation).mean()
         return loss
 
     @torch.no_grad()
@@ -144,7 +173,7 @@ class FittingObjective:
             supervision: What they are held against.
 
         Returns:
-            (B, 4), float32, the columns as in `LOSSES`; NaN for what there is not, which [`Supervision.known`] tells
+            (B, 6), float32, the columns as in `LOSSES`; NaN for what there is not, which [`Supervision.known`] tells
             from the NaN that a generator which diverged gives.
         """
         targets, known, examples = supervision.targets, supervision.has_target, supervision.examples
@@ -156,16 +185,19 @@ class FittingObjective:
                 for column, guess in enumerate((tokens, mean)):
                     losses[i, column] = self._weight_loss(guess[i, None], target[i, None], None)
         if examples is not None:
-            losses[:, 2:] = torch.stack([self._task_losses(guess, examples) for guess in (tokens, mean)], 1)
+            losses[:, 2:4] = torch.stack([self._task_losses(guess, examples) for guess in (tokens, mean)], 1)
+        if supervision.distillation is not None:
+            said = supervision.distillation
+            losses[:, 4:] = torch.stack([self._distillation_losses(guess, said) for guess in (tokens, mean)], 1)
         return losses
 
     def total(self, item_losses: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
         """The mean of what `item_losses` gave, by the weights that hold after the warm start.
 
         Args:
-            item_losses: (B, 4), as `item_losses` gives them.
-            known: (B, 2), which items have a checkpoint and which have examples; see [`Supervision.known`]. The mean
-                of each loss is over those that have what it is taken on.
+            item_losses: (B, 6), as `item_losses` gives them.
+            known: (B, 3), which items have a checkpoint, examples, a teacher's answers; see [`Supervision.known`].
+                The mean of each loss is over those that have what it is taken on.
 
         Returns:
             A scalar: NaN if a loss that counts is NaN; 0 if no item has what any loss is taken on, which a single
@@ -178,10 +210,10 @@ class FittingObjective:
                 total = total + weight * item_losses[has, 2 * column].mean()
         return total
 
-    def _weights(self, step: int | None) -> tuple[float, float]:
+    def _weights(self, step: int | None) -> tuple[float, float, float]:
         if self.task_loss is None or (step is not None and step < self.args.rebuild_steps):
-            return 1.0, 0.0
-        return self.args.rebuild_weight, self.args.task_loss_weight
+            return 1.0, 0.0, 0.0
+        return self.args.rebuild_weight, self.args.task_loss_weight, self.args.distillation_weight
 
     def _weight_loss(
         self, tokens: torch.Tensor, target: torch.Tensor, token_weight: torch.Tensor | None
@@ -203,11 +235,20 @@ class FittingObjective:
         assert self.task_loss is not None
         return self.task_loss.losses(self._matrices(tokens), examples)
 
-    def _statistics(self, pairs: PromptCheckpointDataset) -> tuple[torch.Tensor, torch.Tensor]:
+    def _distillation_losses(self, tokens: torch.Tensor, said: list[Any]) -> torch.Tensor:
+        assert self.task_loss is not None
+        return distillation_losses(self.task_loss.base, self._matrices(tokens), said)
+
+    def _statistics(
+        self, pairs: PromptCheckpointDataset, some_batches: Callable[[], Sequence[Mapping[str, Any]]] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         tokenizer = self.generator.weight_tokenizer
         if pairs.has_checkpoints or self.task_loss is None:
             return weight_statistics(tokenizer, task_balanced_grids(pairs, tokenizer))
-        return untrained_statistics(tokenizer, self.task_loss.initial_adapter())
+        # What a loss function of the user's own does with a batch is not known.
+        batches = some_batches() if some_batches is not None and self._own_loss else []
+        sizes = activation_sizes(self.task_loss.model, tokenizer.layout, batches)
+        return untrained_statistics(tokenizer, self.task_loss.initial_adapter(), sizes)
 
 
 def check_dataset(
@@ -235,10 +276,10 @@ def check_dataset(
                 f"{what} holds adapters of another layout than the generator (first) writes: {difference}. Build the "
                 "generator's configuration from these pairs, or use pairs of the same LoRA configuration and base."
             )
-    elif args.task_loss_weight == 0 or args.rebuild_steps or args.rebuild_weight:
+    elif not (args.task_loss_weight or args.distillation_weight) or args.rebuild_steps or args.rebuild_weight:
         raise PairsFolderError(
-            f"{what} has no checkpoints, so there is no weight loss. Set task_loss_weight above 0, with "
-            "rebuild_steps=0 and rebuild_weight=0, or collect checkpoints."
+            f"{what} has no checkpoints, so there is no weight loss. Set task_loss_weight or "
+            "distillation_weight above 0, with rebuild_steps=0 and rebuild_weight=0, or collect checkpoints."
         )
     elif generator.config.normalization == "none":
         raise GeneratorConfigError(
@@ -251,6 +292,12 @@ def check_dataset(
             f"Task {lacking[0]!r} of {what} has no examples ({len(lacking)} of {len(dataset.tasks)} tasks), which "
             "task loss needs. Write them with peft_dnd.write_examples(task_folder, rows), or leave the task out."
         )
+    silent = [task for task in dataset.tasks if dataset.distillation(task) is None] if args.distillation_weight else []
+    if silent:
+        raise PairsFolderError(
+            f"No teacher has answered task {silent[0]!r} of {what} ({len(silent)} of {len(dataset.tasks)} tasks), as "
+            "distillation needs. Have them answered with peft_dnd.fitting.distil_task, or leave the task out."
+        )
 
 
 def _task_loss(
@@ -259,12 +306,13 @@ def _task_loss(
     base_model: nn.Module | None,
     function: LossFunction | None,
 ) -> TaskLoss | None:
-    if args.task_loss_weight == 0:
+    name = "task_loss_weight" if args.task_loss_weight > 0 else "distillation_weight"
+    if getattr(args, name) == 0:
         return None
     if base_model is None:
         raise GeneratorConfigError(
-            f"task_loss_weight is {args.task_loss_weight:g}, so DnDTrainer needs base_model=..., the frozen base "
-            "whose loss is taken; or set task_loss_weight=0."
+            f"{name} is {getattr(args, name):g}, so DnDTrainer needs base_model=..., the frozen base "
+            "whose loss is taken; or set {name}=0."
         )
     return TaskLoss(
         base_model,

@@ -17,7 +17,6 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from ..adapters.layout import AdapterLayout
-from ..adapters.tokenizer import WeightTokenizer
 from ..errors import GeneratorConfigError
 from .adapted_base import AdaptedBase
 from .chosen_places import output_of
@@ -225,26 +224,6 @@ def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
             "that its forward takes, or pass DnDTrainer a task_loss_function(model, batch)."
         )
     return loss
-
-
-def untrained_statistics(
-    tokenizer: WeightTokenizer, initial: Mapping[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and scale for [`WeightNormalization.set_statistics`] where there are no adapters to take them from.
-
-    The mean is the adapter that the base brings along, so that an unfitted generator writes just that one; it must not
-    be zero in both A and B, where the loss has no gradient. The scale of a matrix is 1 / sqrt(3 n), n the length of
-    its long side: for A the standard deviation of PEFT's own initialisation, and for B the like.
-
-    Args:
-        tokenizer: The tokenizer.
-        initial: PEFT on-disk key -> matrix.
-
-    Returns:
-        Float32 mean of shape `grid_shape`, and float32 scale of shape (N_w,).
-    """
-    scale = torch.tensor([(3.0 * tensor.long_size) ** -0.5 for tensor in tokenizer.layout.tensors])
-    return tokenizer.encode(initial), scale[tokenizer.tensor_index()]
 
 
 def _has_labels(batch: Any) -> bool:

@@ -31,7 +31,8 @@ from transformers import (
 from ..adapters.lora import live_state_dict
 from ..adapters.matching import adaptable_modules, base_model_of
 from ..errors import GeneratorConfigError, PairsFolderError, PromptError
-from ..pairs.distillation import DistillationRecord, DistillationWriter
+from ..pairs.dataset import PromptCheckpointDataset
+from ..pairs.distillation import DistillationRecord, DistillationWriter, read_record
 from ..pairs.folder import TaskRecord, adapter_digest, read_task, write_task
 from ..pairs.prompt_pool import read_prompts, write_prompts
 from ..pairs.writer import task_record
@@ -156,6 +157,24 @@ def base_digest(model: nn.Module) -> str:
             digest.update(f"{name}.{key} {tuple(parameter.shape)}\n".encode())
             digest.update(sample.view(torch.int16).numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
+
+
+def check_teachers(pairs: PromptCheckpointDataset, base_model: nn.Module) -> None:
+    """Make sure that what teachers said to the tasks was said by the base that is fitted for.
+
+    Raises:
+        PairsFolderError: If another base said it.
+    """
+    own = base_digest(base_model)
+    for task in pairs.tasks:
+        rows = pairs.distillation(task)
+        record = None if rows is None else read_record(rows.path.parent)
+        if record is not None and record.teacher["base"] != own:
+            raise PairsFolderError(
+                f"Task {task!r} was answered by another base, {record.teacher.get('name')!r} with the digest "
+                f"{record.teacher['base']}; the trainer's base_model has {own}. Have it answered by this base with "
+                "distil_task(..., overwrite=True), or pass the base that answered."
+            )
 
 
 class _Answering:

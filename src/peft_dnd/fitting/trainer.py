@@ -23,14 +23,14 @@ from ..evaluation import EvaluationReport, score_generated
 from ..generator.conditioning import TEXT_ENCODER_FOLDER
 from ..generator.model_card import EVALUATION
 from ..generator.modeling import PromptConditionedLoraGenerator
-from ..pairs.collator import ExampleCollator, ExamplesBesidePairs, PromptCheckpointCollator
+from ..pairs.collator import DistillationCollator, ExampleCollator, ExamplesBesidePairs, PromptCheckpointCollator
 from ..pairs.dataset import PromptCheckpointDataset
 from ..storage.cards import CARD_NAME, may_write_card
 from ..storage.files import write_text
 from ..storage.processes import agree, check_sharding, separate_noise
-from ..text.encoder import PromptEmbeddingCache
+from ..text.embedding_cache import PromptEmbeddingCache
 from ..text.out_of_distribution import FEWEST_TASKS
-from ..text.sentence_transformer import SentenceTransformerTextEncoder
+from ..text.sentence_transformer_encoder import SentenceTransformerTextEncoder
 from .arguments import DnDTrainingArguments
 from .inputs import EpochSampler, as_asked, check_kinds, use_one_gpu
 from .losses import add_noise
@@ -141,10 +141,17 @@ class DnDTrainer(UploadingTrainer):
         self.objective = FittingObjective(model, args, base_model, task_loss_function, token_weight=token_weight)
         data_collator: Any = self._collator
         self._eval_data_collator: Any = self._eval_collator
-        if self.objective.task_loss is not None:
-            collate = task_collator or ExampleCollator.for_model(self.objective.task_loss.model)
-            data_collator = ExamplesBesidePairs(self._collator, args.task_examples, collate)
-            self._eval_data_collator = ExamplesBesidePairs(self._eval_collator, args.task_examples, collate)
+        base = self.objective.task_loss
+        for name, weight, kind in (
+            ("examples", args.task_loss_weight, ExampleCollator),
+            ("distillation", args.distillation_weight, DistillationCollator),
+        ):
+            if base is not None and weight > 0:
+                collate = (task_collator if name == "examples" else None) or kind.for_model(base.model)
+                data_collator = ExamplesBesidePairs(data_collator, args.task_examples, collate, name)
+                self._eval_data_collator = ExamplesBesidePairs(
+                    self._eval_data_collator, args.task_examples, collate, name
+                )
         if args.ddp_find_unused_parameters is None and model.config.freeze_text_encoder:
             args.ddp_find_unused_parameters = False  # every parameter of a decoder has a part in every loss
         if args.push_to_hub:
@@ -290,7 +297,7 @@ class DnDTrainer(UploadingTrainer):
 
     def _prepare(self) -> None:
         if self.pairs is not None:
-            self.objective.prepare(self.pairs)
+            self.objective.prepare(self.pairs, self._some_batches)
         if self._collator.encode:
             for collator, dataset in ((self._collator, self.pairs), (self._eval_collator, self.eval_dataset)):
                 if isinstance(dataset, PromptCheckpointDataset):
@@ -298,6 +305,10 @@ class DnDTrainer(UploadingTrainer):
             decoder = self.generator.decoder
             if self.pairs is not None and isinstance(decoder, CenteredDecoder) and not decoder.centered:
                 decoder.center_on(self._collator.states_of_tasks(self.pairs))
+
+    def _some_batches(self) -> list[Any]:
+        collator: Any = self.data_collator
+        return collator.some(self.pairs) if isinstance(collator, ExamplesBesidePairs) else []
 
     def _keep_prompts(self) -> None:
         if self.pairs is not None and len(self.pairs.tasks) >= FEWEST_TASKS:

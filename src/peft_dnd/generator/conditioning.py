@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from ..errors import TextEncoderError
-from ..text.condition_text import condition_texts
 from ..text.encoder import TextEncoder, check_how_it_reads, condition_size
 from ..text.named_encoder import load_named_encoder
-from ..text.padded_states import padded_token_states
-from ..text.prompts import TokenStates, draw_prompt_set, select_prompts
+from ..text.padded_token_states import padded_token_states
+from ..text.prompts import draw_prompt_set, select_prompts
+from ..text.prompts_and_answers import condition_texts
+from ..text.token_states import TokenStates
 from .configuration import PromptConditionedLoraGeneratorConfig
 
 
@@ -103,7 +104,7 @@ class PromptReadingMixin(nn.Module):
             what: What error messages call the prompts.
 
         Raises:
-            PromptTypeError: As in [`condition_texts`][peft_dnd.text.condition_text.condition_texts].
+            PromptTypeError: As in [`condition_texts`][peft_dnd.text.prompts_and_answers.condition_texts].
             PromptError: As there.
         """
         config = self.config

@@ -18,9 +18,9 @@ from ..adapters.tokenizer import WeightTokenizer
 from ..errors import FormatVersionError, GeneratorConfigError, GeneratorNotFoundError, did_you_mean
 from ..storage.files import PathLike, read_json
 from ..storage.hub import generator_name, what_it_is_instead
-from ..text.condition_text import check_condition_text
 from ..text.encoder import TextEncoder, check_how_it_reads, check_text_encoder, condition_size, longest_prompt
 from ..text.named_encoder import load_named_encoder
+from ..text.prompts_and_answers import check_condition_text
 from .paper_settings import PaperSettings
 
 

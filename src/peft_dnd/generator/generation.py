@@ -15,7 +15,7 @@ from torch import nn
 from ..adapters.generated_adapter import GeneratedAdapter
 from ..adapters.tokenizer import WeightNormalization, WeightTokenizer
 from ..errors import NotFittedError, OutOfDistributionError, PromptError, PromptTypeError, WeightValueError
-from ..text.encoder import PromptEmbeddingCache
+from ..text.embedding_cache import PromptEmbeddingCache
 from ..text.out_of_distribution import (
     FEWEST_TASKS,
     REFERENCE_NAME,

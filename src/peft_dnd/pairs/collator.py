@@ -13,8 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 from ..adapters.tokenizer import WeightTokenizer
 from ..errors import PairsFolderError
 from ..storage.progress import with_progress
-from ..text.encoder import PromptEmbeddingCache
-from ..text.prompts import TokenStates, draw_prompt_set, select_prompts
+from ..text.embedding_cache import PromptEmbeddingCache
+from ..text.prompts import draw_prompt_set, select_prompts
+from ..text.token_states import TokenStates
 from .dataset import PromptCheckpointDataset
 
 
@@ -184,21 +185,29 @@ class DistillationCollator(ExampleCollator):
 
 @dataclass
 class ExamplesBesidePairs:
-    """A collator that adds to each item's pair a batch of examples of its task, drawn with the item's seed.
+    """A collator that adds to each item's pair a batch of rows of its task, drawn with the item's seed.
 
-    The batch of pairs gets one more entry, `"examples"`: a list of B batches, one for each item.
+    The batch of pairs gets one more entry of that name: a list of B batches, one for each item.
 
     Args:
         pairs: The collator of the pairs.
-        num_examples: How many examples an item gets; all, where its task has no more.
+        num_examples: How many rows an item gets; all, where its task has no more.
         collate: Rows to a batch.
+        name: Which rows, `"examples"` or `"distillation"`.
     """
 
     pairs: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
     num_examples: int
     collate: Callable[[Sequence[Mapping[str, Any]]], Any]
+    name: str = "examples"
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Make a batch of items."""
-        drawn = [item["examples"].draw(self.num_examples, item["seed"]) for item in items]
-        return {**self.pairs(items), "examples": [self.collate(rows) for rows in drawn]}
+        drawn = [item[self.name].draw(self.num_examples, item["seed"]) for item in items]
+        return {**self.pairs(items), self.name: [self.collate(rows) for rows in drawn]}
+
+    def some(self, dataset: PromptCheckpointDataset, most_tasks: int = 16, most_rows: int = 4) -> list[Any]:
+        """A few rows of a few tasks from among all, each task's as a batch, always the same."""
+        tasks = dataset.tasks[:: max(1, len(dataset.tasks) // most_tasks)][:most_tasks]
+        rows = [getattr(dataset, self.name)(task).draw(most_rows, seed=0) for task in tasks]
+        return [self.collate(drawn) for drawn in rows]

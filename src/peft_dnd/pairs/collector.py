@@ -15,8 +15,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..adapters.layout import AdapterLayout
 from ..errors import GeneratorConfigError, PairsFolderError
 from ..storage.files import PathLike
-from ..text.condition_text import check_answers
 from ..text.prompts import check_prompts
+from ..text.prompts_and_answers import check_answers
 from .folder import stored_steps
 from .initialization import has_common_initialization, use_common_initialization, whole_matrices
 from .writer import PairWriter

@@ -20,8 +20,8 @@ from ..adapters.lora import ADAPTER_CONFIG_NAME
 from ..errors import GeneratorConfigError, LayoutError, PairsFolderError
 from ..storage.files import PathLike, read_safetensors
 from ..storage.progress import with_progress
-from ..text.condition_text import condition_texts
 from ..text.prompts import select_prompts
+from ..text.prompts_and_answers import condition_texts
 from .distillation import RECORD_NAME, ROWS_NAME
 from .examples import EXAMPLES_NAME, TaskExamples
 from .folder import CHECKPOINTS_FOLDER, TASK_NAME, Task, check_alike, find_tasks, load_task
@@ -214,7 +214,7 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         data set's seed and the task's name, so that it is the same in every epoch and run.
 
         Args:
-            condition_text: Which texts; see [`condition_texts`][peft_dnd.text.condition_text.condition_texts].
+            condition_text: Which texts; see [`condition_texts`][peft_dnd.text.prompts_and_answers.condition_texts].
             answer_ratio: For `"mixed"`: which share of a task's texts holds answers.
             prompt_pool_size: How many prompts of each task to keep, drawn once; by default all. With as many as the
                 decoder reads, it reads the same ones at every step.

@@ -16,8 +16,8 @@ from ..adapters.layout import AdapterLayout
 from ..adapters.lora import ADAPTER_CONFIG_NAME
 from ..errors import PairsFolderError
 from ..storage.files import PathLike, staged_directory
-from ..text.condition_text import check_answers
 from ..text.prompts import check_prompts
+from ..text.prompts_and_answers import check_answers
 from .examples import EXAMPLES_NAME, write_examples
 from .folder import (
     TASK_NAME,

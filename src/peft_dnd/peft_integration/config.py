@@ -18,9 +18,9 @@ from ..generator.configuration import PromptConditionedLoraGeneratorConfig
 from ..generator.generation import THRESHOLD
 from ..generator.modeling import PromptConditionedLoraGenerator
 from ..storage.hub import HubOptions, find_generator
-from ..text.condition_text import condition_texts
 from ..text.out_of_distribution import check_action
 from ..text.prompts import check_prompts
+from ..text.prompts_and_answers import condition_texts
 
 
 # Where the injection is not in force, PEFT refuses this initialisation rather than making a zero adapter.

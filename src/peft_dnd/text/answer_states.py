@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import GeneratorConfigError, TextEncoderError
-from .hidden_states import HiddenStatesTextEncoder
-from .loading import drop_layers, layer_from_front
+from .hidden_states_encoder import HiddenStatesTextEncoder
+from .layers import drop_layers, layer_from_front
 from .prompts import check_prompts
 
 
@@ -118,9 +118,9 @@ class AnswerStatesTextEncoder(HiddenStatesTextEncoder):
         """
         return [1] * len(check_prompts(prompts))
 
-    def _forward(self, rows: list[list[int]], max_length: int | None) -> list[Tensor]:
+    def _token_states(self, prompts: list[str], max_length: int | None) -> list[Tensor]:
         model = self._reader
-        ids = torch.tensor(rows, device=cast(Tensor, model.get_input_embeddings().weight).device)
+        ids = torch.tensor(self._tokenize(prompts), device=cast(Tensor, model.get_input_embeddings().weight).device)
         states = model(
             input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True, use_cache=False
         ).hidden_states

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from .answer_states import AnswerStatesTextEncoder
 from .encoder import TextEncoder
-from .sentence_transformer import SentenceTransformerTextEncoder
+from .sentence_transformer_encoder import SentenceTransformerTextEncoder
 
 
 def load_named_encoder(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import CorruptFileError, GeneratorConfigError
 from ..storage.files import PathLike, read_safetensors, write_safetensors
-from .prompts import TokenStates
+from .token_states import TokenStates
 
 
 REFERENCE_NAME = "prompt_reference.safetensors"

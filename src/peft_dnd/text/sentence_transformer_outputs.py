@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import TextEncoderError
-from .blocks import windows
+from .blockwise_encoder import windows
 
 
 if TYPE_CHECKING:
@@ -89,18 +89,13 @@ def token_lengths(module: SentenceTransformer, texts: Sequence[str]) -> list[int
     return lengths
 
 
-def count_cut(module: SentenceTransformer, texts: Sequence[str], lengths: Sequence[int | None], limit: int) -> int:
-    """How many texts, of whose tokens so many are read, have more of them than a limit."""
+def whole_lengths(module: SentenceTransformer, texts: Sequence[str]) -> list[int]:
+    """How many tokens each text would have if none were cut; 0 where the model's tokenizer cuts none."""
     tokenizer = getattr(module, "tokenizer", None)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        return 0
-    # Most texts are shorter; only those that fill the limit must be asked whether they would exceed it.
-    full = [
-        _instruction(module) + text
-        for text, length in zip(texts, lengths, strict=True)
-        if length is not None and length >= limit
-    ]
-    return sum(len(tokenizer(text, truncation=False, verbose=False)["input_ids"]) > limit for text in full)
+        return [0] * len(texts)
+    instruction = _instruction(module)
+    return [len(tokenizer(instruction + text, truncation=False, verbose=False)["input_ids"]) for text in texts]
 
 
 def measured_sizes(module: SentenceTransformer) -> tuple[int | None, int]:

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all verbs share: the options that each has, what goes to standard output, and suggestions for typing errors."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress and no summary; warnings, errors and --json remain.")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+Base = Annotated[str, typer.Option("--base", help="Folder or Hub id of the base model, with its tokenizer.")]
+Device = Annotated[
+    str | None, typer.Option(help="Where the base runs: cpu, cuda, ...; the first GPU if there is one.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="A setting of the recipe, such as training.max_steps=100; may be repeated."
+    ),
+]
+
+
+class CommandError(Exception):
+    """The input is at fault, as can be told without the library. The command ends with 1 and this message."""
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """What to say after an unknown name: the nearest known one, or all of them.
+
+    >>> suggestion("promt", ["prompt", "answer"])
+    " Did you mean 'prompt'?"
+    >>> suggestion("x", ["prompt", "answer"])
+    ' Known: answer, prompt.'
+    """
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(sorted(known)) or 'none'}."
+
+
+def one_paragraph(error: Exception) -> str:
+    """An error's message without line breaks, as other libraries put them in; its kind if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def report(facts: Mapping[str, Any], summary: str, *, as_json: bool, quiet: bool) -> None:
+    """Print the result of a verb to standard output: as JSON, or in words unless they are not wanted."""
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+    elif not quiet:
+        typer.echo(summary)
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[None]:
+    """Within this context all that other libraries print goes to standard error, or nowhere if it is not wanted."""
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+    from transformers.utils import logging as transformers_logging
+
+    from peft_dnd.storage.progress import short_bars_hidden
+
+    if not quiet:
+        # transformers' Trainer prints what it logs.
+        with redirect_stdout(sys.stderr), short_bars_hidden():
+            yield
+        return
+    shown, hub_hidden = transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+        if not hub_hidden:
+            enable_progress_bars()
+
+
+def existing_file(path: Path, what: str) -> Path:
+    """The path, if there is a file.
+
+    Raises:
+        CommandError: Otherwise; it says what is there instead.
+    """
+    if path.is_file():
+        return path
+    found = "is a folder" if path.is_dir() else "does not exist"
+    parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    near = (
+        difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1)
+        if parent.is_dir()
+        else []
+    )
+    hint = f" There is {str(path.parent / near[0])!r}." if near and parent == path.absolute().parent else ""
+    raise CommandError(f"{what} {str(path)!r} {found}.{hint} Check the spelling, and from where the path is counted.")

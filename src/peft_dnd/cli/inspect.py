@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`peft-dnd inspect`: what a generator, an adapter or a pairs folder is, what it fits, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from .bases import fit_to_skeleton
+from .console import CommandError, Json, Quiet, Revision, report
+from .engines import vllm_problems
+
+
+if TYPE_CHECKING:
+    from peft_dnd.adapters import AdapterLayout
+
+Kind = Literal["generator", "adapter", "pairs"]
+
+
+def inspect(
+    what: Annotated[str, typer.Argument(help="Folder or Hub id of a generator or an adapter, or a pairs folder.")],
+    base: Annotated[
+        str | None, typer.Option("--base", help="Folder or Hub id of a base model: say whether the adapters fit it.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another of these: say in what the adapters' layouts differ first.")
+    ] = None,
+    engine: Annotated[
+        Literal["vllm"] | None, typer.Option("--for", help="Find what this engine would pass over without a word.")
+    ] = None,
+    served: Annotated[
+        str | None, typer.Option(help="With --for: the name under which the engine serves the base.")
+    ] = None,
+    max_rank: Annotated[
+        int, typer.Option(min=1, help="With --for: the largest rank that the engine takes, vLLM's max_lora_rank.")
+    ] = 16,
+    revision: Revision = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what a generator, an adapter or a pairs folder is: its layout, sizes, base and origin. Loads no weights.
+
+    Ends with 1 if anything is wrong: it does not fit the base, differs from the other, an engine would be silently
+    wrong with it, tasks of a pairs folder are incomplete or differ in their layouts.
+
+    Example:
+      peft-dnd inspect org/generator --base Qwen/Qwen2.5-0.5B
+      peft-dnd inspect adapter --for vllm --served Qwen/Qwen2.5-0.5B --json
+    """
+    if served is not None and engine is None:
+        raise typer.BadParameter("--served says what an engine calls the base: it goes with --for.")
+    kind = what_is(what, revision)
+    facts, layout, problems = _LOOKS[kind](what, revision)
+    renamed: dict[str, str] = {}
+    if layout is not None and base is not None:
+        renamed, found = fit_to_skeleton(layout, base)
+        facts["fits_base"] = found is None
+        problems += [found] if found else []
+    if engine is not None:
+        config = _engine_config(kind, what, revision, layout)
+        problems += vllm_problems(config, served=served, max_rank=max_rank, renamed=renamed)
+    if layout is not None and against is not None:
+        _, other, _ = _LOOKS[what_is(against, None)](against, None)
+        difference = layout.difference(other) if other is not None else "it has no layout"
+        facts["difference"] = difference
+        if difference:
+            problems.append(f"the layouts of {what!r} (the first) and {against!r} (the second) differ: {difference}")
+    if engine is not None and layout is None and not problems:
+        problems.append("there is no adapter in it that an engine could serve")
+    facts = {"kind": kind, "name": what, **facts, "problems": problems}
+    report(facts, _in_words(facts), as_json=as_json, quiet=quiet and not problems)
+    if problems:
+        raise typer.Exit(1)
+
+
+def what_is(name: str, revision: str | None) -> Kind:
+    """Which of the things that the library knows lies in a folder, or in a repository of the Hub.
+
+    Raises:
+        CommandError: If none of them does.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.exists():
+            raise CommandError(f"{name!r} is a file. Name the folder of a generator, an adapter or pairs.")
+        return _on_hub(name, revision)
+    if (folder / "adapter_config.json").is_file():
+        return "adapter"
+    if (folder / "config.json").is_file():
+        return "generator"  # whose configuration says so, or whose error says what it is instead
+    if any(folder.glob("*/task.json")):
+        return "pairs"
+    if (folder / "task.json").is_file():
+        raise CommandError(f"{name!r} is the folder of one task. Name the pairs folder that it lies in.")
+    raise CommandError(
+        f"{name!r} holds neither a generator (config.json) nor an adapter (adapter_config.json), nor pairs (folders "
+        "with a task.json)."
+    )
+
+
+def _on_hub(name: str, revision: str | None) -> Kind:
+    from peft_dnd.adapters.lora import ADAPTER_CONFIG_NAME
+    from peft_dnd.errors import GeneratorNotFoundError
+    from peft_dnd.storage.hub import find_adapter, find_generator
+
+    try:
+        find_generator(name, config_only=True, revision=revision)
+    except GeneratorNotFoundError:
+        try:
+            folder = find_adapter(name, (ADAPTER_CONFIG_NAME,), revision=revision)
+        except OSError:
+            folder = None
+        if folder is None or not (folder / ADAPTER_CONFIG_NAME).is_file():
+            raise
+        return "adapter"
+    return "generator"
+
+
+def _look_at_generator(name: str, revision: str | None) -> tuple[dict[str, Any], AdapterLayout | None, list[str]]:
+    from peft_dnd.decoders import check_decoder_type
+    from peft_dnd.generator import PromptConditionedLoraGeneratorConfig
+    from peft_dnd.storage.files import read_safetensors_shapes
+    from peft_dnd.text.out_of_distribution import REFERENCE_NAME
+
+    config = PromptConditionedLoraGeneratorConfig.from_pretrained(name, revision=revision or "main")
+    check_decoder_type(config.decoder_type)  # what would not load must not be shown as if it were fine
+    layout = config.adapter_layout
+    folder, problems = Path(name), []
+    files = sorted(folder.glob("model*.safetensors")) if folder.is_dir() else []
+    for file in files:
+        read_safetensors_shapes(file)
+    if folder.is_dir() and not files:
+        problems.append("it has a configuration but no weights in safetensors format")
+    facts = {
+        **_facts_of(layout),
+        "decoder": config.decoder_type,
+        "weights_bytes": sum(file.stat().st_size for file in files) if files else None,
+        "text_encoder": "in its folder" if config.text_encoder_in_folder else config.text_encoder,
+        "num_prompts": config.num_prompts,
+        "max_prompt_length": config.max_prompt_length,
+        "condition": config.condition,
+        "condition_text": config.condition_text,
+        "knows_its_tasks": (folder / REFERENCE_NAME).is_file() if folder.is_dir() else None,
+        "measured": config.measured,
+    }
+    return facts, layout, problems
+
+
+def _look_at_adapter(name: str, revision: str | None) -> tuple[dict[str, Any], AdapterLayout | None, list[str]]:
+    from peft_dnd.adapters import AdapterLayout
+    from peft_dnd.adapters.generated_adapter import PROVENANCE_NAME
+    from peft_dnd.adapters.lora import ADAPTER_WEIGHTS_NAME
+    from peft_dnd.errors import LayoutError
+    from peft_dnd.storage.files import read_json
+
+    folder = _adapter_folder(name, revision)
+    provenance = folder / PROVENANCE_NAME
+    facts: dict[str, Any] = {"provenance": read_json(provenance) if provenance.is_file() else None}
+    try:
+        layout = AdapterLayout.from_folder(folder)
+    except LayoutError as error:  # an adapter, but none that a generator could have written
+        return facts, None, [str(error)]
+    bytes_ = (folder / ADAPTER_WEIGHTS_NAME).stat().st_size
+    return {**_facts_of(layout), "weights_bytes": bytes_, **facts}, layout, []
+
+
+def _look_at_pairs(name: str, revision: str | None) -> tuple[dict[str, Any], AdapterLayout | None, list[str]]:
+    from peft_dnd.pairs.folder import find_tasks, load_task, read_task
+
+    layout, first, problems, bases = None, "", [], Counter[str]()
+    tasks: dict[str, dict[str, Any]] = {}
+    for task, folder in find_tasks(name).items():
+        record = read_task(folder)
+        if not record.complete:
+            problems.append(f"task {task!r} is incomplete: train it again, or resume it")
+            tasks[task] = {"complete": False}
+            continue
+        found = load_task(folder)
+        tasks[task] = {
+            "complete": True,
+            "prompts": len(found.prompts),
+            "answers": found.answers is not None,
+            "checkpoints": len(found.checkpoints),
+            "examples": len(found.examples) if found.examples is not None else 0,
+            "distilled": len(found.distillation) if found.distillation is not None else 0,
+        }
+        if found.layout is None:
+            continue
+        bases.update([str(found.layout.base_model_name_or_path)])
+        if layout is None:
+            layout, first = found.layout, task
+        elif (difference := layout.difference(found.layout)) is not None:
+            problems.append(f"tasks {first!r} (the first) and {task!r} (the second) differ: {difference}")
+    if len(bases) > 1:
+        problems.append(f"its tasks are of different base models: {', '.join(sorted(bases))}")
+    return {**({} if layout is None else _facts_of(layout)), "tasks": tasks}, layout, problems
+
+
+_LOOKS = {"generator": _look_at_generator, "adapter": _look_at_adapter, "pairs": _look_at_pairs}
+
+
+def _facts_of(layout: AdapterLayout) -> dict[str, Any]:
+    ranks = Counter(module.rank for module in layout.modules)
+    kinds = Counter(module.name.rpartition(".")[2] for module in layout.modules)
+    return {
+        "base_model": layout.base_model_name_or_path,
+        "modules": len(layout.modules),
+        "module_kinds": dict(sorted(kinds.items())),
+        "max_rank": layout.max_rank,
+        "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
+        "use_rslora": layout.use_rslora,
+        "task_type": layout.task_type,
+        "adapter_parameters": layout.num_parameters,
+    }
+
+
+def _adapter_folder(name: str, revision: str | None) -> Path:
+    from peft_dnd.adapters.generated_adapter import PROVENANCE_NAME
+    from peft_dnd.adapters.lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
+    from peft_dnd.storage.hub import find_adapter
+
+    files = (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, PROVENANCE_NAME)
+    return find_adapter(name, files, revision=revision)
+
+
+def _engine_config(kind: Kind, what: str, revision: str | None, layout: AdapterLayout | None) -> dict[str, Any]:
+    """The `adapter_config.json` that an engine would read."""
+    if kind != "adapter":
+        return {} if layout is None else layout.lora_config().to_dict()
+    from peft_dnd.adapters.lora import ADAPTER_CONFIG_NAME
+    from peft_dnd.storage.files import read_json
+
+    config: dict[str, Any] = read_json(_adapter_folder(what, revision) / ADAPTER_CONFIG_NAME)
+    return config
+
+
+def _in_words(facts: dict[str, Any]) -> str:
+    lines = [f"{facts['name']}: {facts['kind']}"]
+    for name, value in facts.items():
+        if name in ("kind", "name", "problems") or value in (None, {}):
+            continue
+        label = name.replace("_", " ")
+        if isinstance(value, dict):
+            lines.append(f"  {label}:")
+            lines += [f"    {key}: {_value_in_words(of)}" for key, of in value.items()]
+        else:
+            lines.append(f"  {label}: {_value_in_words(value)}")
+    lines += [f"  wrong: {problem}" for problem in facts["problems"]]
+    return "\n".join(lines)
+
+
+def _value_in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {_value_in_words(of)}" for name, of in value.items())
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
