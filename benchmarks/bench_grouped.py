@@ -4,8 +4,8 @@
 A step is forward and backward with respect to all matrices of 8 tasks x 8 examples of about 20 tokens, of which the
 last few are labelled, with LoRA of rank 8 on all linear layers. The base without adapters is what nothing goes below:
 the same rows in one pass, its head at the labelled places alone, and a backward pass down to the embedded tokens.
-Contestants take turns and ratios are those of each round's pair, so that they stand whatever the load on the machine
-is; it is in the record.
+Contestants take turns, ratios are those of each round's pair, and on a processor what is counted are the seconds that
+it spends on this process, so that figures stand on a machine that others keep busy; its load is in the record.
 
     python benchmarks/bench_grouped.py                                # a small Llama from a configuration
     python benchmarks/bench_grouped.py --base FOLDER --name gemma     # a transformers model's folder
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from peft_dnd import AdapterLayout
 from peft_dnd.fitting.chosen_places import head_of, logits_at_places
 from peft_dnd.fitting.rows import LABEL_PADDING, Pass, Rows
 from peft_dnd.fitting.task_loss import TaskLoss
-from peft_dnd.pairs.examples import ExampleCollator
+from peft_dnd.pairs.collator import ExampleCollator
 
 
 TASKS = 8
@@ -55,7 +56,7 @@ def main() -> None:
     batches = draw_batches(base.config.vocab_size)
     contestants, losses = make_contestants(base, layout, batches)
     loads = [os.getloadavg()[0]]
-    seconds = take_turns(contestants, options.repeats)
+    seconds = take_turns(contestants, options.repeats, time.process_time if options.device == "cpu" else None)
     loads.append(os.getloadavg()[0])
     result = {
         "base": options.base.name if options.base else "a Llama of 4 layers of width 256",
@@ -68,6 +69,7 @@ def main() -> None:
         "adapter_parameters": layout.num_parameters,
         "load_average": [round(load, 2) for load in loads],
         "repeats": options.repeats,
+        "clock": "processor time of this process" if options.device == "cpu" else "time passed",
         "losses_differ_by": losses,
         "seconds": {name: {key: round(v, 4) for key, v in spread(taken).items()} for name, taken in seconds.items()},
         "times_as_long_as_grouped": {

@@ -64,20 +64,29 @@ def timed(contestants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[st
     return {name: spread(seconds) for name, seconds in take_turns(contestants, repeats).items()}
 
 
-def take_turns(contestants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+def take_turns(
+    contestants: Mapping[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] | None = None
+) -> dict[str, list[float]]:
     """Time contestants in turn (A, B, A, B, ...), so that all meet the same machine, after one untimed round.
+
+    Args:
+        contestants: Name -> what is timed.
+        repeats: How many timed rounds.
+        clock: Gives seconds; by default those that pass. `time.process_time` counts what the processor spent on this
+            process alone, where others keep it busy.
 
     Returns:
         Name -> seconds of each of the `repeats` rounds, for [`spread`] and [`ratio`].
     """
+    clock = clock or _clock
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for contestant in contestants.values():
         contestant()
     for _ in range(repeats):
         for name, contestant in contestants.items():
-            began = _clock()
+            began = clock()
             contestant()
-            seconds[name].append(_clock() - began)
+            seconds[name].append(clock() - began)
     return seconds
 
 

@@ -31,7 +31,7 @@ from peft_dnd.errors import GeneratorConfigError
 from peft_dnd.fitting.adapted_base import AdaptedBase
 from peft_dnd.fitting.rows import Places, Rows
 from peft_dnd.fitting.task_loss import TaskLoss
-from peft_dnd.pairs.examples import ExampleCollator
+from peft_dnd.pairs.collator import ExampleCollator
 
 
 SIZES: dict[str, Any] = {

@@ -147,7 +147,7 @@ def _add_linear(
     if result.dtype == low.dtype:
         added = torch.baddbmm(grouped, low, b.mT, alpha=scaling)
     else:
-        added = (grouped + scaling * torch.bmm(low, b.mT)).to(result.dtype)
+        added = (grouped + torch.bmm(scaling * low, b.mT)).to(result.dtype)  # low is the smaller one to scale
     return added.reshape(result.shape)
 
 
