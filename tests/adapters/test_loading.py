@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -280,3 +281,10 @@ def test_heads_that_cannot_generate_take_it(
     live = live_state_dict(model, "default")
     for key, tensor in adapter.state_dict().items():
         assert torch.equal(live[key.replace("model.model.layers", prefix)], tensor)
+
+
+def test_a_load_of_ours_brings_no_deprecation_of_others(fresh_base: FreshBase, adapter: GeneratedAdapter) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapter.load_into(fresh_base())
+    assert not [warning for warning in caught if "is_gradient_checkpointing" in str(warning.message)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple, cast
@@ -141,7 +142,11 @@ def _add_empty_adapter(model: nn.Module, adapter_name: str, config: LoraConfig) 
     elif getattr(model, "peft_config", None):
         inject_adapter_in_model(config, model, adapter_name)
     else:
-        return get_peft_model(model, config, adapter_name)
+        with warnings.catch_warnings():
+            # PEFT reads a property of transformers' that has another name by now, for every model it wraps. Whoever
+            # calls get_peft_model sees that; here nobody did.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            return get_peft_model(model, config, adapter_name)
     return model
 
 
