@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +61,21 @@ def test_a_hook_of_somebody_else_stays() -> None:
     finally:
         assert transformers_logging.set_tqdm_hook(before) is hook
     assert seen == [{"total": 1}, {"total": 2}]
+
+
+def test_other_threads_show_their_bars_and_end_nobodys_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    def load(hides: bool) -> None:
+        with short_bars_hidden() if hides else nullcontext():
+            for _ in transformers_logging.tqdm(range(2), desc="hidden" if hides else "shown"):
+                pass
+
+    with short_bars_hidden():
+        for hides in (True, False):
+            thread = threading.Thread(target=load, args=(hides,))
+            thread.start()
+            thread.join()
+        load(False)
+    assert capsys.readouterr().err.count("shown: 100%") == 1
+    load(False)
+    assert transformers_logging.set_tqdm_hook(None) is None
+    assert "shown: 100%" in capsys.readouterr().err

@@ -22,7 +22,6 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peft_dnd.text.token_states import TokenStates
 from support.constants import WORDS
 
 
@@ -74,7 +73,3 @@ def write_word_vectors(path: Path) -> Path:
     lines = [" ".join([word, *map(str, row)]) for word, row in zip(WORDS, numbers, strict=True)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
-
-
-def bytes_of(states: TokenStates) -> list[bytes]:
-    return [states[i].numpy().tobytes() for i in range(len(states))]

@@ -12,16 +12,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformer
-from support.extractor_models import FAMILIES, bytes_of, new_model, new_static_embedding, new_tokenizer, save_model
+from support.encoding import PROMPTS, bytes_of
+from support.extractor_models import FAMILIES, new_model, new_static_embedding, new_tokenizer, save_model
 from torch import nn
 from transformers import AutoModel, T5EncoderModel
 
 from peft_dnd.errors import GeneratorConfigError, PromptError, TextEncoderError
 from peft_dnd.text.hidden_states_encoder import HiddenStatesTextEncoder
 from peft_dnd.text.sentence_transformer_encoder import SentenceTransformerTextEncoder
-
-
-PROMPTS = ["what is the capital ?", "a river", "law", "what is tax law ? please answer in one word .", "of a", "a law"]
 
 
 @pytest.fixture(scope="session")

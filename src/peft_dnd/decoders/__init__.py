@@ -106,13 +106,13 @@ def build_decoder(
     """
     check_decoder_type(decoder_type)
     decoder_class = DECODERS[decoder_type]
-    parameters = inspect.signature(decoder_class).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    parameters = inspect.signature(decoder_class).parameters
+    known = [parameter.name for parameter in parameters.values() if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
     unknown = sorted(set(settings) - set(known))
     if unknown:
         raise GeneratorConfigError(
             f"The decoder {decoder_type!r} has no setting {', '.join(map(repr, unknown))}. "
             f"Its settings: {', '.join(map(repr, known))}."
         )
-    places = {"positions": positions} if "positions" in inspect.signature(decoder_class).parameters else {}
+    places = {"positions": positions} if "positions" in parameters else {}
     return decoder_class(condition_shape, token_shape, **places, **settings)

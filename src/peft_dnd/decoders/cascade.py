@@ -7,22 +7,13 @@ import math
 from collections.abc import Iterable
 
 from ..errors import GeneratorConfigError
+from .checks import GridShape, check_shape
 
-
-GridShape = tuple[int, int, int]
 
 _MAX_DERIVED_LAYERS = 8
 _MIN_DERIVED_LAYERS = 2
 _HIDDEN_PROMPTS_LIMIT = 2048
 _HIDDEN_LIMIT = 256
-
-
-def check_shape(name: str, shape: Iterable[int]) -> GridShape:
-    """Takes any three positive integers, a list from JSON included, and refuses everything else."""
-    sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
-    if len(sizes) != 3 or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
-        raise GeneratorConfigError(f"{name} must be three positive integers (N, L, C), but is {shape!r}.")
-    return sizes
 
 
 def check_cascade(cascade: Iterable[Iterable[int]], first: GridShape, last: GridShape) -> tuple[GridShape, ...]:

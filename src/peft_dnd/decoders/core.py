@@ -21,7 +21,7 @@ from torch import nn
 
 from ..adapters.positions import TokenPositions
 from ..errors import GeneratorConfigError
-from .cascade import check_shape
+from .checks import check_set, check_settings, check_shape
 from .discriminants import discriminants
 
 
@@ -168,7 +168,16 @@ class CoreDecoder(nn.Module):
             "core_rank": core_rank,
             "num_bases": num_bases,
         }
-        _check_settings(sizes, shape, positions, dropout, summary_noise)
+        check_settings(sizes, dropout, summary_noise)
+        if core_rank > shape[1]:
+            raise GeneratorConfigError(
+                f"core_rank must not be above the adapter's rank {shape[1]}, but is {core_rank}."
+            )
+        if not len(positions.matrices) == len(positions.sides) == shape[0]:
+            raise GeneratorConfigError(
+                f"There are {shape[0]} weight tokens, but positions with the matrices of {len(positions.matrices)}. "
+                "Both must come from the same weight tokenizer."
+            )
         self._settings = {
             **sizes,
             "dropout": dropout,
@@ -234,12 +243,7 @@ class CoreDecoder(nn.Module):
         Raises:
             GeneratorConfigError: states or mask do not have the shapes that this decoder was built for.
         """
-        if states.dim() != 4 or states.shape[-1] != self.condition_size or mask.shape != states.shape[:3]:
-            raise GeneratorConfigError(
-                f"Condition states must have the shape (batch, N, L, {self.condition_size}) and the mask that without "
-                f"its last axis, but they have {tuple(states.shape)} and {tuple(mask.shape)}. Encode the prompts with "
-                "the text encoder that this decoder was built for."
-            )
+        check_set(states, mask, self.condition_size)
         unseen = ~mask.bool().flatten(1).unsqueeze(-1)
         x = states.to(self.center.dtype).flatten(1, 2).masked_fill(unseen, 0)
         read = F.linear((x - self.center) / self.spread, self.directions).masked_fill(unseen, 0)
@@ -251,23 +255,3 @@ class CoreDecoder(nn.Module):
 
 def _normalise(vectors: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(vectors, vectors.shape[-1:])
-
-
-def _check_settings(
-    sizes: dict[str, int], shape: tuple[int, ...], positions: TokenPositions, dropout: float, noise: float
-) -> None:
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise GeneratorConfigError(f"{name} must be a positive integer, but is {value!r}.")
-    if sizes["core_rank"] > shape[1]:
-        raise GeneratorConfigError(
-            f"core_rank must not be above the adapter's rank {shape[1]}, but is {sizes['core_rank']}."
-        )
-    if not len(positions.matrices) == len(positions.sides) == shape[0]:
-        raise GeneratorConfigError(
-            f"There are {shape[0]} weight tokens, but positions with the matrices of {len(positions.matrices)}. Both "
-            "must come from the same weight tokenizer."
-        )
-    for name, number, most in (("dropout", dropout, 1.0), ("summary_noise", noise, float("inf"))):
-        if not 0 <= number < most:
-            raise GeneratorConfigError(f"{name} must be at least 0 and below {most}, but is {number!r}.")

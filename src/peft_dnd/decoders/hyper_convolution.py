@@ -20,7 +20,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import GeneratorConfigError
-from .cascade import GridShape, check_cascade, check_shape, derive_cascade
+from .cascade import check_cascade, derive_cascade
+from .checks import GridShape, check_shape
 from .length_projection import LengthProjection
 from .plane_convolution import same_convolution
 

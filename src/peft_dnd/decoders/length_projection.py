@@ -12,9 +12,6 @@ from torch import nn
 from ..errors import GeneratorConfigError
 
 
-_SETTINGS = ("length", "scrambled")
-
-
 class LengthProjection(nn.Module):
     """Mixes the positions of each prompt down to fewer: (B, N, L, C) -> (B, N, L', C).
 
@@ -56,7 +53,7 @@ class LengthProjection(nn.Module):
         positive = isinstance(length, int) and not isinstance(length, bool) and length > 0
         if found or not positive or not isinstance(scrambled, bool):
             raise GeneratorConfigError(
-                f"length_projection must be a dictionary of {' and '.join(_SETTINGS)}, for instance "
+                "length_projection must be a dictionary of length and scrambled, for instance "
                 f'{{"length": 1000, "scrambled": false}}, but is {settings!r}.'
             )
         return cls(input_length, length, scrambled=scrambled)

@@ -13,7 +13,6 @@ B is the batch of tasks, N prompts, L positions in a prompt, C the text encoder'
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..adapters.positions import TokenPositions
 from ..errors import GeneratorConfigError
-from .cascade import check_shape
+from .checks import check_set, check_settings, check_shape
 
 
 class Attention(nn.Module):
@@ -213,7 +212,11 @@ class SetTransformerDecoder(nn.Module):
             "num_heads": num_heads,
             "num_templates": num_templates,
         }
-        _check_settings(settings, dropout, summary_noise)
+        check_settings(settings, dropout, summary_noise)
+        if hidden_size % num_heads:
+            raise GeneratorConfigError(
+                f"num_heads must divide hidden_size, but {num_heads} does not divide {hidden_size}."
+            )
         if len(positions.slots) != num_tokens:
             raise GeneratorConfigError(
                 f"There are {num_tokens} weight tokens, but positions of {len(positions.slots)}. Both must come from "
@@ -282,12 +285,7 @@ class SetTransformerDecoder(nn.Module):
         Raises:
             GeneratorConfigError: states or mask do not have the shapes that this decoder was built for.
         """
-        if states.dim() != 4 or states.shape[-1] != self.condition_size or mask.shape != states.shape[:3]:
-            raise GeneratorConfigError(
-                f"Condition states must have the shape (batch, N, L, {self.condition_size}) and the mask that without "
-                f"its last axis, but they have {tuple(states.shape)} and {tuple(mask.shape)}. Encode the prompts with "
-                "the text encoder that this decoder was built for."
-            )
+        check_set(states, mask, self.condition_size)
         seen = mask.bool().flatten(1)
         unseen = ~seen.unsqueeze(-1)
         x = states.to(self.condition_projection.weight.dtype).flatten(1, 2).masked_fill(unseen, 0)
@@ -324,18 +322,3 @@ class ZeroLinear(nn.Linear):
         """Sets all to zero, by `torch.nn.init` alone so that transformers can guard what it has loaded."""
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
-
-
-def _check_settings(settings: dict[str, int], dropout: float, noise: float) -> None:
-    for name, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise GeneratorConfigError(f"{name} must be a positive integer, but is {value!r}.")
-    if settings["hidden_size"] % settings["num_heads"]:
-        raise GeneratorConfigError(
-            f"num_heads must divide hidden_size, but {settings['num_heads']} does not divide "
-            f"{settings['hidden_size']}."
-        )
-    if not 0 <= dropout < 1:
-        raise GeneratorConfigError(f"dropout must be at least 0 and below 1, but is {dropout!r}.")
-    if not 0 <= noise < math.inf:
-        raise GeneratorConfigError(f"summary_noise must be finite and not negative, but is {noise!r}.")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,6 +14,8 @@ from .processes import is_first_process
 
 
 _WORTH_A_BAR = 8
+_hiding: list[int] = []  # threads within `short_bars_hidden`, one as often as it is nested
+_lock = threading.Lock()
 _Item = TypeVar("_Item")
 
 
@@ -27,21 +30,31 @@ def with_progress(items: Collection[_Item], what: str) -> Iterable[_Item]:
 def short_bars_hidden() -> Iterator[None]:
     """Within this context transformers' own bars ("Loading weights") show only where they take more than a second.
 
-    A hook that somebody else has set for them stays in force. Before transformers had such hooks, all bars show.
+    Bars of other threads are left as they are, and a hook that somebody else has set for bars stays in force. Before
+    transformers had such hooks, all bars show.
     """
     set_hook = getattr(transformers_logging, "set_tqdm_hook", None)
     if set_hook is None:
         yield
         return
-    previous = set_hook(_delayed)
-    if previous is not None:
-        set_hook(previous)
+    thread = threading.get_ident()
+    with _lock:
+        _hiding.append(thread)
+        _replace_hook(set_hook, None, _delayed)
     try:
         yield
     finally:
-        if previous is None:
-            set_hook(None)
+        with _lock:
+            _hiding.remove(thread)
+            if not _hiding:
+                _replace_hook(set_hook, _delayed, None)
+
+
+def _replace_hook(set_hook: Callable[[Any], Any], old: Any, new: Any) -> None:
+    found = set_hook(new)
+    if found is not old:
+        set_hook(found)
 
 
 def _delayed(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return factory(*args, **{"delay": 1.0, **kwargs})
+    return factory(*args, **({"delay": 1.0, **kwargs} if threading.get_ident() in _hiding else kwargs))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-from .answer_states import AnswerStatesTextEncoder as AnswerStatesTextEncoder
+from .answer_states_encoder import AnswerStatesTextEncoder as AnswerStatesTextEncoder
 from .embedding_cache import PromptEmbeddingCache as PromptEmbeddingCache
 from .encoder import TextEncoder as TextEncoder
 from .hidden_states_encoder import HiddenStatesTextEncoder as HiddenStatesTextEncoder

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import GeneratorConfigError, TextEncoderError
 from ..storage.files import staged_directory
+from ..storage.progress import short_bars_hidden
 from .blockwise_encoder import UNLIMITED, BlockwiseTextEncoder, check_token_limits, windows
 from .layers import layer_from_front
 from .prompts import check_prompts
@@ -144,7 +145,7 @@ class HiddenStatesTextEncoder(BlockwiseTextEncoder):
             )
         # sentence-transformers takes the encoder half out of an encoder-decoder itself.
         model = self._model if self._model.config.is_encoder_decoder else self._reader
-        with staged_directory(folder) as staged:
+        with staged_directory(folder) as staged, short_bars_hidden():
             model.save_pretrained(staged)
             self.tokenizer.save_pretrained(str(staged))
 

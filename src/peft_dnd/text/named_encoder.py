@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .answer_states import AnswerStatesTextEncoder
+from .answer_states_encoder import AnswerStatesTextEncoder
 from .encoder import TextEncoder
 from .sentence_transformer_encoder import SentenceTransformerTextEncoder
 

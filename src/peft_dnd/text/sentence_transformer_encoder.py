@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import TextEncoderError
 from ..storage.files import staged_directory
 from ..storage.hub import commit_in_cache
+from ..storage.progress import short_bars_hidden
 from .blockwise_encoder import UNLIMITED, BlockwiseTextEncoder
 from .layers import choose_layer, chosen_layer
 from .prompts import check_prompts
@@ -203,7 +204,7 @@ class SentenceTransformerTextEncoder(BlockwiseTextEncoder):
             # Others who load the folder know of no windows.
             self.module.max_seq_length = min(self.window_tokens, limit or self.window_tokens)
         try:
-            with staged_directory(folder) as staged:
+            with staged_directory(folder) as staged, short_bars_hidden():
                 self.module.save_pretrained(str(staged), create_model_card=False, safe_serialization=True)
         finally:
             if self.window_tokens is not None:

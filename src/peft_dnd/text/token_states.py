@@ -19,8 +19,7 @@ class TokenStates:
     Prompt i has the rows `flat[offsets[i]:offsets[i + 1]]`.
 
     Attributes:
-        flat: Floating point, `(total_tokens, C)`; `float32` as an encoder gives it, a shorter type where a cache was
-            asked to store it so.
+        flat: Floating point, `(total_tokens, C)`; `float32` from the library's own encoders.
         offsets: `int64`, `(n + 1,)`, from 0 to `total_tokens`, never falling.
     """
 
@@ -73,15 +72,6 @@ class TokenStates:
     def lengths(self) -> Tensor:
         """How many tokens each prompt has, `int64` `(n,)`."""
         return self.offsets.diff()
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the states take, in bytes."""
-        return self.flat.nbytes + self.offsets.nbytes
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TokenStates:
-        """The same states on another device or in another floating point type."""
-        return TokenStates(self.flat.to(device=device, dtype=dtype), self.offsets.to(device=device))
 
     def cut(self, max_length: int) -> TokenStates:
         """The states of the first `max_length` tokens of each prompt: all that a decoder reads need not be kept."""

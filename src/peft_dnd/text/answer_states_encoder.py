@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import GeneratorConfigError, TextEncoderError
+from ..storage.processes import loaded_whole
+from ..storage.progress import short_bars_hidden
 from .hidden_states_encoder import HiddenStatesTextEncoder
 from .layers import drop_layers, layer_from_front
 from .prompts import check_prompts
@@ -93,7 +95,14 @@ class AnswerStatesTextEncoder(HiddenStatesTextEncoder):
         """
         name = os.fspath(name_or_path)
         try:
-            model = AutoModel.from_pretrained(name, revision=revision, token=token, dtype=dtype)
+            with loaded_whole(), short_bars_hidden():
+                model = AutoModel.from_pretrained(
+                    name,
+                    revision=revision,
+                    token=token,
+                    dtype=dtype,
+                    use_safetensors=True,  # a pickle is never read
+                )
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, token=token)
         except (OSError, ValueError) as error:
             raise TextEncoderError(

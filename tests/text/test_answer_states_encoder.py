@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.extractor_models import new_model, new_tokenizer, save_model
 from transformers import LlamaForCausalLM
 
@@ -91,3 +92,15 @@ def test_impossible_ones_are_refused(tmp_path: Path):
         AnswerStatesTextEncoder(model, tokenizer, [9])
     with pytest.raises(TextEncoderError, match="as a language model with its tokenizer"):
         AnswerStatesTextEncoder.from_pretrained(tmp_path / "nowhere", [1])
+
+
+def test_loading_shows_no_bars_and_reads_no_pickle(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    name = save_model("llama", tmp_path)
+    capsys.readouterr()
+    AnswerStatesTextEncoder.from_pretrained(name, [1])
+    assert capsys.readouterr().err == ""
+    weights = load_file(name / "model.safetensors")
+    (name / "model.safetensors").unlink()
+    torch.save(weights, name / "pytorch_model.bin")  # noqa: TID251
+    with pytest.raises(TextEncoderError, match="as a language model with its tokenizer"):
+        AnswerStatesTextEncoder.from_pretrained(name, [1])
