@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The language model benchmark's judging: fair draws, everyone asked the same, a stopped run goes on, and its tables."""
+"""The language model benchmark's judging: fair draws, the same rows for everyone, stopped runs that go on, tables."""
 
 from __future__ import annotations
 

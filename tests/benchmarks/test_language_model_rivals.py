@@ -118,7 +118,7 @@ def test_blocks_that_are_there_are_not_trained_again(
 
 def test_loras_trained_otherwise_are_refused(base: nn.Module, tokenizer: Any, stored: rivals.StoredLoras) -> None:
     tasks = small_world().of("training")
-    with pytest.raises(rivals.RivalError, match="another 'seed'.*Remove the folder"):
+    with pytest.raises(rivals.RivalError, match=r"another 'seed'.*Remove the folder"):
         own_loras(base, tokenizer, tasks, stored.folder, training=QUICK, adapters_at_once=3, seed=1)
     with pytest.raises(rivals.RivalError, match="no LoRA of task 'unknown'"):
         stored.stacked(["unknown"])
