@@ -11,7 +11,7 @@ import hashlib
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from peft_dnd.storage.files import read_json, write_json
 
 if TYPE_CHECKING:
     # It needs the packages that its tasks are made of.
+    from language_model.parts import Part
     from language_model.world import World
 
 
@@ -82,7 +83,9 @@ class Questions:
         return "seen" if self.wording == "unseen" else "unseen"
 
 
-def draw_questions(world: World, size: Size, seed: int, kinds: Sequence[str] = KINDS) -> dict[str, list[Questions]]:
+def draw_questions(
+    world: World | Part, size: Size, seed: int, kinds: Sequence[str] = KINDS
+) -> dict[str, list[Questions]]:
     """Draw tasks of each kind and what is asked of them.
 
     Kinds of fewer than two tasks are left out: there is no other task's prompts to hold them against.
@@ -125,8 +128,8 @@ class Contest:
         model: The base.
         tokenizer: Its tokenizer.
         generator: The generator.
-        own: The own LoRAs of all tasks that are asked.
-        own_layout: Their layout.
+        own_layout: Of the tasks' own LoRAs.
+        own: The own LoRAs of all tasks that are asked; like those below, only where their rows are wanted.
         multi_task: The LoRA for all training tasks, key -> shape.
         multi_task_layout: Its layout.
         mean_of: Training tasks whose own LoRAs' mean is asked as well.
@@ -135,11 +138,11 @@ class Contest:
     model: nn.Module
     tokenizer: Any
     generator: PromptConditionedLoraGenerator
-    own: StoredLoras
     own_layout: AdapterLayout
-    multi_task: Matrices
-    multi_task_layout: AdapterLayout
-    mean_of: Sequence[str]
+    own: StoredLoras | None = None
+    multi_task: Matrices = field(default_factory=dict)
+    multi_task_layout: AdapterLayout | None = None
+    mean_of: Sequence[str] = ()
 
     @cached_property
     def _base(self) -> nn.Module:
@@ -151,6 +154,7 @@ class Contest:
 
     @cached_property
     def multi_task_base(self) -> AdaptedBase:
+        assert self.multi_task_layout is not None
         return AdaptedBase(self._base, self.multi_task_layout)
 
     @cached_property
@@ -159,6 +163,7 @@ class Contest:
 
     @cached_property
     def mean_lora(self) -> Matrices:
+        assert self.own is not None
         return self.own.mean(self.mean_of)
 
 
@@ -282,6 +287,7 @@ def _scores(
     for numbers in blocks(range(len(questions)), _ADAPTERS_AT_ONCE):
         some = [rows[number] for number in numbers]
         if entry.adapter == "own":
+            assert contest.own is not None
             matrices = contest.own.stacked([questions[number].task.name for number in numbers])
             found += right(contest.own_base, matrices, some)
         else:

@@ -43,7 +43,9 @@ def report_of(found: Found, resampling: Resampling | None = None) -> dict[str, A
         intervals, what generated adapters are above it, its mean over all tasks, and the tokens read for a question;
         share of the gap closed and conditioning gain.
     """
-    ceiling = {task: sum(of) / len(of) for task, of in found["choosing"]["scores"].items()}
+    # Without own LoRAs all tasks count.
+    chosen_by = found["choosing"]["scores"] if "choosing" in found else {key: [1] for key in found["base"]["scores"]}
+    ceiling = {task: sum(of) / len(of) for task, of in chosen_by.items()}
     kept = [task for task, share in ceiling.items() if share >= LEAST_CEILING]
     rows = [key for key in LABELS if key in found]
     report: dict[str, Any] = {

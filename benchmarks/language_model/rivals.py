@@ -191,7 +191,8 @@ def _optimizer(leaves: Matrices) -> torch.optim.AdamW:
 
 def _endless(examples: Sequence[tuple[str, str]], seed: str) -> Callable[[], tuple[str, str]]:
     """Draws examples: all of them once, in some order, then all again in another."""
-    chance, waiting = random.Random(seed), []
+    chance = random.Random(seed)
+    waiting: list[tuple[str, str]] = []
 
     def draw() -> tuple[str, str]:
         if not waiting:

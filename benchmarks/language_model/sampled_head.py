@@ -37,7 +37,7 @@ class SampledHeadBase:
     def __init__(
         self, model: nn.Module, layout: AdapterLayout, *, others: int = 2000, tokens_per_pass: int = 8192
     ) -> None:
-        weight = model.get_output_embeddings().weight  # type: ignore[operator, union-attr]
+        weight = model.get_output_embeddings().weight  # type: ignore[operator]
         self._all = weight.detach()
         self._others = others
         narrowed = with_head(model, weight[: 2 * others])
@@ -97,7 +97,7 @@ def with_head(model: nn.Module, weight: torch.Tensor | None = None) -> nn.Module
         model: The base; it is not touched.
         weight: The head's, (tokens, width); `None`: the base's own.
     """
-    own = model.get_output_embeddings().weight  # type: ignore[operator, union-attr]
+    own = model.get_output_embeddings().weight  # type: ignore[operator]
     weight = own if weight is None else weight
     shared = {id(value): value for value in (*model.parameters(), *model.buffers())}
     copied: Any = copy.deepcopy(model, shared)
@@ -105,7 +105,7 @@ def with_head(model: nn.Module, weight: torch.Tensor | None = None) -> nn.Module
     head.weight = nn.Parameter(weight.detach().float(), requires_grad=False)
     head.register_forward_pre_hook(_in_float32)
     copied.set_output_embeddings(head)
-    return copied  # type: ignore[no-any-return]
+    return copied
 
 
 def _in_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
