@@ -35,7 +35,7 @@ class SampledHeadBase:
     """
 
     def __init__(
-        self, model: nn.Module, layout: AdapterLayout, *, others: int = 2000, tokens_per_pass: int = 8192
+        self, model: nn.Module, layout: AdapterLayout, *, others: int = 2000, tokens_per_pass: int = 2048
     ) -> None:
         weight = model.get_output_embeddings().weight  # type: ignore[operator]
         self._all = weight.detach()
