@@ -177,18 +177,24 @@ class TaskLoss:
         """
         reason = "the base's forward is not given labels for each row and column"
         if _has_labels(batch):
-            few, _ = smallest(batch, batch["labels"][:, 1:] != LABEL_PADDING)
-            few = _to_device(few, self.base.device)
-            with self.base.in_place([value[0] for value in self.base.values(matrices)]):
-                output = self.model(**few)
-            own, logits = (output_of(output, name) for name in ("loss", "logits"))
-            for shift in (1, 0):
-                if _is_cross_entropy(own, logits, _targets(few["labels"], shift)):
+            try:
+                if (shift := self._shift_on(matrices, batch)) is not None:
                     self._shift = shift
                     return
+            except Exception as error:  # whatever a model says of a few rows, where not all that it reads is rows
+                logger.info("A few rows alone cannot be read: %s: %s.", type(error).__name__, error)
             reason = "the base's own loss is not the mean cross-entropy of its logits at the labels"
         self._shares = False
         logger.info("The loss of each item of a batch is taken apart: %s.", reason)
+
+    def _shift_on(self, matrices: Mapping[str, torch.Tensor], batch: Any) -> int | None:
+        few, _ = smallest(batch, batch["labels"][:, 1:] != LABEL_PADDING)
+        few = _to_device(few, self.base.device)
+        with self.base.in_place([value[0] for value in self.base.values(matrices)]):
+            output = self.model(**few)
+        own, logits = (output_of(output, name) for name in ("loss", "logits"))
+        found = (s for s in (1, 0) if _is_cross_entropy(own, logits, _targets(few["labels"], s)))
+        return next(found, None)
 
 
 class _LossWithGradients(torch.autograd.Function):

@@ -323,7 +323,10 @@ def _shared_layout(folder: Path, checkpoints: Sequence[Path]) -> AdapterLayout:
     for path in checkpoints[1:]:
         other_shapes = read_safetensors_shapes(path)
         if other_shapes != shapes:
-            other = AdapterLayout.from_shapes(other_shapes, config, source=str(path))
+            try:
+                other = AdapterLayout.from_shapes(other_shapes, config, source=str(path))
+            except LayoutError as error:
+                raise LayoutError(f"{str(path)!r}: {error} Collect the task again.") from error
             raise LayoutError(
                 f"{str(checkpoints[0])!r} and {str(path)!r}, of one task, have different layouts: "
                 f"{layout.difference(other)}. Collect the task again."
