@@ -36,9 +36,9 @@ class FitSettings:
     tasks_a_step: int = 16
     examples: int = 4
     prompts: int = 3
-    prompt_pool: int = 24
+    prompt_pool: int = 8
     examples_a_task: int = 200
-    rank: int = 32
+    rank: int = 16
     core_rank: int = 16
     hidden_size: int = 256
     layers: tuple[int, ...] = (2, 6, 10, 14, 18)

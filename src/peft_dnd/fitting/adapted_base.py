@@ -148,7 +148,7 @@ class AdaptedBase:
         activations of one pass are held at a time. Gradients of the gradient are not to be had.
 
         Args:
-            matrices: PEFT on-disk key -> (B, *shape), any floating dtype.
+            matrices: PEFT on-disk key -> (B, ...), the matrix's own shape last, any floating dtype.
             batches: For each item keyword arguments of the base's forward, tensors with rows first.
             at: For each item (rows, columns), bool: the places, at least one for each item. Logits at a place are
                 those for the token after it.

@@ -58,7 +58,7 @@ def distillation_losses(
 
     Args:
         base: The frozen base.
-        matrices: PEFT on-disk key -> (B, *shape), any floating dtype.
+        matrices: PEFT on-disk key -> (B, ...), the matrix's own shape last, any floating dtype.
         batches: B batches, as [`DistillationCollator`][peft_dnd.pairs.collator.DistillationCollator] makes them.
 
     Returns:

@@ -122,7 +122,7 @@ class TaskLoss:
         """The loss of each item's batch with its own adapter: what a call for each of them gives, in fewer passes.
 
         Args:
-            matrices: PEFT on-disk key -> (B, *shape), any floating dtype.
+            matrices: PEFT on-disk key -> (B, ...), the matrix's own shape last, any floating dtype.
             batches: B batches.
 
         Returns:
