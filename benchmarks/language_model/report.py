@@ -111,7 +111,9 @@ def table(reports: Mapping[str, Mapping[str, Any]]) -> str:
         ("share_of_gap_closed", "share of the gap closed"),
         ("conditioning_gain", "conditioning gain"),
     ):
-        lines.append(_line([label, *(_percent(reports[kind].get(name)) for kind in kinds), ""]))
+        estimates = [reports[kind].get(name) for kind in kinds]
+        if any(estimates):
+            lines.append(_line([label, *map(_percent, estimates), ""]))
     return "\n".join(lines)
 
 

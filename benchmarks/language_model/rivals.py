@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from language_model.fitting import lora_config
+from language_model.fitting import FitSettings, lora_config
 from language_model.rows import Row, example_row, in_context
 from language_model.sampled_head import SampledHeadBase
 from language_model.tasks import Task
@@ -57,7 +57,7 @@ class Training:
 # Tried on six training tasks, which it got right in 85% of their test rows.
 OWN = Training(steps=20, rows=24, learning_rate=2e-3, warm_up=2)
 # The rank is the generator's; the steps follow from the examples.
-MULTI_TASK = Training(steps=0, rows=64, learning_rate=1e-3, warm_up=30, rank=32)
+MULTI_TASK = Training(steps=0, rows=64, learning_rate=1e-3, warm_up=30, rank=FitSettings().rank)
 _ADAPTERS_AT_ONCE = 8
 _STEPS_BETWEEN_SAVES = 25
 

@@ -16,6 +16,7 @@ from peft_dnd import PromptConditionedLoraGenerator
 
 LONGEST_ANSWER = 24
 _WIDTH = 24
+_INPUT_WIDTH = 48
 
 
 def answer(model: Any, tokenizer: Any, text: str) -> str:
@@ -63,9 +64,10 @@ def side_by_side(
     return "\n".join(lines)
 
 
-def _line(*cells: str) -> str:
-    return "  " + " | ".join(_cut(cell).ljust(_WIDTH) for cell in cells).rstrip()
+def _line(text: str, *answers: str) -> str:
+    cells = [_cut(text, _INPUT_WIDTH), *(_cut(one, _WIDTH) for one in answers)]
+    return f"  {' | '.join(cells)}".rstrip()
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."
+def _cut(text: str, width: int) -> str:
+    return text.ljust(width) if len(text) <= width else text[: width - 3] + "..."
