@@ -78,8 +78,8 @@ def test_what_is_missing_is_told_by_the_supervision_and_not_by_nan(
     monkeypatch.setattr(trainer.objective, "task_loss", object())
     trainer.args.task_loss_weight, trainer.args.rebuild_weight = 2.0, 3.0
     # Two items, of which only the first has a checkpoint.
-    known = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
-    losses = torch.tensor([[0.5, 1.0, 4.0, 8.0], [nan, nan, 6.0, 10.0]])
+    known = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    losses = torch.tensor([[0.5, 1.0, 4.0, 8.0, nan, nan], [nan, nan, 6.0, 10.0, nan, nan]])
 
     def metrics(**changes: float) -> dict[str, float]:
         items = losses.clone()
