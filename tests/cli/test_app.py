@@ -124,7 +124,14 @@ def test_a_real_process_writes_json_to_standard_output_alone(generator_folder: P
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
 def test_a_real_process_that_is_interrupted_ends_with_130(generator_folder: Path, tmp_path: Path) -> None:
     arguments = ["generate", str(generator_folder), "-", str(tmp_path / "adapter")]
-    process = subprocess.Popen([*DOOR, *arguments], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*DOOR, *arguments],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background ignores interrupts, and so would whatever it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     time.sleep(3)  # it waits for standard input
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
