@@ -76,14 +76,13 @@ def _checked_token_weight(
     return weight
 
 
-def add_noise(tensor: torch.Tensor, std: float, generator: torch.Generator | None = None) -> torch.Tensor:
+def add_noise(tensor: torch.Tensor, std: float) -> torch.Tensor:
     """Adds Gaussian noise. The paper's code adds it to the condition states (1e-4) and to the target tokens (1e-5).
 
     Args:
         tensor: any floating dtype; returned as it is, and no number drawn, where `std` is 0. Noise far below the
             tensor's resolution is lost: 1e-5 on a bf16 token of size 1 rounds away.
         std: standard deviation, in the tensor's own units.
-        generator: source of randomness, on the tensor's device. `None`: the device's default one.
 
     Returns:
         A new tensor of the same shape, dtype and device.
@@ -95,5 +94,5 @@ def add_noise(tensor: torch.Tensor, std: float, generator: torch.Generator | Non
         raise GeneratorConfigError(f"The standard deviation of noise must be finite and not negative, but is {std!r}.")
     if std == 0:
         return tensor
-    noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype, device=tensor.device)
+    noise = torch.randn(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     return torch.add(tensor, noise, alpha=std)
