@@ -15,7 +15,8 @@ from peft_dnd.fitting.untrained import activation_sizes, untrained_statistics
 BATCH = {"input_ids": torch.tensor([[3, 5, 9, 2], [7, 1, 4, 8]]), "labels": torch.tensor([[1, 2, 3, 4]] * 2)}
 
 
-def test_sizes_are_of_what_goes_through_the_modules(base_model: nn.Module, layout: AdapterLayout):
+def test_sizes_are_of_what_goes_through_the_modules(fresh_base, layout: AdapterLayout):
+    base_model = fresh_base()  # asked for hidden states, transformers leaves hooks in it
     hooks = sum(len(module._forward_hooks) for module in base_model.modules())
     sizes = activation_sizes(base_model, layout, [BATCH])
     assert sum(len(module._forward_hooks) for module in base_model.modules()) == hooks
