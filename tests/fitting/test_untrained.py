@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from peft_dnd import AdapterLayout, WeightTokenizer
 from peft_dnd.adapters.positions import token_positions
