@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from language_model.sampled_head import with_head
 from peft_dnd.errors import CorruptFileError
 from peft_dnd.storage.files import staged_directory
 
@@ -70,12 +71,7 @@ def with_small_head(model: Any, tokens: Iterable[int]) -> tuple[nn.Module, dict[
     reads is as before. Labels must be given in the head's numbers.
     """
     kept = sorted(set(tokens))
-    head = nn.Linear(model.config.hidden_size, len(kept), bias=False)
-    with torch.no_grad():
-        head.weight.copy_(model.get_output_embeddings().weight[kept].float())
-    # In float32 whatever comes in. A plain Linear otherwise: only of one is it known that it takes single places.
-    head.register_forward_pre_hook(lambda _, states: (states[0].float(),))
-    model.lm_head = head.requires_grad_(False)
-    model.config.tie_word_embeddings = False
-    model.config.vocab_size = model.vocab_size = len(kept)
-    return model, {token: number for number, token in enumerate(kept)}
+    small: Any = with_head(model, model.get_output_embeddings().weight[kept])
+    small.config.tie_word_embeddings = False
+    small.config.vocab_size = small.vocab_size = len(kept)
+    return small, {token: number for number, token in enumerate(kept)}

@@ -229,3 +229,24 @@ def test_a_batch_has_the_top_tokens_of_its_labelled_positions(distil):
     del rows[0]["top_tokens"][0]
     with pytest.raises(PairsFolderError, match="answer tokens, but"):
         DistillationCollator()(rows)
+
+
+def test_what_is_refused_leaves_an_unfinished_task_as_it_was(distil, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_module.DistillationWriter, "close", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            distil()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "law").iterdir()}
+    with pytest.raises(PairsFolderError, match="windows was"):
+        distil(inputs=INPUTS[::-1])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "law").iterdir()} == before
+
+
+def test_a_pass_killed_before_its_last_record_keeps_its_rows(distil, tmp_path, monkeypatch):
+    folder = distil()
+    whole = (folder / ROWS_NAME).read_bytes()
+    record = json.loads((folder / RECORD_NAME).read_text())
+    (folder / RECORD_NAME).write_text(json.dumps({**record, "complete": False}))
+    monkeypatch.setattr(teacher_module._Answering, "rows", lambda *_: pytest.fail("the teacher was asked again"))
+    distil()
+    assert (folder / ROWS_NAME).read_bytes() == whole and load_distillation(folder) is not None

@@ -33,7 +33,7 @@ from ..adapters.matching import adaptable_modules, base_model_of
 from ..errors import GeneratorConfigError, PairsFolderError, PromptError
 from ..pairs.dataset import PromptCheckpointDataset
 from ..pairs.distillation import DistillationRecord, DistillationWriter, read_record
-from ..pairs.folder import TaskRecord, adapter_digest, read_task, write_task
+from ..pairs.folder import TaskRecord, adapter_digest, write_task
 from ..pairs.prompt_pool import read_prompts, write_prompts
 from ..pairs.writer import task_record
 from ..storage.files import PathLike
@@ -108,7 +108,7 @@ def distil_task(
     windows = _windows(tokenizer, inputs, contexts, chat)
     _check_lengths(teacher, windows, max_new_tokens)
     folder = Path(folder).absolute()
-    found = _prepare_folder(folder, task, prompts, [c + i for c, i in zip(contexts, inputs, strict=True)])
+    found, pool = _task_of(folder, task, prompts, [c + i for c, i in zip(contexts, inputs, strict=True)])
     record = DistillationRecord(
         teacher=teacher_digests(teacher),
         asked={
@@ -120,6 +120,10 @@ def distil_task(
         rows=len(inputs),
     )
     writer = DistillationWriter(folder, record, overwrite=overwrite)
+    if pool is not None:  # only now: what is refused leaves the folder as it was
+        write_task(folder, found)
+        write_prompts(folder, pool)
+    writer.begin()
     if writer.done:
         logger.info("%s: %d of %d inputs are answered already.", folder, writer.done, record.rows)
     answering = _Answering(teacher, tokenizer, max_new_tokens, top_tokens, stop)
@@ -307,10 +311,10 @@ def _check_lengths(teacher: nn.Module, windows: Sequence[tuple[list[int], list[i
             )
 
 
-def _prepare_folder(
+def _task_of(
     folder: Path, name: str | None, prompts: Sequence[str] | None, default: Sequence[str]
-) -> TaskRecord:
-    """The folder's task: as it is where it is complete, otherwise begun with the prompts."""
+) -> tuple[TaskRecord, Sequence[str] | None]:
+    """The folder's task as it is, where it is complete; otherwise a new one, and the prompts that it is to have."""
     found = task_record(folder)
     if found is not None and found.complete:
         if prompts is not None and tuple(prompts) != tuple(read_prompts(folder)):
@@ -318,12 +322,8 @@ def _prepare_folder(
                 f"Task {found.task!r} in {str(folder)!r} has prompts of its own, which are kept: leave prompts= out, "
                 "or name another folder."
             )
-        return found
-    record = TaskRecord(folder.name if name is None else name)
-    pool = check_prompts(default if prompts is None else prompts)
-    write_task(folder, record)
-    write_prompts(folder, pool)
-    return read_task(folder)
+        return found, None
+    return TaskRecord(folder.name if name is None else name), check_prompts(default if prompts is None else prompts)
 
 
 def _digest(windows: Sequence[tuple[list[int], list[int]]]) -> str:

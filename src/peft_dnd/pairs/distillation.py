@@ -111,13 +111,15 @@ def load_distillation(folder: PathLike) -> TaskExamples | None:
 class DistillationWriter:
     """Appends a teacher's rows to a task's folder, goes on where an earlier pass stopped, and closes the file.
 
+    Creating it only checks; [`begin`][DistillationWriter.begin] writes.
+
     Args:
         folder: The task's folder.
         record: Who is asked, and what; not complete.
         overwrite: Whether to begin anew where another teacher, or other inputs, were at work.
 
     Attributes:
-        done: How many rows there are already.
+        done: How many rows there are already, once begun.
 
     Raises:
         PairsFolderError: If the folder holds what another teacher said, or what this one said to other inputs, and
@@ -136,13 +138,21 @@ class DistillationWriter:
         )
         if found is not None and not same and not overwrite:
             raise PairsFolderError(_difference(self.folder, found, record))
-        if same and found is not None and found.complete and load_distillation(self.folder) is not None:
-            self.done = record.rows
+        self._same = same
+        self._finished = found is not None and same and found.complete and load_distillation(self.folder) is not None
+        self.done = record.rows if self._finished else 0
+
+    def begin(self) -> None:
+        """Lay out the files, without what was there of another pass than this one."""
+        if self._finished:
             return
-        if not same:
+        rows = self.folder / ROWS_NAME
+        if not self._same:
             self._partial.unlink(missing_ok=True)
-        (self.folder / ROWS_NAME).unlink(missing_ok=True)
-        write_record(self.folder, record)
+        elif rows.is_file() and not self._partial.is_file():
+            os.replace(rows, self._partial)  # all but the record was written when the pass was killed
+        rows.unlink(missing_ok=True)
+        write_record(self.folder, self._record)
         self.done = self._whole_lines()
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
