@@ -53,6 +53,13 @@ class Decoder(Protocol):
         """Condition states (B, N, L, C) and their mask (B, N, L) to normalised tokens (B, N_w, L_w, C_w)."""
 
 
+class PartialDecoder(Protocol):
+    """A decoder that writes some matrices the same whatever the prompts, which saves time in fitting on task loss."""
+
+    written_sides: tuple[str, ...]
+    """Which sides of the matrices, `"A"` or `"B"`, the prompts have a say in."""
+
+
 @runtime_checkable
 class CenteredDecoder(Protocol):
     """A decoder that first takes from the training tasks what their prompts have in common."""
