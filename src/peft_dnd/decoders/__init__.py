@@ -31,6 +31,7 @@ __all__ = [
     "Decoder",
     "HyperConvolutionDecoder",
     "HyperConvolutionLayer",
+    "PartialDecoder",
     "SetTransformerDecoder",
     "TokenPositions",
     "build_decoder",
@@ -53,6 +54,7 @@ class Decoder(Protocol):
         """Condition states (B, N, L, C) and their mask (B, N, L) to normalised tokens (B, N_w, L_w, C_w)."""
 
 
+@runtime_checkable
 class PartialDecoder(Protocol):
     """A decoder that writes some matrices the same whatever the prompts, which saves time in fitting on task loss."""
 

@@ -134,7 +134,7 @@ class CoreDecoder(nn.Module):
     """
 
     reads_sets = True
-    written_sides = ("B",)  # the A is the same whatever the prompts
+    written_sides = ("B",)  # each A is the same whatever the prompts
     _no_split_modules = ("CoreWriter",)  # what FSDP shards and gathers one by one, and no device map splits
     center: torch.Tensor
     spread: torch.Tensor

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..adapters.factors import delta_weight_mse
 from ..adapters.tokenizer import denormalized, weight_statistics
+from ..decoders import PartialDecoder
 from ..errors import GeneratorConfigError, LayoutError, PairsFolderError
 from ..generator.modeling import PromptConditionedLoraGenerator
 from ..pairs.dataset import PromptCheckpointDataset
@@ -258,7 +259,7 @@ class FittingObjective:
 
 def _shared_keys(generator: PromptConditionedLoraGenerator) -> frozenset[str]:
     """The matrices that the decoder writes alike for all prompts."""
-    written = getattr(generator.decoder, "written_sides", ("A", "B"))
+    written = generator.decoder.written_sides if isinstance(generator.decoder, PartialDecoder) else ("A", "B")
     return frozenset(tensor.key for tensor in generator.weight_tokenizer.layout.tensors if tensor.side not in written)
 
 
