@@ -141,6 +141,7 @@ def fit_generator(
         adam_beta2=0.98,
         weight_decay=0.0,
         smallest_prompt_set=1,
+        prompt_states_dir=str(folder / "prompt_states"),
         save_steps=200,
         save_total_limit=1,
         logging_steps=20,

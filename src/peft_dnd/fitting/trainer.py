@@ -123,7 +123,9 @@ class DnDTrainer(UploadingTrainer):
         self.generator = model
         self.pairs = train_dataset
         self.adapter_scorer = adapter_scorer
-        self.embeddings = PromptEmbeddingCache(model.text_encoder, read=model.read_states)
+        self.embeddings = PromptEmbeddingCache(
+            model.text_encoder, read=model.read_states, folder=args.prompt_states_dir
+        )
         self._collator = PromptCheckpointCollator(
             self.embeddings,
             model.weight_tokenizer,
