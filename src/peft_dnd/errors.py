@@ -86,6 +86,10 @@ class EvaluationError(PeftDndError, ValueError):
     """An evaluation cannot be run as asked for: tasks, scores or reports do not belong together."""
 
 
+class AdapterPoolError(PeftDndError, ValueError):
+    """A pool of adapters cannot be made as asked for, or has no such task, or fewer places than are needed at once."""
+
+
 class OutOfDistributionError(PeftDndError, ValueError):
     """The prompts do not belong with those of the fitted tasks, and no adapter was to be written for such."""
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -30,7 +30,7 @@ from ..storage.hub import (
     upload,
 )
 from .layout import AdapterLayout
-from .loading import load_matrices
+from .loading import MatrixSlot, load_matrices, rescale
 from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 
 
@@ -163,6 +163,18 @@ class GeneratedAdapter:
             LayoutError: If there is an adapter of that name that differs in more than its weights.
         """
         return load_matrices(model, adapter_name, self._layout, self._state_dict)
+
+    @torch.no_grad()
+    def write_into(self, slots: Sequence[MatrixSlot]) -> None:
+        """Copy the matrices where a model keeps those of an adapter, without looking again whether they fit.
+
+        Args:
+            slots: What [`matrix_slots`][peft_dnd.adapters.loading.matrix_slots] gave for an adapter with the same
+                modules.
+        """
+        for slot in slots:
+            slot.write(self._state_dict[slot.key])
+        rescale(slots, self._layout)
 
     def save_pretrained(self, save_directory: PathLike) -> None:
         """Save as PEFT does, with the provenance beside: a folder that stock PEFT loads.
