@@ -203,18 +203,10 @@ _LOOKS = {"generator": _look_at_generator, "adapter": _look_at_adapter, "pairs":
 
 
 def _facts_of(layout: AdapterLayout) -> dict[str, Any]:
-    ranks = Counter(module.rank for module in layout.modules)
-    kinds = Counter(module.name.rpartition(".")[2] for module in layout.modules)
-    return {
-        "base_model": layout.base_model_name_or_path,
-        "modules": len(layout.modules),
-        "module_kinds": dict(sorted(kinds.items())),
-        "max_rank": layout.max_rank,
-        "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
-        "use_rslora": layout.use_rslora,
-        "task_type": layout.task_type,
-        "adapter_parameters": layout.num_parameters,
-    }
+    from peft_dnd.adapters.summary import layout_facts
+
+    base = {"base_model": layout.base_model_name_or_path, "base_model_revision": layout.base_model_revision}
+    return {**base, **layout_facts(layout)}
 
 
 def _adapter_folder(name: str, revision: str | None) -> Path:

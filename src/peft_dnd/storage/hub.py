@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding generators and adapters in a folder or on the Hub, whether all of one arrived, and uploading them."""
+"""Finding generators and adapters in a folder or on the Hub, and whether all of one arrived."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import functools
 import glob
 import inspect
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypedDict, TypeVar
 
-from huggingface_hub import CommitInfo, HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from transformers.utils import CONFIG_NAME
@@ -22,6 +21,7 @@ from typing_extensions import Unpack
 
 from ..errors import CorruptFileError, GeneratorNotFoundError, MissingFileError, PeftDndError, did_you_mean
 from .files import PathLike
+from .hub_errors import FETCHING_ERRORS, why_not_fetched
 
 
 _P = ParamSpec("_P")
@@ -37,6 +37,7 @@ class _Kind(NamedTuple):
     noun: str
     writer: str
     error: type[PeftDndError]
+    repo_type: str = "model"
 
 
 class HubOptions(TypedDict, total=False):
@@ -61,26 +62,6 @@ class HubOptions(TypedDict, total=False):
 
 _GENERATOR = _Kind("generator", "PromptConditionedLoraGenerator.save_pretrained", GeneratorNotFoundError)
 _ADAPTER = _Kind("adapter", "GeneratedAdapter.save_pretrained or PEFT", MissingFileError)
-
-
-class UploadOptions(TypedDict, total=False):
-    """How something is uploaded to the Hub: keywords of every `push_to_hub`.
-
-    Attributes:
-        commit_message: What the commit says; `None` says what was uploaded.
-        commit_description: And its longer text.
-        private: Whether a new repository is private; `None` leaves it to the account's default.
-        token: Access token; `None` takes the one that is logged in.
-        revision: Branch to commit to, made where missing; `None` is the main branch.
-        create_pr: Whether to open a pull request rather than commit.
-    """
-
-    commit_message: str | None
-    commit_description: str | None
-    private: bool | None
-    token: str | bool | None
-    revision: str | None
-    create_pr: bool
 
 
 def takes_keywords_of(source: Callable[..., Any]) -> Callable[[Callable[_P, _Result]], Callable[_P, _Result]]:
@@ -169,6 +150,7 @@ def find_folder(
     try:
         snapshot = snapshot_download(
             name,
+            repo_type=kind.repo_type,
             revision=revision,
             token=token,
             cache_dir=None if cache_dir is None else Path(cache_dir),
@@ -176,12 +158,10 @@ def find_folder(
             local_files_only=local_files_only,
             allow_patterns=[prefix + file for file in files],
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except FETCHING_ERRORS as error:
         raise kind.error(
-            f"There is no {kind.noun} at {name!r}: it is no folder here, and the Hub gave none "
-            f"({type(error).__name__}: {error}). Check the spelling, "
-            + (f"the revision {revision!r}, " if revision else "")
-            + "the network and your access token."
+            f"There is no {kind.noun} at {name!r}: it is no folder here, and the Hub gave none. "
+            + why_not_fetched(name, revision, error)
         ) from error
     return Path(snapshot) / subfolder, Path(snapshot).name
 
@@ -206,50 +186,6 @@ def commit_in_cache(
         if isinstance(path, str):
             return Path(path).parent.name
     return None
-
-
-def upload(
-    save: Callable[[Path], None],
-    repo_id: str,
-    what: str,
-    *,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-) -> CommitInfo:
-    """Upload a folder to the Hub, making the repository and the branch where they are missing.
-
-    Args:
-        save: Writes into the folder that it is given, which is there for the upload only.
-        repo_id: Hub id, `"user/name"`.
-        what: What is uploaded, for a commit without a message.
-        commit_message: As in [`UploadOptions`], and so are the others.
-        commit_description: As there.
-        private: As there.
-        token: As there.
-        revision: As there.
-        create_pr: As there.
-
-    Returns:
-        The Hub's description of the commit.
-    """
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not create_pr:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder))
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message or f"Upload {what}",
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
 
 
 def generator_name(name: object) -> str:
