@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.summary import layout_facts
+from ..errors import CorruptFileError
 from ..storage.cards import CARD_NAME
 from ..storage.files import read_json, write_json
 from ..storage.hub import hub_id
@@ -63,6 +64,22 @@ def generator_summary(
         "measured": config.measured,
         "files": _sizes(folder),
     }
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary in a generator's folder; empty if there is none, as an earlier version wrote none.
+
+    Raises:
+        CorruptFileError: If it is unreadable, or no summary.
+    """
+    path = folder / SUMMARY_NAME
+    data = read_json(path) if path.is_file() else {}
+    sizes = data.get("files", {}) if isinstance(data, dict) else None
+    if not isinstance(sizes, dict) or not all(isinstance(size, int) for size in sizes.values()):
+        raise CorruptFileError(
+            f"{str(path)!r} is no summary of a generator: expected its files' sizes under 'files'. Save it again."
+        )
+    return data
 
 
 def renew_sizes(folder: Path) -> None:

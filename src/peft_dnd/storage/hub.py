@@ -19,7 +19,15 @@ from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from transformers.utils import CONFIG_NAME
 from typing_extensions import Unpack
 
-from ..errors import CorruptFileError, GeneratorNotFoundError, MissingFileError, PeftDndError, did_you_mean
+from ..errors import (
+    CorruptFileError,
+    GeneratorNotFoundError,
+    MissingFileError,
+    PairsFolderError,
+    PeftDndError,
+    TextEncoderError,
+    did_you_mean,
+)
 from .files import PathLike
 from .hub_errors import FETCHING_ERRORS, why_not_fetched
 
@@ -41,7 +49,7 @@ class _Kind(NamedTuple):
 
 
 class HubOptions(TypedDict, total=False):
-    """Which version is read of what lies on the Hub, and how: keywords of all that loads a generator or an adapter.
+    """Which version is read of what lies on the Hub, and how: keywords of all that loads something.
 
     Attributes:
         revision: Branch, tag or commit; `None` is the main branch.
@@ -62,6 +70,8 @@ class HubOptions(TypedDict, total=False):
 
 _GENERATOR = _Kind("generator", "PromptConditionedLoraGenerator.save_pretrained", GeneratorNotFoundError)
 _ADAPTER = _Kind("adapter", "GeneratedAdapter.save_pretrained or PEFT", MissingFileError)
+PAIRS = _Kind("data set of pairs", "CheckpointCollector", PairsFolderError, "dataset")
+TEXT_ENCODER = _Kind("text encoder", "SentenceTransformer.save_pretrained", TextEncoderError)
 
 
 def takes_keywords_of(source: Callable[..., Any]) -> Callable[[Callable[_P, _Result]], Callable[_P, _Result]]:
@@ -91,12 +101,14 @@ def takes_keywords_of(source: Callable[..., Any]) -> Callable[[Callable[_P, _Res
     return decorate
 
 
-def find_generator(name: str, *, config_only: bool = False, **hub: Unpack[HubOptions]) -> tuple[Path, str | None]:
+def find_generator(
+    name: str, files: Sequence[str] = GENERATOR_FILES, **hub: Unpack[HubOptions]
+) -> tuple[Path, str | None]:
     """Find a generator's folder, downloading it from the Hub where needed, as one snapshot of one commit.
 
     Args:
         name: Folder or Hub id.
-        config_only: Whether to download its configuration alone, without the weights.
+        files: Which files to download; all that is read of it by default.
         hub: See [`HubOptions`].
 
     Returns:
@@ -105,7 +117,7 @@ def find_generator(name: str, *, config_only: bool = False, **hub: Unpack[HubOpt
     Raises:
         GeneratorNotFoundError: If there is none.
     """
-    folder, commit = find_folder(_GENERATOR, name, (CONFIG_NAME,) if config_only else GENERATOR_FILES, **hub)
+    folder, commit = find_folder(_GENERATOR, name, files, **hub)
     if not (folder / CONFIG_NAME).is_file():
         raise GeneratorNotFoundError(
             f"{str(folder)!r} holds no {CONFIG_NAME}, so it is no generator's folder. Expected what "
@@ -224,7 +236,7 @@ def _refuse_what_is_no_hub_id(kind: _Kind, name: str) -> None:
     except HFValidationError as error:
         raise kind.error(
             f"There is no {kind.noun} at {name!r}: there is no such folder, and a Hub id has the form "
-            f"'org/{kind.noun}'. Check the spelling, and from where the path is counted."
+            f"'org/{kind.noun.split()[-1]}'. Check the spelling, and from where the path is counted."
         ) from error
 
 
