@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from support.constants import TASK_PROMPTS
 
 from peft_dnd.serving import ServedGenerator
@@ -47,6 +48,10 @@ def until(true: object) -> None:
         time.sleep(0.005)
 
 
+def measured(client: TestClient, name: str) -> float | None:
+    return client.app.state.service.metrics.registry.get_sample_value(name)
+
+
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     made = Gate(monkeypatch)
@@ -59,7 +64,7 @@ def test_all_who_want_the_same_wait_for_one(serve, gate: Gate) -> None:
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(client.post, "/v1/adapters", json={"prompts": PROMPTS}) for _ in range(8)]
         gate.wait_for(1)
-        until(lambda: "peft_dnd_requests_in_work 9.0" in client.get("/metrics").text)
+        until(lambda: measured(client, "peft_dnd_requests_in_work") == 8)
         gate.opened.set()
         answers = [answer.result() for answer in asked]
     assert {answer.status_code for answer in answers} == {201} and len({answer.text for answer in answers}) == 1
@@ -73,12 +78,13 @@ def test_too_many_are_told_when_to_come_again(serve, gate: Gate) -> None:
         gate.wait_for(1)
         for seed in (1, 2):
             asked.append(pool.submit(client.post, "/v1/adapters", json={"prompts": PROMPTS, "seed": seed}))
-            until(lambda seed=seed: f"peft_dnd_adapters_waiting {seed}.0" in client.get("/metrics").text)
+            until(lambda seed=seed: measured(client, "peft_dnd_adapters_waiting") == seed)
         beyond = client.post("/v1/adapters", json={"prompts": PROMPTS, "seed": 3})
         assert beyond.status_code == 429 and "2 of them yours" in beyond.json()["detail"]
         assert int(beyond.headers["Retry-After"]) >= 1
         asked.append(pool.submit(client.post, "/v1/adapters", json={"prompts": PROMPTS, "seed": 0}))
-        until(lambda: client.get("/v1/tasks").status_code == 429)
+        until(lambda: measured(client, "peft_dnd_requests_in_work") == 4)
+        assert client.get("/v1/tasks").status_code == 429
         assert client.get("/health/ready").status_code == 200
         gate.opened.set()
         assert [answer.result().status_code for answer in asked] == [201] * 4

@@ -127,25 +127,30 @@ class AdapterCache:
         try:
             lock = locked(place / _ENTRY, shared=True)
         except OSError:
+            if place.is_dir() and not (place / _ENTRY).exists():
+                self._throw_away_damaged(name)
             return None
         if lock is None:  # another process is just removing it
             return None
         files: dict[str, BinaryIO] = {}
         try:
             facts = read_json(place / _ENTRY)
-            for file in facts["files"]:
+            whole = facts["files"].keys() == set(ADAPTER_FILES)
+            for file in ADAPTER_FILES if whole else ():
                 files[file] = (place / file).open("rb")
-            whole = all(os.fstat(files[file].fileno()).st_size == size for file, size in facts["files"].items())
+                whole &= os.fstat(files[file].fileno()).st_size == facts["files"][file]
             if whole and time.time() - facts["created"] <= self.limits.cache_seconds:
                 if use:
                     os.utime(place / _ENTRY)
                 return OpenAdapter(lock, facts, files)
-        except (OSError, CorruptFileError, KeyError, TypeError):
+        except (OSError, CorruptFileError, KeyError, TypeError, AttributeError):
             whole = False
-        for file_ in (*files.values(), lock):
-            file_.close()
-        if self.remove(name) and not whole:
-            logger.warning("removed a damaged adapter", extra={"facts": {"adapter": name}})
+        for opened in (*files.values(), lock):
+            opened.close()
+        if whole:  # but too old
+            self.remove(name)
+        else:
+            self._throw_away_damaged(name)
         return None
 
     def put(self, name: str, adapter: GeneratedAdapter, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,6 +224,10 @@ class AdapterCache:
         probe = self._work.new_name()
         probe.write_bytes(b"\0" * 4096)
         probe.unlink()
+
+    def _throw_away_damaged(self, name: str) -> None:
+        if self.remove(name):
+            logger.warning("removed a damaged adapter", extra={"facts": {"adapter": name}})
 
     def _remove_unless_whole(self, name: str) -> None:
         # Files cannot be cut short by a kill, but by a disk that fails or whoever meddles with the folder.

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Body, Depends, Path, Query, Request, Response
@@ -276,8 +275,9 @@ async def _while_connected(request: Request, wanted: Coroutine[Any, Any, _Result
     finally:
         for task in (work, gone):
             task.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await task
+        await asyncio.wait({work, gone})
+        if not work.cancelled():
+            work.exception()  # otherwise asyncio would log it, message and all
 
 
 async def _disconnected(request: Request) -> None:
