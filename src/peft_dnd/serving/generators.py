@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -105,6 +106,11 @@ def load_served_generator(
         NotFittedError: If it has never been fitted.
         TextEncoderError: If its text encoder cannot be loaded.
     """
+    if not re.fullmatch(GENERATOR_NAME, name):
+        raise GeneratorConfigError(
+            f"A generator cannot be called {name!r}: expected letters, digits and ._- alone, and a letter or "
+            "digit first."
+        )
     folder, commit = find_generator(place, revision=revision)
     generator = PromptConditionedLoraGenerator.from_pretrained(place, revision=commit or revision)
     if not generator.normalization.fitted:
