@@ -36,6 +36,7 @@ ROOMS = [
     "evaluation",
     "fitting",
     "published",
+    "serving",
     "cli",
 ]
 # What may be imported within a function: heavy, and needed by few.

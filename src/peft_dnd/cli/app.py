@@ -21,6 +21,7 @@ from .generate import generate
 from .import_adapters import import_adapters
 from .import_generator import import_generator
 from .inspect import inspect
+from .serve import serve
 
 
 _INTERRUPTED = 130
@@ -32,6 +33,7 @@ _VERBS: dict[Callable[..., None], str] = {
     collect: "Train adapters, keeping their checkpoints.",
     distil: "Let a teacher answer a task's inputs.",
     fit: "Fit a generator to a pairs folder.",
+    serve: "Serve adapters over HTTP.",
     evaluate: "Score a generator on held-out tasks.",
     import_generator: "Turn a released generator into ours.",
     import_adapters: "Turn released adapters into pairs.",
