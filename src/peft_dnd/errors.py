@@ -94,6 +94,10 @@ class OutOfDistributionError(PeftDndError, ValueError):
     """The prompts do not belong with those of the fitted tasks, and no adapter was to be written for such."""
 
 
+class EngineError(PeftDndError, RuntimeError):
+    """A serving engine, or the service that it gets adapters from, is set up wrongly, out of reach, or refuses."""
+
+
 def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """A sentence for an error's end that names what was probably meant, with a blank before it; empty if unknown.
 

@@ -160,7 +160,7 @@ def warn_if_other_base(model: nn.Module, layout: AdapterLayout) -> None:
     """
     found = getattr(base_model_of(model), "name_or_path", None)
     expected = layout.base_model_name_or_path
-    if found and expected and _own_name(found) != _own_name(expected):
+    if found and expected and own_name(found) != own_name(expected):
         warnings.warn(
             f"The adapter was written for the base model {expected!r} and is put on {found!r}. All shapes fit, but "
             "its matrices mean something on the model that the generator was fitted for only. Ignore this if the "
@@ -311,7 +311,12 @@ def _mismatch(model: nn.Module, layout: AdapterLayout, what: str) -> BaseModelMi
     )
 
 
-def _own_name(name_or_path: str) -> str:
+def own_name(name_or_path: str) -> str:
+    """The last component of a model's name or path, or the repository's of a snapshot in the Hub's cache.
+
+    >>> own_name("Qwen/Qwen2.5-0.5B"), own_name("/models/Qwen2.5-0.5B/")
+    ('Qwen2.5-0.5B', 'Qwen2.5-0.5B')
+    """
     parts = re.split(r"[\\/]+", name_or_path.rstrip("\\/"))
     cached = [part for part in parts if part.startswith(_CACHED_REPOSITORY)]
     return cached[-1].rpartition("--")[2] if cached else parts[-1]

@@ -12,7 +12,6 @@ import typer
 
 from .bases import fit_to_skeleton
 from .console import CommandError, Json, Quiet, Revision, report
-from .engines import vllm_problems
 
 
 if TYPE_CHECKING:
@@ -61,6 +60,8 @@ def inspect(
         facts["fits_base"] = found is None
         problems += [found] if found else []
     if engine is not None:
+        from peft_dnd.engines import vllm_problems
+
         config = _engine_config(kind, what, revision, layout)
         problems += vllm_problems(config, served=served, max_rank=max_rank, renamed=renamed)
     if layout is not None and against is not None:
