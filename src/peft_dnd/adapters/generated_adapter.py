@@ -98,6 +98,15 @@ class GeneratedAdapter:
         return self._provenance.get("out_of_distribution")
 
     @property
+    def nearest_tasks(self) -> dict[str, float]:
+        """What it rests on: the fitted tasks that the prompts lie nearest to, five at most.
+
+        Name -> the share of the prompts whose nearest known prompt is one of the task's, largest first; empty if it is
+        not known. See [`PromptReference.nearest_tasks`][peft_dnd.text.PromptReference.nearest_tasks].
+        """
+        return dict(self._provenance.get("nearest_tasks") or ())
+
+    @property
     def num_parameters(self) -> int:
         """How many numbers it holds."""
         return self._layout.num_parameters

@@ -36,6 +36,8 @@ from .configuration import PromptedAdapters
 # Task name -> its prompts, or their answers.
 Pools = Mapping[str, Sequence[str]]
 THRESHOLD = 0.95
+# How many of the fitted tasks that an adapter's prompts are near to its provenance names.
+_TASKS_NAMED = 5
 
 
 class AdapterWritingMixin(PromptReadingMixin):
@@ -198,7 +200,9 @@ class AdapterWritingMixin(PromptReadingMixin):
     ) -> GeneratedAdapter:
         with _evaluating(self):
             states, mask = self.encode_prompts(prompts, seed=seed)
-            score = None if self.prompt_reference is None else self.prompt_reference.score(read_points(states, mask))
+            known = self.prompt_reference
+            points = None if known is None else read_points(states, mask)
+            score = None if known is None or points is None else known.score(points)
             factor = 1.0 if score is None else _act(score, *action, what=what)
             device = cast(torch.device, self.device)
             tokens = self(states[None].to(device), mask[None].to(device))[0] * factor
@@ -209,8 +213,9 @@ class AdapterWritingMixin(PromptReadingMixin):
                 "float32 or bfloat16."
             )
         provenance = self._provenance(prompts, seed)
-        if score is not None:
+        if known is not None and points is not None:
             provenance["out_of_distribution"] = score
+            provenance["nearest_tasks"] = list(known.nearest_tasks(points).items())[:_TASKS_NAMED]
         if factor < 1:
             provenance["shrunk_by"] = factor
         return GeneratedAdapter(self.config.adapter_layout, self.weight_tokenizer.decode(grid), provenance)
