@@ -165,8 +165,8 @@ def _look_at_generator(name: str, revision: str | None) -> tuple[dict[str, Any],
 
 
 def _look_at_adapter(name: str, revision: str | None) -> tuple[dict[str, Any], AdapterLayout | None, list[str]]:
-    from peft_dnd.adapters import AdapterLayout
     from peft_dnd.adapters.generated_adapter import PROVENANCE_NAME
+    from peft_dnd.adapters.layouts import layout_from_folder
     from peft_dnd.adapters.lora import ADAPTER_WEIGHTS_NAME
     from peft_dnd.errors import LayoutError
     from peft_dnd.storage.files import read_json
@@ -175,7 +175,7 @@ def _look_at_adapter(name: str, revision: str | None) -> tuple[dict[str, Any], A
     provenance = folder / PROVENANCE_NAME
     facts: dict[str, Any] = {"provenance": read_json(provenance) if provenance.is_file() else None}
     try:
-        layout = AdapterLayout.from_folder(folder)
+        layout = layout_from_folder(folder)
     except LayoutError as error:  # an adapter, but none that a generator could have written
         return facts, None, [str(error)]
     bytes_ = (folder / ADAPTER_WEIGHTS_NAME).stat().st_size
@@ -236,7 +236,7 @@ def _adapter_folder(name: str, revision: str | None) -> Path:
 def _engine_config(kind: Kind, what: str, revision: str | None, layout: AdapterLayout | None) -> dict[str, Any]:
     """The `adapter_config.json` that an engine would read."""
     if kind != "adapter":
-        return {} if layout is None else layout.lora_config().to_dict()
+        return {} if layout is None else layout.peft_config().to_dict()
     from peft_dnd.adapters.lora import ADAPTER_CONFIG_NAME
     from peft_dnd.storage.files import read_json
 

@@ -18,8 +18,8 @@ from typing_extensions import Unpack
 
 from ..adapters.positions import token_positions
 from ..adapters.tokenizer import WeightNormalization, WeightTokenizer
-from ..decoders import Decoder, build_decoder
-from ..errors import CorruptFileError, GeneratorNotFoundError
+from ..decoders import Decoder, PartialDecoder, build_decoder
+from ..errors import CorruptFileError, GeneratorConfigError, GeneratorNotFoundError
 from ..storage.cards import CARD_NAME, may_write_card
 from ..storage.files import PathLike, staged_directory, write_json
 from ..storage.hub import (
@@ -83,6 +83,11 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         decoder = build_decoder(
             config.decoder_type, config.condition_shape, token_shape, config.decoder_config, positions
         )
+        if isinstance(decoder, PartialDecoder) and not config.adapter_layout.modules:
+            raise GeneratorConfigError(
+                f"The decoder {config.decoder_type!r} writes one of LoRA's two matrices, and a "
+                f"{config.adapter_layout.method} adapter has others. Use decoder_type='set_transformer'."
+            )
         self.decoder = decoder
         self.normalization = WeightNormalization(token_shape)
         # A rule may change between versions, a fitted generator may not: what was derived is written down.
