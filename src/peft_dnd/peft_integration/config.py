@@ -122,7 +122,8 @@ class DnDConfig(LoraConfig):
 
         model = get_peft_model(base, DnDConfig(generator="org/generator", prompts=prompts))
 
-    What the model then holds, saves and shows is a plain `LoraConfig`; this one stays as it is and may be used again.
+    What the model then holds, saves and shows is a plain `LoraConfig`, or where the generator writes adapters of
+    another method that method's configuration; this one stays as it is and may be used again.
     Rank, targets and the rest of the adapter's form are the generator's: its `config.json` is read at once, its
     weights when the adapter is made. `lora_dropout`, `modules_to_save`, `task_type`, `inference_mode` and `revision`
     (of the base model) mean what they mean in PEFT; where no `task_type` is given it is that of the adapters which the
