@@ -278,6 +278,7 @@ def test_health_tells_of_a_folder_that_cannot_be_written_to(serve, monkeypatch) 
     client = serve()
     assert client.get("/health/live").json() == {"status": "live"}
     assert client.get("/health/ready").json() == {"status": "ready"}
+    client.app.state.service._writable_at -= 1  # it is tried once a second
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

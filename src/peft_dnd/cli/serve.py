@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _TOKENS_VARIABLE = "PEFT_DND_TOKENS"
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client", "portalocker")
 _GIGABYTE = 10**9
+# Beyond so many connections, uvicorn itself answers 503; a proxy holds some open that ask for nothing.
+_FEWEST_CONNECTIONS = 512
 
 
 def serve(
@@ -239,6 +241,7 @@ def _run(service: AdapterService, tokens: Tokens, bound: socket.socket, grace_se
     import uvicorn
 
     from peft_dnd.serving import create_app
+    from peft_dnd.serving.http_protocol import PatientProtocol
 
     config = uvicorn.Config(
         create_app(service, tokens),
@@ -247,7 +250,9 @@ def _run(service: AdapterService, tokens: Tokens, bound: socket.socket, grace_se
         access_log=False,  # it would hold paths and queries as clients wrote them
         server_header=False,
         proxy_headers=False,
+        http=PatientProtocol,
         ws="none",
+        limit_concurrency=max(_FEWEST_CONNECTIONS, 4 * service.limits.requests),
         timeout_graceful_shutdown=grace_seconds,
     )
     # Once it has stopped, uvicorn sends itself the signal again: having stopped as asked is no failure.
