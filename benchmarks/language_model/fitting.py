@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers.trainer_utils import get_last_checkpoint
 
 from language_model.base import load_base, with_small_head
@@ -141,6 +141,7 @@ def fit_generator(
         adam_beta2=0.98,
         weight_decay=0.0,
         smallest_prompt_set=1,
+        prompt_states_dir=str(folder / "prompt_states"),
         save_steps=200,
         save_total_limit=1,
         logging_steps=20,
@@ -148,7 +149,9 @@ def fit_generator(
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
     )
-    trainer = DnDTrainer(generator, arguments, pairs, base_model=model)
+    # The adapters are computed in the base's own precision: in float32, PEFT's default, a step takes a sixth longer.
+    adapted = get_peft_model(model, lora_config(settings.rank), autocast_adapter_dtype=False)
+    trainer = DnDTrainer(generator, arguments, pairs, base_model=adapted)
     last = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     generator.save_pretrained(folder / "generator")

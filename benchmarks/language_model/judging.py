@@ -292,7 +292,7 @@ def _scores(
             found += right(contest.own_base, matrices, some)
         else:
             prompts = [prompts_for(entry, questions, number) for number in numbers]
-            found += right(contest.generated_base, _generated(contest, prompts, costs), some)
+            found += right(contest.generated_base, generated(contest, prompts, costs), some)
     if "seconds_an_adapter" in costs:
         costs["seconds_an_adapter"] = round(costs["seconds_an_adapter"] / len(questions), 4)
     return found
@@ -323,7 +323,8 @@ def another(questions: Sequence[Questions], number: int) -> Questions:
     return next((one for one in later if one.task.operation.name != mine), later[0])
 
 
-def _generated(contest: Contest, prompts: Sequence[list[str]], costs: dict[str, Any]) -> Matrices:
+def generated(contest: Contest, prompts: Sequence[list[str]], costs: dict[str, Any]) -> Matrices:
+    """An adapter for each list of prompts, key -> (B, *shape); what they cost is added to what is given."""
     began = time.perf_counter()
     adapters = [contest.generator.generate_adapter(lines) for lines in prompts]
     costs["seconds_an_adapter"] = costs.get("seconds_an_adapter", 0.0) + time.perf_counter() - began

@@ -35,6 +35,7 @@ from stages import Progress, Stage  # noqa: E402
 
 from language_model.base import load_base, prepare_base  # noqa: E402
 from language_model.fitting import FitSettings, fit_generator  # noqa: E402
+from language_model.in_languages import draw_in_languages, language_table, score_in_languages  # noqa: E402
 from language_model.judging import Contest, Questions, Size, draw_questions, score_all  # noqa: E402
 from language_model.parts import Part, small_part  # noqa: E402
 from language_model.report import costs_of, reports_of, table  # noqa: E402
@@ -116,6 +117,8 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
     logger.info("4. Asking %d kinds of held-out task", len(questions))
     with progress.working_on("scores"):
         found = score_all(contest, questions, progress.folder / "scores")
+        asked = draw_in_languages(part, size, options.seed)
+        in_languages = score_in_languages(contest, asked, progress.folder / "scores" / "languages")
     reports = reports_of(found)
     result = {
         "seed": options.seed,
@@ -125,11 +128,12 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
         "parameters": generator.num_parameters(),
         "costs": costs_of(found, progress.seconds),
         "kinds": reports,
+        "in_languages": in_languages,
     }
     write_json(progress.folder / "report.json", result)
     suffix = f"_{options.training_tasks}_tasks" if options.training_tasks else ""
     write_result(f"language_model_seed_{options.seed}{suffix}", result, command_of(options))
-    logger.info("\n%s", table(reports))
+    logger.info("\n%s\n\n%s", table(reports), language_table(in_languages))
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:

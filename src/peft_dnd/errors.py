@@ -86,8 +86,16 @@ class EvaluationError(PeftDndError, ValueError):
     """An evaluation cannot be run as asked for: tasks, scores or reports do not belong together."""
 
 
+class AdapterPoolError(PeftDndError, ValueError):
+    """A pool of adapters cannot be made as asked for, or has no such task, or fewer places than are needed at once."""
+
+
 class OutOfDistributionError(PeftDndError, ValueError):
     """The prompts do not belong with those of the fitted tasks, and no adapter was to be written for such."""
+
+
+class EngineError(PeftDndError, RuntimeError):
+    """A serving engine, or the service that it gets adapters from, is set up wrongly, out of reach, or refuses."""
 
 
 def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:

@@ -12,14 +12,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from huggingface_hub import HfApi
-from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from support.live_models import PROMPTS, TOKENS, logits
 from torch import nn
@@ -162,6 +159,7 @@ def test_the_card_is_an_ordinary_adapter_card(adapter: GeneratedAdapter, tmp_pat
     assert yaml.safe_load(data) == {
         "library_name": "peft",
         "base_model": "org/base",
+        "base_model_relation": "adapter",
         "pipeline_tag": "text-generation",
         "tags": ["base_model:adapter:org/base", "drag-and-drop-llms", "lora", "peft_dnd"],
     }
@@ -178,40 +176,6 @@ def test_a_card_that_someone_edited_is_kept(adapter: GeneratedAdapter, tmp_path:
     (tmp_path / "README.md").write_text(edited)
     adapter.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == edited
-
-
-@pytest.mark.parametrize("options", [{}, {"private": True, "revision": "v1"}, {"revision": "v1", "create_pr": True}])
-def test_push_to_hub(adapter: GeneratedAdapter, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: dict[str, Any] = {}
-    commit = object()
-
-    def record(name: str, result: object = None) -> Callable[..., object]:
-        def call(self: HfApi, repo_id: str, **given: Any) -> object:
-            validate_repo_id(repo_id)
-            calls[name] = {"repo_id": repo_id, "token": self.token, **given}
-            if "folder_path" in given:
-                calls["files"] = sorted(os.listdir(given["folder_path"]))
-            return result
-
-        return call
-
-    def upload(self: HfApi, *, repo_id: str, **given: Any) -> object:
-        return record("upload_folder", commit)(self, repo_id, **given)
-
-    monkeypatch.setattr(HfApi, "create_repo", record("create_repo", SimpleNamespace(repo_id="me/adapter")))
-    monkeypatch.setattr(HfApi, "create_branch", record("create_branch"))
-    monkeypatch.setattr(HfApi, "upload_folder", upload)
-    assert adapter.push_to_hub("adapter", token="t", **options) is commit
-    assert calls["create_repo"]["private"] is options.get("private")
-    assert calls["create_repo"]["exist_ok"] is True
-    assert ("create_branch" in calls) == (options.get("revision") is not None and not options.get("create_pr"))
-    assert calls["upload_folder"]["repo_id"] == "me/adapter"
-    assert calls["upload_folder"]["token"] == "t"
-    assert calls["upload_folder"]["revision"] == options.get("revision")
-    assert calls["upload_folder"]["create_pr"] == options.get("create_pr", False)
-    assert calls["files"] == FILES
-    with pytest.raises(TypeError):
-        adapter.push_to_hub("adapter", privat=True)  # type: ignore[call-arg]
 
 
 def test_other_dtypes(adapter: GeneratedAdapter, tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_a_hot_swap_onto_another_kind_of_adapter_says_what_differs(
     assert_untouched(model, before)
 
 
-def test_a_hot_swap_onto_more_modules_or_merged_or_padded_ones_is_refused(
+def test_a_hot_swap_onto_more_modules_or_merged_ones_is_refused(
     adapter: GeneratedAdapter, fresh_base: FreshBase
 ) -> None:
     more = replace(adapter.peft_config, target_modules=[*adapter.peft_config.target_modules, "embed_tokens"])
@@ -222,10 +222,31 @@ def test_a_hot_swap_onto_more_modules_or_merged_or_padded_ones_is_refused(
     assert adapter.load_into(model) is model
     prepare_model_for_compiled_hotswap(model, target_rank=3)
     assert adapter.load_into(model) is model
-    padded = adapter.load_into(fresh_base())
-    prepare_model_for_compiled_hotswap(padded, target_rank=5)
-    with pytest.raises(LayoutError, match=r"shape \(5, "):
-        adapter.load_into(padded)
+
+
+def test_where_peft_has_prepared_the_model_other_ranks_and_scalings_are_swapped_in(
+    adapter: GeneratedAdapter, other_adapter: GeneratedAdapter, fresh_base: FreshBase, expected: torch.Tensor
+) -> None:
+    model = other_adapter.load_into(fresh_base())
+    prepare_model_for_compiled_hotswap(model, target_rank=5)
+    assert adapter.load_into(model) is model
+    assert torch.allclose(logits(model), expected, atol=1e-6)
+
+    config = LoraConfig(r=2, lora_alpha=7, target_modules="all-linear", init_lora_weights=False)
+    torch.manual_seed(0)
+    smaller = get_peft_model(fresh_base(), config)
+    layout, matrices = AdapterLayout.from_model(smaller), live_state_dict(smaller, "default")
+    load_matrices(model, "default", layout, matrices)
+    assert torch.allclose(logits(model), logits(smaller), atol=1e-6)
+    adapter.load_into(model)
+    assert torch.allclose(logits(model), expected, atol=1e-6), "nothing of the other adapter is left"
+
+    larger = LoraConfig(r=6, target_modules="all-linear", init_lora_weights=False)
+    layout = AdapterLayout.from_lora_config(larger, fresh_base())
+    before = snapshot(model)
+    with pytest.raises(LayoutError, match=r"shape \(5, \d+\) where the new one has \(6, "):
+        load_matrices(model, "default", layout, {t.key: torch.ones(t.shape) for t in layout.tensors})
+    assert_untouched(model, before)
 
 
 def test_a_classifier_head_beside_the_matrices_stays(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from language_model import judging
+from language_model.in_languages import ENGLISH, draw_in_languages, language_table, score_in_languages
 from language_model.judging import ENTRIES, Contest, Questions, Size, draw_questions, prompts_for, score_all
 from language_model.report import LABELS, report_of, reports_of, table
 from language_model.rivals import Training, lora_layout, multi_task_lora, own_loras
@@ -161,3 +162,36 @@ def test_the_table_has_a_row_for_everyone(found: Any) -> None:
         "conditioning gain",
     ]
     assert "100.0 (100 to 100)" in next(line for line in lines if LABELS["trained"] in line)
+
+
+def test_languages_are_asked_on_the_tasks_that_are_known_in_all_of_them(contest: Contest, tmp_path: Path) -> None:
+    world = small_world()
+    known = world.of("training")[:2]
+    for task in known:
+        object.__setattr__(task, "write_in", lambda task, language: [f"{language}: {task.name}"])
+    asked = draw_in_languages(world, SIZE, seed=0)
+    assert [one.task for one in asked] == known
+    for one in asked:
+        assert {row.input for row in one.rows} <= set(TEST)
+        assert one.prompts[ENGLISH][0].startswith("Put")
+        assert one.prompts["German"][0].startswith(f"German: {one.task.name}\n")
+        assert {lines[0].split("\n")[1] for lines in one.prompts.values()} <= set(TRAIN)
+        inputs = [[line.split("\n")[1] for line in lines] for lines in one.prompts.values()]
+        assert inputs == [inputs[0]] * 11  # the instruction is what differs
+    result = score_in_languages(contest, asked, tmp_path)
+    assert result == score_in_languages(contest, asked, tmp_path)
+    assert set(result["languages"]) > {ENGLISH, "German", "Hindi"}
+    assert set(result["languages"]["German"]["by_task"]) == {task.name for task in known}
+    assert len(language_table(result).splitlines()) == 13
+
+
+def test_shares_of_english_are_of_the_mean(contest: Contest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from language_model import in_languages
+
+    monkeypatch.setattr(in_languages, "languages", lambda: ["German"])
+    monkeypatch.setattr(
+        in_languages, "_scores", lambda contest, asked, language: {"a": 0.5, "b": 1.0 if language == ENGLISH else 0.1}
+    )
+    result = score_in_languages(contest, [None, None], tmp_path)  # type: ignore[list-item]
+    assert result["languages"]["German"]["share_of_english"] == pytest.approx(0.4)
+    assert "| German | 30.0 | 40 |" in language_table(result)

@@ -169,6 +169,48 @@ def test_loss_and_gradient_are_those_of_item_by_item(name: str, rows: list[int])
     assert counts.places == [labels if BASES[name][2] == "narrow" else counts.tokens[0]]
 
 
+@pytest.mark.parametrize("rows", [[3, 3, 3], [2, 5, 1], [1, 1, 9]], ids=["even", "uneven", "very uneven"])
+@pytest.mark.parametrize("side", ["A", "B"])
+@pytest.mark.parametrize("name", ["Llama, patterns", "Gemma 3, embedding", "GPT-2"])
+def test_a_matrix_that_all_items_have_need_not_be_repeated(name: str, side: str, rows: list[int]) -> None:
+    base, layout = made(name)
+    loss_of, batches = TaskLoss(base, layout), examples(rows)
+    sides = {tensor.key: tensor.side for tensor in layout.tensors}
+    once = {
+        key: (value[:1] if sides[key] == side else value).detach().requires_grad_()
+        for key, value in draw(layout, 3).items()
+    }
+    repeated = {
+        key: value.detach().expand(3, *value.shape[1:]).clone().requires_grad_() for key, value in once.items()
+    }
+    losses, expected = loss_of.losses(once, batches), loss_of.losses(repeated, batches)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+    ours, theirs = (
+        torch.autograd.grad(of.mean(), list(given.values())) for of, given in ((losses, once), (expected, repeated))
+    )
+    for key, mine, other in zip(once, ours, theirs, strict=True):
+        wanted = other.sum(0, keepdim=True) if sides[key] == side else other
+        assert (mine - wanted).norm() <= 1e-5 * wanted.norm(), key
+
+
+def test_items_that_share_a_matrix_must_weigh_alike() -> None:
+    base, layout = made("Llama")
+    once = {key: value[:1] for key, value in draw(layout, 2).items()}
+    losses = TaskLoss(base, layout).losses(once, examples([2, 2]))
+    with pytest.raises(GeneratorConfigError, match=r"must weigh alike .*\[1\.0, 2\.0\]"):
+        (losses * torch.tensor([1.0, 2.0])).sum().backward()
+
+
+def test_a_shared_matrix_where_items_are_taken_one_by_one() -> None:
+    base, layout = made("Llama")
+    batches = examples([2, 3])
+    matrices = draw(layout, 2)
+    once = {key: value[:1] if ".lora_A." in key else value for key, value in matrices.items()}
+    repeated = {key: value.expand(2, *value.shape[1:]) for key, value in once.items()}
+    by_hand = TaskLoss(base, layout, lambda model, batch: model(**batch).loss)
+    torch.testing.assert_close(by_hand.losses(once, batches), TaskLoss(base, layout).losses(repeated, batches))
+
+
 @pytest.mark.parametrize("name", ["Llama", "Gemma 3"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_passes_are_bounded_and_change_nothing(name: str, checkpointing: bool) -> None:

@@ -170,6 +170,33 @@ def test_the_gradient_of_a_step_is_that_of_the_adapters(
     assert loss.item() == pytest.approx(sum(expected) / 4, rel=1e-5)
 
 
+def test_what_a_decoder_writes_alike_for_all_is_taken_once(
+    bare: PromptCheckpointDataset, make_generator: Make, fresh_base: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    settings = {"hidden_size": 16, "dropout": 0.0, "summary_noise": 0.0, "zero_init_output": False}
+    generator = make_generator(decoder_type="core", decoder_config=settings)
+    trainer = DnDTrainer(generator, arguments(tmp_path, condition_noise=0.0), bare, base_model=fresh_base())
+    trainer._prepare()
+    batch = trainer.data_collator([bare[i] for i in range(4)])
+    generator.train()
+
+    def step() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        generator.zero_grad()
+        loss = trainer.compute_loss(generator, dict(batch))
+        loss.backward()
+        found = {name: parameter.grad.clone() for name, parameter in generator.decoder.named_parameters()}
+        return loss.detach(), found
+
+    loss, gradients = step()
+    shared, trainer.objective._shared = trainer.objective._shared, frozenset()
+    assert shared == {t.key for t in generator.config.adapter_layout.tensors if t.side == "A"}
+    apart, expected = step()
+    torch.testing.assert_close(loss, apart)
+    for name, gradient in gradients.items():
+        assert expected[name].any(), name
+        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
 def test_warm_start_then_both_losses(
     mixed: PromptCheckpointDataset, make_generator: Make, base_model: nn.Module, tmp_path: Path
 ) -> None:

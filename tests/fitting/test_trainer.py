@@ -205,6 +205,22 @@ def test_no_weight_decay_on_norms_and_biases(
         assert decay[id(parameter)] == (0.0 if bare else 0.1), name
 
 
+def test_a_run_that_starts_again_reads_no_prompt_twice(
+    pairs: PromptCheckpointDataset, make_generator: Callable[..., PromptConditionedLoraGenerator], tmp_path: Path
+) -> None:
+    def fitted() -> tuple[int, dict[str, torch.Tensor]]:
+        generator = make_generator()
+        settings = arguments(tmp_path / "run", max_steps=2, prompt_states_dir=str(tmp_path / "states"))
+        trainer = DnDTrainer(generator, settings, pairs)
+        trainer.train()
+        return trainer.embeddings.encoder_calls, {**generator.state_dict()}
+
+    calls, first = fitted()
+    calls_again, second = fitted()
+    assert (calls, calls_again) == (len(pairs.tasks), 0)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_text_encoder_can_be_fitted_too_and_is_carried(
     pairs: PromptCheckpointDataset, make_generator: Callable[..., PromptConditionedLoraGenerator], tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
+from support.hub_state import OWNER, HubServer
 
 from peft_dnd import (
     DnDTrainer,
@@ -23,11 +24,14 @@ from peft_dnd import (
     PromptConditionedLoraGenerator,
     PromptConditionedLoraGeneratorConfig,
 )
+from peft_dnd.generator.summary import SUMMARY_NAME
 from peft_dnd.storage.cards import GENERATED_MARK
 from peft_dnd.text.out_of_distribution import REFERENCE_NAME
 
 
-PLAIN = {"config.json", "model.safetensors", "README.md", REFERENCE_NAME}
+pytest_plugins = ("support.hub_server",)
+
+PLAIN = {"config.json", "model.safetensors", "README.md", REFERENCE_NAME, SUMMARY_NAME}
 PICKLES = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
 
 
@@ -209,15 +213,27 @@ class TestWhileFitting:
 
 class TestAtTheEnd:
     @pytest.mark.filterwarnings("ignore:The generator's:UserWarning")
-    def test_as_the_generator_itself_would(self, make_trainer: Make, hub: Hub, tmp_path: Path) -> None:
-        trainer = make_trainer(carried=True, hub_strategy="end")
+    def test_as_the_generator_itself_would(self, make_trainer: Make, local_hub: HubServer, tmp_path: Path) -> None:
+        trainer = make_trainer(carried=True, hub_strategy="end", hub_token=OWNER)
         trainer.train()
         trainer.generator.push_to_hub("me/generator")
+        own = local_hub.files("me/generator")
+        # What another program left, or an earlier generator in other parts, must not be read in its place.
+        left = local_hub.fetch("me/generator", tmp_path / "left")
+        for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+            (left / name).write_text("left")
+        local_hub.put("me/generator", left)
         result = trainer.push_to_hub(commit_message="done", tags="ours")
-        own, ours = hub.commits
-        assert result.oid == "c0ffee" and ours.given["commit_message"] == "done"
-        assert ours.files == own.files
-        assert str(tmp_path) not in ours.texts
+        repo = local_hub.repos["models", "me/generator"]
+        assert result.oid == repo.branches["main"] and repo.messages[-1] == "done"
+        ours = local_hub.files("me/generator")
+        assert ours["README.md"].decode() == own["README.md"].decode()
+        assert {name: ours.get(name) == content for name, content in own.items()} == dict.fromkeys(own, True)
+        assert ours.keys() == own.keys()
+        assert not any(str(tmp_path).encode() in content for content in ours.values())
+        assert (
+            b'generator="me/generator"' in ours["README.md"] or b'from_pretrained("me/generator")' in ours["README.md"]
+        )
         # What lies here is whole, and for here.
         assert (tmp_path / "out" / "training_args.json").is_file()
         assert json.loads((tmp_path / "out" / "config.json").read_text())["text_encoder"] is not None

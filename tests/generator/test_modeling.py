@@ -10,17 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.errors import RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-import peft_dnd.storage.hub
 from peft_dnd import (
     AdapterLayout,
     GeneratedAdapter,
@@ -371,56 +367,6 @@ def test_own_card_is_kept(generator: PromptConditionedLoraGenerator, tmp_path: P
     card.write_text("mine")
     generator.save_pretrained(tmp_path)
     assert card.read_text() == "mine"
-
-
-class HubStub:
-    """A Hub in a folder: checks ids as the real one does."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.commits: list[dict[str, Any]] = []
-
-    def snapshot_download(self, repo_id: str, *, revision: str | None = None, **kwargs: Any) -> str:
-        validate_repo_id(repo_id)
-        folder = self.root / repo_id / (revision or "c0ffee")
-        if not folder.is_dir():
-            raise RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
-        return str(folder)
-
-    def create_repo(self, repo_id: str, **kwargs: Any) -> SimpleNamespace:
-        validate_repo_id(repo_id)
-        return SimpleNamespace(repo_id=repo_id)
-
-    def upload_folder(self, *, repo_id: str, folder_path: str, **kwargs: Any) -> SimpleNamespace:
-        target = self.root / repo_id / "c0ffee"
-        target.mkdir(parents=True)
-        for path in Path(folder_path).rglob("*"):
-            if path.is_file():
-                (target / path.relative_to(folder_path)).parent.mkdir(parents=True, exist_ok=True)
-                (target / path.relative_to(folder_path)).write_bytes(path.read_bytes())
-        self.commits.append({"repo_id": repo_id, **kwargs})
-        return SimpleNamespace(oid="c0ffee")
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubStub:
-    stub = HubStub(tmp_path / "hub")
-    monkeypatch.setattr(peft_dnd.storage.hub, "snapshot_download", stub.snapshot_download)
-    monkeypatch.setattr(peft_dnd.storage.hub, "HfApi", lambda token=None: stub)
-    return stub
-
-
-def test_to_the_hub_and_back(generator: PromptConditionedLoraGenerator, hub: HubStub) -> None:
-    generator.push_to_hub("me/generator", private=True, commit_message="first", include_text_encoder=True)
-    assert hub.commits[0]["commit_message"] == "first"
-    loaded = PromptConditionedLoraGenerator.from_pretrained("me/generator")
-    adapter = loaded.generate_adapter(PROMPTS)
-    assert same(adapter, generator.generate_adapter(PROMPTS))
-    assert adapter.provenance["generator"] == "me/generator"
-    assert adapter.provenance["generator_revision"] == "c0ffee"
-    for name in ("me/typo", "not a valid id!"):
-        with pytest.raises(GeneratorNotFoundError, match="spelling"):
-            PromptConditionedLoraGenerator.from_pretrained(name)
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from support.collecting import adapter_of
 from support.live_models import OTHER_PROMPTS, PROMPTS, assert_holds, assert_untouched, snapshot
 from torch import nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Trainer, TrainingArguments
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from peft_dnd import (
     AdapterLayout,
@@ -211,7 +219,7 @@ def test_a_suffix_takes_the_vision_tower_along_and_a_base_without_one_is_refused
 ) -> None:
     layout = AdapterLayout.from_lora_config(lora(["gate_proj"]), vision_base)
     assert sum("visual" in module.name for module in layout.modules) == 2
-    with pytest.raises(BaseModelMismatchError, match=r"no module 'model\.language_model\.layers\.0\.mlp\.gate_proj'"):
+    with pytest.raises(BaseModelMismatchError, match=r"no module 'model\.visual\.blocks\.0\.mlp\.gate_proj'"):
         generator_for(layout).generate_adapter(PROMPTS).load_into(base_model)
 
 
@@ -245,6 +253,89 @@ def quiet(folder: Path) -> dict[str, Any]:
         "use_cpu": True,
         "logging_steps": 1,
     }
+
+
+@pytest.fixture
+def text_base(vision_base: nn.Module) -> nn.Module:
+    """A text model whose layers are those of the vision-language base."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    text = vision_base.config.get_text_config()
+    sizes = {name: getattr(text, name) for name in (*names, "num_key_value_heads")}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, bos_token_id=0, eos_token_id=1, pad_token_id=0)).eval()
+    layers = vision_base.model.language_model.state_dict()
+    model.model.load_state_dict({name: value.clone() for name, value in layers.items()})
+    return model
+
+
+def updates_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Each layer's update of the base's weights, by the layer's name within the text model."""
+    return {
+        name.rpartition("layers.")[2]: layer.get_delta_weight("default")
+        for name, layer in lora_layers(model, "default")
+    }
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["with head", "bare"])
+def test_a_generator_of_the_text_model_fits_what_has_it_as_a_part_and_the_other_way_round(
+    text_base: nn.Module,
+    fresh_vision_base: Callable[[], nn.Module],
+    generator_for: GeneratorFor,
+    caplog: pytest.LogCaptureFixture,
+    bare: bool,
+) -> None:
+    with_pictures = fresh_vision_base().model if bare else fresh_vision_base()
+    prefix = "" if bare else "model."
+    of_text = AdapterLayout.from_lora_config(lora("all-linear"), text_base)
+    of_both = AdapterLayout.from_lora_config(lora(r".*language_model\.layers\.\d+\..*_proj"), with_pictures)
+    assert of_text.difference(of_both) is not None
+
+    adapter = generator_for(of_text).generate_adapter(PROMPTS)
+    seen = adapter.load_into(with_pictures)
+    assert all(name.startswith(f"{prefix}language_model.layers.") for name in adapted(seen))
+    message = f"'model.layers.0.mlp.down_proj' is '{prefix}language_model.layers.0.mlp.down_proj' there"
+    assert message in caplog.text and caplog.text.count("looked for") == 1
+    read = adapter.load_into(text_base)
+    expected = updates_of(read)
+    assert len(expected) == 14
+    assert {name: update.tolist() for name, update in updates_of(seen).items()} == {
+        name: update.tolist() for name, update in expected.items()
+    }
+
+    back = generator_for(of_both).generate_adapter(PROMPTS).load_into(read.unload())
+    assert {name.partition(".layers.")[0] for name in adapted(back)} == {"model"}
+    assert len(adapted(back)) == 14
+
+
+def test_get_peft_model_puts_a_text_model_s_adapter_into_the_text_model_alone(
+    text_base: nn.Module, fresh_vision_base: Callable[[], nn.Module], generator_for: GeneratorFor, tmp_path: Path
+) -> None:
+    generator = generator_for(AdapterLayout.from_lora_config(lora(["gate_proj", "up_proj"]), text_base))
+    model = get_peft_model(fresh_vision_base(), DnDConfig(generator=generator, prompts=PROMPTS))
+    assert len(adapted(model)) == 4 and not any("visual" in name for name in adapted(model))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(fresh_vision_base(), tmp_path)), logits(model))
+
+
+def test_other_sizes_and_the_vision_tower_are_no_text_model(
+    text_base: nn.Module, vision_base: nn.Module, generator_for: GeneratorFor
+) -> None:
+    smaller = copy.deepcopy(text_base.config)
+    smaller.intermediate_size = 24
+    layout = AdapterLayout.from_lora_config(lora(["up_proj"]), Qwen2ForCausalLM(smaller))
+    with pytest.raises(BaseModelMismatchError, match=r"language_model\.layers\.0\.mlp\.up_proj.* from 32 to 48"):
+        generator_for(layout).generate_adapter(PROMPTS).load_into(vision_base)
+    deeper = copy.deepcopy(text_base.config)
+    deeper.num_hidden_layers, deeper.layer_types = 3, ["full_attention"] * 3
+    layout = AdapterLayout.from_lora_config(lora(["up_proj"]), Qwen2ForCausalLM(deeper))
+    with pytest.raises(BaseModelMismatchError, match=r"no module 'model\.layers\.2\.mlp\.up_proj'"):
+        generator_for(layout).generate_adapter(PROMPTS).load_into(vision_base)
+    # Neither is what stands in a vision tower under the same names as in a text model.
+    tower = AdapterLayout.from_lora_config(lora(["up_proj"]), text_base)
+    elsewhere = replace(
+        tower, modules=tuple(replace(m, name=m.name.replace("model.", "vision_tower.")) for m in tower.modules)
+    )
+    with pytest.raises(BaseModelMismatchError, match=r"no module 'vision_tower\.layers\.0\.mlp\.up_proj'"):
+        generator_for(elsewhere).generate_adapter(PROMPTS).load_into(vision_base)
 
 
 def test_pairs_and_both_losses_on_pictures(

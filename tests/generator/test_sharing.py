@@ -6,13 +6,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import HfApi
+from support.hub_state import HubServer
 
 from peft_dnd import (
     AdapterLayout,
@@ -25,24 +24,16 @@ from peft_dnd import (
 from peft_dnd.storage.cards import GENERATED_MARK
 
 
+pytest_plugins = ("support.hub_server",)
+
+Fetched = Callable[[str], Path]
 PROMPTS = ["what is tax law ?", "a court please"]
 
 
 @pytest.fixture
-def uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder into which uploads go."""
-    target = tmp_path / "uploaded"
-
-    def upload(self: HfApi, *, folder_path: str, **given: object) -> SimpleNamespace:
-        shutil.copytree(folder_path, target, dirs_exist_ok=True)
-        return SimpleNamespace(oid="c0ffee")
-
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **given: SimpleNamespace(repo_id=repo_id))
-    # transformers 5.1 has the function in its trainer's module.
-    create_repo = "transformers.trainer.create_repo"
-    monkeypatch.setattr(create_repo, lambda name, **given: SimpleNamespace(repo_id=name), raising=False)
-    monkeypatch.setattr(HfApi, "upload_folder", upload)
-    return target
+def fetched(hub: HubServer, tmp_path: Path) -> Fetched:
+    """Fetches what was uploaded into a folder."""
+    return lambda repo_id: hub.fetch(repo_id, tmp_path / "fetched")
 
 
 @pytest.fixture
@@ -58,13 +49,14 @@ def texts_of(folder: Path) -> str:
 
 class TestGenerator:
     def test_a_local_text_encoder_is_missed_before_others_miss_it(
-        self, own: PromptConditionedLoraGenerator, uploaded: Path, tmp_path: Path
+        self, own: PromptConditionedLoraGenerator, fetched: Fetched, tmp_path: Path
     ) -> None:
         before = own.config.text_encoder
         with pytest.warns(
             UserWarning, match=r"text encoder is '.*', a folder that only this.*include_text_encoder=True"
         ):
             own.push_to_hub("me/generator")
+        uploaded = fetched("me/generator")
         assert own.config.text_encoder == before
         assert json.loads((uploaded / "config.json").read_text())["text_encoder"] is None
         # What is saved here goes on naming the folder, which is right here.
@@ -72,52 +64,57 @@ class TestGenerator:
         assert PromptConditionedLoraGenerator.from_pretrained(tmp_path / "here").generate_adapter(PROMPTS)
 
     def test_a_text_encoder_that_is_carried_needs_no_name(
-        self, own: PromptConditionedLoraGenerator, uploaded: Path, encoder_folder: Path
+        self, own: PromptConditionedLoraGenerator, fetched: Fetched, encoder_folder: Path
     ) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             own.push_to_hub("me/generator", include_text_encoder=True)
+        uploaded = fetched("me/generator")
         assert str(encoder_folder) not in texts_of(uploaded)
         loaded = PromptConditionedLoraGenerator.from_pretrained(uploaded)
         expected = own.generate_adapter(PROMPTS).state_dict()
         found = loaded.generate_adapter(PROMPTS).state_dict()
         assert all(found[key].equal(expected[key]) for key in expected)
 
-    def test_hub_ids_stay(self, own: PromptConditionedLoraGenerator, uploaded: Path) -> None:
+    def test_hub_ids_stay(self, own: PromptConditionedLoraGenerator, fetched: Fetched) -> None:
         own.config.text_encoder = "sentence-transformers/all-MiniLM-L6-v2"
         own.config.base_model_name_or_path = "org/base"
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             own.push_to_hub("me/generator")
+        uploaded = fetched("me/generator")
         config = PromptConditionedLoraGeneratorConfig.from_pretrained(uploaded)
         assert config.text_encoder == "sentence-transformers/all-MiniLM-L6-v2"
         assert config.base_model_name_or_path == "org/base"
 
     def test_a_local_base_is_left_out(
-        self, own: PromptConditionedLoraGenerator, uploaded: Path, tmp_path: Path
+        self, own: PromptConditionedLoraGenerator, fetched: Fetched, tmp_path: Path
     ) -> None:
         own.config.base_model_name_or_path = str(tmp_path / "base")
         with pytest.warns(UserWarning, match="set config.base_model_name_or_path to its Hub id"):
             own.push_to_hub("me/generator", include_text_encoder=True)
+        uploaded = fetched("me/generator")
         assert str(tmp_path) not in texts_of(uploaded)
         assert own.config.base_model_name_or_path == str(tmp_path / "base")
 
     def test_saving_and_pushing_in_one_carries_the_text_encoder_too(
-        self, own: PromptConditionedLoraGenerator, uploaded: Path, tmp_path: Path
+        self, own: PromptConditionedLoraGenerator, fetched: Fetched, tmp_path: Path
     ) -> None:
         own.save_pretrained(tmp_path / "here", push_to_hub=True, repo_id="me/generator", include_text_encoder=True)
+        uploaded = fetched("me/generator")
         assert (uploaded / "text_encoder" / "modules.json").is_file()
 
 
 class TestAdapter:
     def test_local_names_are_left_out(
-        self, layout: AdapterLayout, generator_folder: Path, uploaded: Path, tmp_path: Path
+        self, layout: AdapterLayout, generator_folder: Path, fetched: Fetched, tmp_path: Path
     ) -> None:
         generator = PromptConditionedLoraGenerator.from_pretrained(generator_folder)
         generator.config.base_model_name_or_path = str(tmp_path / "base")
         adapter = generator.generate_adapter(PROMPTS)
         with pytest.warns(UserWarning, match=r"adapter's base model is '.*', a folder that only this machine has"):
             adapter.push_to_hub("me/adapter")
+        uploaded = fetched("me/adapter")
         assert str(tmp_path) not in texts_of(uploaded) and str(generator_folder) not in texts_of(uploaded)
         again = GeneratedAdapter.from_pretrained(uploaded)
         expected = adapter.state_dict()
@@ -125,12 +122,13 @@ class TestAdapter:
         assert again.provenance["prompts_sha256"] == adapter.provenance["prompts_sha256"]
         assert adapter.provenance["generator"] == str(generator_folder)
 
-    def test_hub_ids_stay(self, own: PromptConditionedLoraGenerator, layout: AdapterLayout, uploaded: Path) -> None:
+    def test_hub_ids_stay(self, own: PromptConditionedLoraGenerator, layout: AdapterLayout, fetched: Fetched) -> None:
         state = own.generate_adapter(PROMPTS).state_dict()
         named = dataclasses.replace(layout, base_model_name_or_path="org/base")
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             GeneratedAdapter(named, state, {"generator": "me/generator"}).push_to_hub("me/adapter")
+        uploaded = fetched("me/adapter")
         assert json.loads((uploaded / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
         assert GeneratedAdapter.from_pretrained(uploaded).provenance["generator"] == "me/generator"
 
@@ -155,7 +153,7 @@ class TestTrainer:
         assert card.read_text() == edited
 
     def test_says_before_fitting_what_others_will_lack(
-        self, own: PromptConditionedLoraGenerator, uploaded: Path, tmp_path: Path
+        self, own: PromptConditionedLoraGenerator, fetched: Fetched, tmp_path: Path
     ) -> None:
         with pytest.warns(UserWarning, match="text encoder is"):
             DnDTrainer(own, self.arguments(tmp_path / "out", push_to_hub=True))

@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import pickle
-import shutil
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.utils import validate_repo_id
 from support.collecting import POOL, adapter, write, write_pairs
+from support.hub_state import HubServer
 from torch.utils.data import DataLoader
 
 from peft_dnd.adapters.layout import AdapterLayout
@@ -26,6 +24,9 @@ from peft_dnd.pairs.statistics import task_balanced_grids, token_spread
 from peft_dnd.storage.files import read_safetensors
 from peft_dnd.text.prompts import select_prompts
 from peft_dnd.text.token_states import TokenStates
+
+
+pytest_plugins = ("support.hub_server",)
 
 
 @pytest.fixture
@@ -261,51 +262,48 @@ def test_spread_is_that_of_the_normalised_tokens(pairs, layout):
 
 
 @pytest.fixture
-def hub(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A stub of the Hub that holds `pairs` as the data set "someone/pairs", and gives only what it is asked for."""
-    calls: list[dict[str, Any]] = []
+def on_hub(pairs: Path, local_hub: HubServer) -> HubServer:
+    """The Hub, with `pairs` as the data set "someone/pairs", and things beside them that nobody needs."""
     (pairs / "README.md").write_text("a card")
     (pairs / "law" / "optimizer.pt").write_bytes(b"heavy")
-
-    def snapshot_download(
-        repo_id: str, *, repo_type: str, revision: Any, allow_patterns: list[str], **kwargs: Any
-    ) -> str:
-        assert kwargs.keys() == {"token", "cache_dir", "local_files_only"}
-        validate_repo_id(repo_id)
-        assert (repo_id, repo_type) == ("someone/pairs", "dataset")
-        snapshot = tmp_path / f"snapshot-{revision}"
-        got = []
-        for path in sorted(path for path in pairs.rglob("*") if path.is_file()):
-            name = path.relative_to(pairs).as_posix()
-            if any(fnmatch(name, pattern) for pattern in allow_patterns):
-                (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, snapshot / name)
-                got.append(name)
-        calls.append({"revision": revision, "files": got, **kwargs})
-        return str(snapshot)
-
-    monkeypatch.setattr("peft_dnd.pairs.dataset.snapshot_download", snapshot_download)
-    return calls
+    local_hub.put("someone/pairs", pairs, kind="datasets")
+    return local_hub
 
 
-def test_from_the_hub_only_what_is_needed_is_downloaded(pairs, hub):
-    dataset = PromptCheckpointDataset.from_hub("someone/pairs", revision="v1", token="secret", seed=7)
+def fetched(hub: HubServer) -> set[str]:
+    (snapshot,) = Path(hub.cache, "datasets--someone--pairs", "snapshots").iterdir()
+    return {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
+
+
+def test_from_the_hub_only_what_is_needed_is_downloaded(pairs, on_hub):
+    (commit,) = on_hub.repos["datasets", "someone/pairs"].commits
+    on_hub.put("someone/pairs", pairs / "law", kind="datasets")  # the main branch goes on
+    dataset = PromptCheckpointDataset.from_hub("someone/pairs", revision=commit, seed=7)
     assert dataset.tasks == ("law", "medicine", "task 2", "task 10")
-    assert (hub[0]["revision"], hub[0]["token"]) == ("v1", "secret")
-    assert "README.md" not in hub[0]["files"] and "law/optimizer.pt" not in hub[0]["files"]
+    assert (dataset.hub_id, dataset.hub_commit) == ("someone/pairs", commit)
+    assert "README.md" not in fetched(on_hub) and "law/optimizer.pt" not in fetched(on_hub)
     assert dataset[0]["seed"] == PromptCheckpointDataset.from_folder(pairs, seed=7)[0]["seed"]
+    fitted, held_out = dataset.split(["law"])
+    assert (fitted.hub_commit, held_out.hub_id) == (commit, "someone/pairs")
 
 
-def test_from_the_hub_some_tasks_only(pairs, hub, layout):
+def test_from_the_hub_some_tasks_only(pairs, local_hub, layout):
     write(pairs / "odd [1]", layout, 1)
+    local_hub.put("someone/pairs", pairs, kind="datasets")
+    other = pairs.parent / "other"
+    write(other / "law", layout, 1)
+    # The branch moves between the first look and the second.
+    local_hub.before("/resolve/", lambda: local_hub.put("someone/pairs", other, kind="datasets"))
     dataset = PromptCheckpointDataset.from_hub("someone/pairs", tasks=["odd [1]", "task 2"])
     assert dataset.tasks == ("odd [1]", "task 2")
-    weights = [name for call in hub for name in call["files"] if name.endswith(".safetensors")]
+    weights = [name for name in fetched(local_hub) if name.endswith(".safetensors")]
     assert {name.split("/")[0] for name in weights} == {"odd [1]", "task 2"}
     with pytest.raises(PairsFolderError, match="no task 'lore'"):
         PromptCheckpointDataset.from_hub("someone/pairs", tasks=["lore"])
 
 
-def test_from_the_hub_what_is_no_id_is_refused(hub):
-    with pytest.raises(ValueError, match="Repo id"):
+def test_from_the_hub_what_is_no_id_is_refused():
+    with pytest.raises(PairsFolderError, match="a Hub id has the form 'org/pairs'"):
         PromptCheckpointDataset.from_hub("no id/at/all")
+    with pytest.raises(TypeError, match="Did you mean 'revision'"):
+        PromptCheckpointDataset.from_hub("someone/pairs", revison="v1")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes from the Hub is one commit, and of it only what is read; what goes there goes as asked."""
+"""What comes from the Hub is one commit, and of it only what is read."""
 
 from __future__ import annotations
 
@@ -9,19 +9,16 @@ import inspect
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import filter_repo_objects
 from peft import get_peft_model
+from support.hub_state import OWNER, HubServer
 from support.live_models import OTHER_PROMPTS, PROMPTS, assert_holds
 from torch import nn
 
-import peft_dnd.storage.hub
 from peft_dnd import (
     DnDConfig,
     GeneratedAdapter,
@@ -31,17 +28,18 @@ from peft_dnd import (
     release_generator,
 )
 from peft_dnd.errors import GeneratorConfigError, GeneratorNotFoundError, MissingFileError
+from peft_dnd.generator.summary import SUMMARY_NAME
 from peft_dnd.peft_integration import injection
-from peft_dnd.storage.hub import HubOptions, UploadOptions
+from peft_dnd.storage.hub import HubOptions
 from peft_dnd.text.out_of_distribution import REFERENCE_NAME
 from peft_dnd.text.sentence_transformer_encoder import SentenceTransformerTextEncoder
 
 
-pytest_plugins = ("support.adapter_fixtures",)
+pytest_plugins = ("support.adapter_fixtures", "support.hub_server")
 
 FreshBase = Callable[[], nn.Module]
 FIRST, SECOND = "1" * 40, "2" * 40
-TOKEN = "hf_secret"
+TOKEN = OWNER
 
 
 def put_into_cache(cache: Path, repo_id: str, commit: str, folder: Path, ref: str | None = "main") -> None:
@@ -81,67 +79,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the Hub is asked to do: method -> its arguments."""
-    asked: dict[str, Any] = {}
-
-    def record(name: str, result: Any) -> Callable[..., Any]:
-        def call(self: HfApi, repo_id: str, **given: Any) -> Any:
-            asked[name] = {"repo_id": repo_id, "token": self.token, **given}
-            if "folder_path" in given:
-                asked["files"] = {path.name for path in Path(given["folder_path"]).iterdir()}
-            return result
-
-        return call
-
-    monkeypatch.setattr(HfApi, "create_repo", record("create_repo", SimpleNamespace(repo_id="me/generator")))
-    monkeypatch.setattr(HfApi, "create_branch", record("create_branch", None))
-    monkeypatch.setattr(HfApi, "upload_folder", record("upload_folder", SimpleNamespace(oid="c0ffee")))
-    return asked
-
-
-class TestUploads:
-    pytestmark = pytest.mark.filterwarnings("ignore:The generator's text encoder is")
-
-    def test_saving_and_pushing_in_one_forgets_nothing(
-        self, generator: PromptConditionedLoraGenerator, calls: dict[str, Any], tmp_path: Path
-    ) -> None:
-        commit = {"commit_message": "first", "commit_description": "text", "revision": "dev", "create_pr": True}
-        generator.save_pretrained(
-            tmp_path,
-            push_to_hub=True,
-            repo_id="me/generator",
-            private=True,
-            token="t",
-            max_shard_size="20KB",
-            **commit,
-        )
-        assert calls["create_repo"]["private"] is True
-        assert {name: calls["upload_folder"][name] for name in commit} == commit
-        assert {call["token"] for name, call in calls.items() if name != "files"} == {"t"}
-        assert "create_branch" not in calls  # a pull request makes its own
-        shards = {path.name for path in tmp_path.glob("model-*.safetensors")}
-        assert len(shards) > 1 and shards <= calls["files"]
-
-    def test_only_the_process_that_writes_pushes(
-        self, generator: PromptConditionedLoraGenerator, calls: dict[str, Any], tmp_path: Path
-    ) -> None:
-        generator.save_pretrained(tmp_path, is_main_process=False, push_to_hub=True, private=True)
-        assert not calls
-
-    @pytest.mark.parametrize("what", ["generator", "adapter"])
-    def test_a_missing_branch_is_made(
-        self, what: str, generator: PromptConditionedLoraGenerator, adapter: GeneratedAdapter, calls: dict[str, Any]
-    ) -> None:
-        pushed = generator if what == "generator" else adapter
-        pushed.push_to_hub("generator", revision="dev", commit_description="text")
-        branch = calls["create_branch"]
-        assert (branch["repo_id"], branch["branch"], branch["exist_ok"]) == ("me/generator", "dev", True)
-        assert calls["upload_folder"]["revision"] == "dev"
-        assert calls["upload_folder"]["commit_description"] == "text"
-
-
 @pytest.mark.parametrize("loader", [PromptConditionedLoraGenerator, StreamedLoraGenerator])
 @pytest.mark.parametrize("subfolder", ["", "v[1]/best"])
 def test_only_what_is_read_is_downloaded(
@@ -149,30 +86,24 @@ def test_only_what_is_read_is_downloaded(
     subfolder: str,
     generator: PromptConditionedLoraGenerator,
     pairs: PromptCheckpointDataset,
+    hub: HubServer,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     own = copy.deepcopy(generator)
     own.fit_out_of_distribution(pairs)
-    repository, snapshot = tmp_path / "repository", tmp_path / "snapshot"
+    repository = tmp_path / "repository"
     own.save_pretrained(repository / subfolder, max_shard_size="20KB", include_text_encoder=True)
     needed = {path.relative_to(repository) for path in repository.rglob("*") if path.is_file()}
-    needed.remove(Path(subfolder, "README.md"))
+    needed -= {Path(subfolder, "README.md"), Path(subfolder, SUMMARY_NAME)}
     assert Path(subfolder, REFERENCE_NAME) in needed and len(needed) > 10
     for other in ("pytorch_model.bin", "training_args.bin", "runs/events", "checkpoint-9/model.safetensors"):
         for place in (repository / "other" / other, repository / subfolder / other):
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_text("large")
 
-    def download(repo_id: str, *, allow_patterns: list[str], **given: Any) -> str:
-        names = [path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file()]
-        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
-            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
-            (snapshot / name).write_bytes((repository / name).read_bytes())
-        return str(snapshot)
-
-    monkeypatch.setattr(peft_dnd.storage.hub, "snapshot_download", download)
+    commit = hub.put("org/generator", repository)
     loaded = loader.from_pretrained("org/generator", subfolder=subfolder)
+    snapshot = Path(hub.cache, "models--org--generator", "snapshots", commit)
     assert {path.relative_to(snapshot) for path in snapshot.rglob("*") if path.is_file()} == needed
     assert loaded.prompt_reference is not None
     assert same(loaded.generate_adapter(PROMPTS), own.generate_adapter(PROMPTS))
@@ -246,29 +177,6 @@ class TestHubOptions:
             StreamedLoraGenerator.from_pretrained("org/generator", dytpe="float32")  # type: ignore[call-arg]
 
 
-class TestUploadOptions:
-    @pytest.mark.parametrize("kind", [GeneratedAdapter, PromptConditionedLoraGenerator])
-    def test_a_signature_shows_them_all(self, kind: Any) -> None:
-        shown = inspect.signature(kind.push_to_hub).parameters
-        assert {name: shown[name].annotation for name in UploadOptions.__annotations__} == {
-            name: annotation.__forward_arg__ for name, annotation in UploadOptions.__annotations__.items()
-        }
-
-    def test_a_misspelt_one_is_refused(self, generator: PromptConditionedLoraGenerator, calls: dict[str, Any]) -> None:
-        with pytest.raises(TypeError, match=r"push_to_hub\(\) .* 'privat'\. Did you mean 'private'"):
-            generator.push_to_hub("me/generator", privat=True)  # type: ignore[call-arg]
-        assert not calls
-
-    def test_a_commit_says_what_was_uploaded(
-        self, generator: PromptConditionedLoraGenerator, adapter: GeneratedAdapter, calls: dict[str, Any]
-    ) -> None:
-        adapter.push_to_hub("me/adapter")
-        assert calls["upload_folder"]["commit_message"] == "Upload generated LoRA adapter"
-        with pytest.warns(UserWarning, match="text encoder is"):
-            generator.push_to_hub("me/generator")
-        assert calls["upload_folder"]["commit_message"] == "Upload PromptConditionedLoraGenerator"
-
-
 class TestGeneratorKwargs:
     def test_the_generator_is_found_and_loaded_as_they_say(
         self, generator: PromptConditionedLoraGenerator, fresh_base: FreshBase, tmp_path: Path
@@ -301,19 +209,16 @@ class TestGeneratorKwargs:
         generator_folder: Path,
         fresh_base: FreshBase,
         tmp_path: Path,
+        hub: HubServer,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        asked = []
-
-        def download(repo_id: str, *, token: str | None, allow_patterns: list[str], **given: Any) -> str:
-            asked.append((token, allow_patterns))
-            return str(generator_folder)
-
-        monkeypatch.setattr(peft_dnd.storage.hub, "snapshot_download", download)
-        config = DnDConfig(generator="org/gen", prompts=PROMPTS, generator_kwargs={"token": TOKEN})
-        assert asked == [(TOKEN, ["config.json"])]  # the weights are for later
+        monkeypatch.delenv("HF_TOKEN")
+        hub.put("me/gen", generator_folder, private=True)
+        config = DnDConfig(generator="me/gen", prompts=PROMPTS, generator_kwargs={"token": TOKEN})
+        files = [path.rpartition("/")[2] for path in hub.paths("GET") if "/resolve/" in path]
+        assert files == ["config.json"]  # the weights are for later
         model = get_peft_model(fresh_base(), config)
-        assert [token for token, _ in asked] == [TOKEN, TOKEN]
+        assert len([path for path in hub.paths("GET") if path.startswith("/large/")]) == 1
         config.save_pretrained(str(tmp_path / "config"))
         model.save_pretrained(str(tmp_path / "adapter"))
         injection._kept[0][1].generate_adapter(PROMPTS).save_pretrained(tmp_path / "generated")
@@ -365,21 +270,19 @@ class TestAdapterFromTheHub:
         with pytest.raises(MissingFileError, match=r"no adapter at 'org/adapter'.*the revision 'v2'.*access token"):
             load("org/adapter", revision="v2")
 
-    def test_only_the_adapter_is_asked_for(self, adapter_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked: dict[str, Any] = {}
-
-        def download(repo_id: str, **given: Any) -> str:
-            asked.update(given)
-            return adapter_folder
-
-        monkeypatch.setattr(peft_dnd.storage.hub, "snapshot_download", download)
-        GeneratedAdapter.from_pretrained("org/adapter", token="t", cache_dir="here", force_download=True)
-        assert (asked["token"], asked["cache_dir"], asked["force_download"]) == ("t", Path("here"), True)
-        assert asked["allow_patterns"] == [
+    def test_only_the_adapter_is_fetched_into_the_cache_that_is_named(
+        self, adapter_folder: str, hub: HubServer, tmp_path: Path
+    ) -> None:
+        commit = hub.put("org/adapter", Path(adapter_folder))
+        for number in (1, 2):
+            GeneratedAdapter.from_pretrained("org/adapter", cache_dir=tmp_path / "here", force_download=True)
+            assert len([path for path in hub.paths("GET") if path.startswith("/large/")]) == number
+        snapshot = tmp_path / "here" / "models--org--adapter" / "snapshots" / commit
+        assert {path.name for path in snapshot.iterdir()} == {
             "adapter_config.json",
             "adapter_model.safetensors",
             "peft_dnd_provenance.json",
-        ]
+        }
 
     def test_what_is_no_name_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("mine")

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
 import pytest
 import torch
 from support.encoding import PROMPTS, bytes_of
@@ -10,6 +13,7 @@ from support.encoding import PROMPTS, bytes_of
 from peft_dnd.errors import GeneratorConfigError, PromptError, TextEncoderError
 from peft_dnd.text.embedding_cache import PromptEmbeddingCache
 from peft_dnd.text.encoder import TextEncoder
+from peft_dnd.text.stored_states import PROBE
 from peft_dnd.text.token_states import TokenStates
 
 
@@ -81,3 +85,51 @@ class TestCache:
             cache.states("law", PROMPTS)
         encoder.trainable = False
         cache.states("law", PROMPTS)
+
+
+class TestFolder:
+    def test_another_run_reads_no_prompt_again(self, tmp_path: Path) -> None:
+        first, second = CountingEncoder(), CountingEncoder()
+        states = PromptEmbeddingCache(first, folder=tmp_path / "states").states("law", ["ab", "c"])
+        again = PromptEmbeddingCache(second, folder=tmp_path / "states")
+        found = again.states("law", ["ab", "c"])
+        assert torch.equal(found.flat, states.flat) and torch.equal(found.offsets, states.offsets)
+        assert second.pools == [PROBE] and again.encoder_calls == 0
+        again.states("law", ["c", "ab"])  # another pool
+        assert again.encoder_calls == 1
+
+    def test_nothing_is_written_before_something_is_read(self, tmp_path: Path) -> None:
+        PromptEmbeddingCache(CountingEncoder(), folder=tmp_path / "states")
+        assert not (tmp_path / "states").exists()
+
+    @pytest.mark.parametrize("change", ["other weights", "another reading", "unknown"])
+    def test_what_another_encoder_gave_is_refused(self, tmp_path: Path, change: str) -> None:
+        PromptEmbeddingCache(CountingEncoder(), folder=tmp_path).states("law", ["ab"])
+        read = None
+        if change == "another reading":
+            read = lambda e, p: TokenStates.from_vectors(e.encode_sentences(p))  # noqa: E731
+        elif change == "unknown":
+            (tmp_path / "probe.safetensors").unlink()
+        encoder = CountingEncoder(1.1 if change == "other weights" else 1.0)
+        with pytest.raises(TextEncoderError, match="Name another folder, or remove this one"):
+            PromptEmbeddingCache(encoder, read=read, folder=tmp_path).states("law", ["ab"])
+
+    def test_rounding_is_no_other_encoder(self, tmp_path: Path) -> None:
+        PromptEmbeddingCache(CountingEncoder(), folder=tmp_path).states("law", ["ab"])
+        PromptEmbeddingCache(CountingEncoder(1.001), folder=tmp_path).states("law", ["ab"])
+
+    def test_a_damaged_file_is_made_anew(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        first = PromptEmbeddingCache(CountingEncoder(), folder=tmp_path).states("law", ["ab"])
+        (path,) = (path for path in tmp_path.iterdir() if path.stem != "probe")
+        path.write_bytes(path.read_bytes()[:-3])
+        with caplog.at_level(logging.WARNING):
+            found = PromptEmbeddingCache(CountingEncoder(), folder=tmp_path).states("law", ["ab"])
+        assert torch.equal(found.flat, first.flat) and "damaged" in caplog.text
+        assert PromptEmbeddingCache(CountingEncoder(), folder=tmp_path).states("law", ["ab"]).flat.equal(first.flat)
+
+    def test_a_trainable_encoder_leaves_nothing(self, encoder, tmp_path: Path) -> None:
+        encoder.trainable = True
+        with pytest.raises(GeneratorConfigError, match="trainable"):
+            PromptEmbeddingCache(encoder, folder=tmp_path / "states").states("law", PROMPTS)
+        encoder.trainable = False
+        assert not (tmp_path / "states").exists()

@@ -4,57 +4,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, ModelCardData
+from huggingface_hub import CommitInfo
 from peft import LoraConfig
 from torch import nn
 from typing_extensions import Unpack
 
 from ..errors import GeneratorConfigError
-from ..storage.cards import CARD_NAME, GENERATED_MARK, may_write_card
+from ..storage.cards import CARD_NAME, may_write_card
 from ..storage.files import PathLike, read_json, read_safetensors, staged_directory, write_json, write_safetensors
 from ..storage.hub import (
     HubOptions,
-    UploadOptions,
     find_adapter,
     find_folder,
     hub_id,
     name_for_others,
     takes_keywords_of,
-    upload,
 )
+from ..storage.uploading import UploadOptions, upload
+from .adapter_card import adapter_card
 from .layout import AdapterLayout
-from .loading import load_matrices
+from .loading import MatrixSlot, load_matrices, rescale
 from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 
 
 PROVENANCE_NAME = "peft_dnd_provenance.json"
-
-_CARD = """---
-{data}
----
-{mark}
-
-# LoRA adapter{for_base}
-
-Written by a prompt-conditioned generator ([Drag-and-Drop LLMs](https://arxiv.org/abs/2506.16406)) with
-[peft_dnd](https://github.com/peft-dnd/peft-dnd), not trained. It is an ordinary PEFT adapter: nothing but `peft` is
-needed to load it.
-
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path-or-hub-id")
-```
-
-{provenance}
-"""
 
 
 class GeneratedAdapter:
@@ -164,7 +144,19 @@ class GeneratedAdapter:
         """
         return load_matrices(model, adapter_name, self._layout, self._state_dict)
 
-    def save_pretrained(self, save_directory: PathLike) -> None:
+    @torch.no_grad()
+    def write_into(self, slots: Sequence[MatrixSlot]) -> None:
+        """Copy the matrices where a model keeps those of an adapter, without looking again whether they fit.
+
+        Args:
+            slots: What [`matrix_slots`][peft_dnd.adapters.loading.matrix_slots] gave for an adapter with the same
+                modules.
+        """
+        for slot in slots:
+            slot.write(self._state_dict[slot.key])
+        rescale(slots, self._layout)
+
+    def save_pretrained(self, save_directory: PathLike, *, prompts: Sequence[str] | None = None) -> None:
         """Save as PEFT does, with the provenance beside: a folder that stock PEFT loads.
 
         The files are `adapter_config.json`, `adapter_model.safetensors`, `README.md` and
@@ -172,8 +164,11 @@ class GeneratedAdapter:
 
         Args:
             save_directory: The folder.
+            prompts: The prompts that the adapter was generated from, to be listed in its card. Without them the card
+                has their hash alone.
 
         Raises:
+            PromptError: If the prompts are others than those that it was generated from.
             DestinationError: If `save_directory` names no place, or a file is in its way.
             SavingError: If writing fails, on a full disk for instance.
         """
@@ -182,7 +177,7 @@ class GeneratedAdapter:
             write_safetensors(staged / ADAPTER_WEIGHTS_NAME, self._state_dict)
             write_json(staged / PROVENANCE_NAME, self._provenance)
             if may_write_card(Path(save_directory)):
-                (staged / CARD_NAME).write_text(self.model_card(), encoding="utf-8")
+                (staged / CARD_NAME).write_text(self.model_card(prompts=prompts), encoding="utf-8")
 
     @classmethod
     @takes_keywords_of(find_folder)
@@ -209,7 +204,9 @@ class GeneratedAdapter:
         )
 
     @takes_keywords_of(upload)
-    def push_to_hub(self, repo_id: str, **commit: Unpack[UploadOptions]) -> CommitInfo:
+    def push_to_hub(
+        self, repo_id: str, *, prompts: Sequence[str] | None = None, **commit: Unpack[UploadOptions]
+    ) -> CommitInfo:
         """Save the adapter and upload it to the Hub.
 
         Names of folders on this machine, of the base model and of the generator, are left out of what is uploaded;
@@ -217,15 +214,26 @@ class GeneratedAdapter:
 
         Args:
             repo_id: Hub id, `"user/name"`.
-            commit: See [`UploadOptions`][peft_dnd.storage.hub.UploadOptions].
+            prompts: See [`save_pretrained`].
+            commit: See [`UploadOptions`][peft_dnd.storage.uploading.UploadOptions].
 
         Returns:
             The Hub's description of the commit.
 
         Raises:
             HfHubHTTPError: The Hub's own, if you may not write there.
+            SavingError: If the connection breaks off. The repository is as it was then.
+            PromptError: If the prompts are others than those that it was generated from.
         """
-        return upload(self._for_others().save_pretrained, repo_id, "generated LoRA adapter", **commit)
+        public = self._for_others()
+        public.model_card(prompts=prompts)  # before anything is made on the Hub
+
+        def save(folder: Path, name: str) -> None:
+            public.save_pretrained(folder)
+            if may_write_card(folder):
+                (folder / CARD_NAME).write_text(public.model_card(name, prompts), encoding="utf-8")
+
+        return upload(save, repo_id, "generated LoRA adapter", **commit)
 
     def _for_others(self) -> GeneratedAdapter:
         base = name_for_others(
@@ -237,7 +245,9 @@ class GeneratedAdapter:
         provenance = dict(self._provenance)
         if "generator" in provenance:
             provenance["generator"] = hub_id(provenance["generator"])
-        return GeneratedAdapter(replace(self._layout, base_model_name_or_path=base), self._state_dict, provenance)
+        revision = self._layout.base_model_revision if base else None
+        layout = replace(self._layout, base_model_name_or_path=base, base_model_revision=revision)
+        return GeneratedAdapter(layout, self._state_dict, provenance)
 
     def __repr__(self) -> str:
         source = self._provenance.get("generator")
@@ -252,26 +262,14 @@ class GeneratedAdapter:
         # Sets have another order in every process; the same adapter is to give the same bytes.
         return {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
 
-    def model_card(self) -> str:
-        """The text of the README.md that is saved along."""
-        base = hub_id(self._layout.base_model_name_or_path)
-        causal = self._layout.task_type == "CAUSAL_LM"
-        data = ModelCardData(
-            library_name="peft",
-            base_model=base,
-            pipeline_tag="text-generation" if causal else None,
-            tags=[*([f"base_model:adapter:{base}"] if base else []), "drag-and-drop-llms", "lora", "peft_dnd"],
-        )
-        rows = [
-            f"| {name.replace('_', ' ')} | `{value}` |"
-            for name, value in self._provenance.items()
-            if value is not None and not Path(str(value)).is_absolute()  # where it lay on this machine tells nobody
-        ]
-        return _CARD.format(
-            data=data.to_yaml(),
-            mark=GENERATED_MARK,
-            for_base=f" for {base}" if base else "",
-            provenance="\n".join(["| what | value |", "| --- | --- |", *rows])
-            if rows
-            else "Its origin is not recorded.",
-        )
+    def model_card(self, name: str | None = None, prompts: Sequence[str] | None = None) -> str:
+        """The text of the README.md that is saved along.
+
+        Args:
+            name: The folder or Hub id that its snippet loads the adapter from; `push_to_hub` fills it in.
+            prompts: The prompts that the adapter was generated from, to be listed. Without them their hash alone is.
+
+        Raises:
+            PromptError: If the prompts are others than those that it was generated from.
+        """
+        return adapter_card(self._layout, self._provenance, name=name, prompts=prompts)

@@ -124,6 +124,7 @@ class AdapterLayout:
         fan_in_fan_out: Whether the base stores its weights transposed, as GPT-2's `Conv1D` does.
         task_type: PEFT's task type, e.g. `"CAUSAL_LM"`, or `None`.
         base_model_name_or_path: The base model that the adapter belongs to, if known. Not compared.
+        base_model_revision: And its commit, branch or tag on the Hub. Not compared.
     """
 
     modules: tuple[LoraModule, ...]
@@ -132,6 +133,7 @@ class AdapterLayout:
     fan_in_fan_out: bool = False
     task_type: str | None = None
     base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
 
     def __post_init__(self) -> None:
         if not self.modules:
@@ -218,7 +220,11 @@ class AdapterLayout:
             kind, matrix_a, matrix_b = live_matrices(layer, adapter_name)
             alpha = layer.lora_alpha[adapter_name]
             modules.append(LoraModule(name, kind, tuple(matrix_a.shape), tuple(matrix_b.shape), alpha))
-        return cls(modules=tuple(modules), **_shared_fields(config))
+        fields = _shared_fields(config)
+        # PEFT records the base's name by itself, its revision only if it is told. transformers knows what it loaded.
+        if fields["base_model_revision"] is None and _named_as(model, config.base_model_name_or_path):
+            fields["base_model_revision"] = getattr(getattr(model, "config", None), "_commit_hash", None)
+        return cls(modules=tuple(modules), **fields)
 
     @classmethod
     def from_lora_config(cls, lora_config: LoraConfig, base_model: nn.Module) -> AdapterLayout:
@@ -314,6 +320,7 @@ class AdapterLayout:
             fan_in_fan_out=self.fan_in_fan_out,
             task_type=self.task_type,
             base_model_name_or_path=self.base_model_name_or_path,
+            revision=self.base_model_revision,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -327,6 +334,8 @@ class AdapterLayout:
             "fan_in_fan_out": self.fan_in_fan_out,
             "task_type": self.task_type,
             "base_model_name_or_path": self.base_model_name_or_path,
+            # Earlier versions refuse what they do not know.
+            **({"base_model_revision": self.base_model_revision} if self.base_model_revision is not None else {}),
         }
 
     @classmethod
@@ -383,7 +392,12 @@ def _shared_fields(config: LoraConfig) -> dict[str, Any]:
         "fan_in_fan_out": bool(config.fan_in_fan_out),
         "task_type": getattr(task_type, "value", task_type),
         "base_model_name_or_path": config.base_model_name_or_path,
+        "base_model_revision": config.revision,
     }
+
+
+def _named_as(model: nn.Module, name: str | None) -> bool:
+    return name is not None and getattr(getattr(model, "config", None), "_name_or_path", None) == name
 
 
 def _most_common(values: Iterable[Any]) -> Any:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple, cast
 
@@ -42,11 +42,48 @@ class MatrixSlot(NamedTuple):
     holder: nn.Module
     name: str
     key: str
+    side: str
+    adapter_name: str
 
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter that is there now."""
         return cast(nn.Parameter, self.holder._parameters[self.name])
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether PEFT's `prepare_model_for_compiled_hotswap` made the layer ready for other ranks and scalings."""
+        return isinstance(self.layer.scaling[self.adapter_name], torch.Tensor)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether this is where the layer has the matrix now: PEFT exchanges modules where it pads ranks."""
+        kind = "embedding_" if self.name == self.adapter_name else ""
+        holder = getattr(self.layer, f"lora_{kind}{self.side}")
+        if not kind:
+            holder = dict(holder.items()).get(self.adapter_name)
+        return holder is self.holder
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether a matrix of this shape goes here: one of the very shape, or of a smaller rank where prepared."""
+        here = tuple(self.parameter.shape)
+        if here == shape or not self.is_prepared or len(here) != 2 or len(shape) != 2:
+            return here == shape
+        rank = self._rank_axis
+        return shape[1 - rank] == here[1 - rank] and shape[rank] < here[rank]
+
+    def write(self, value: torch.Tensor) -> None:
+        """Copy a matrix of a shape that it takes into the parameter; ranks that it lacks become zero."""
+        parameter = self.parameter
+        if parameter.shape == value.shape:
+            parameter.copy_(value)
+        else:
+            parameter.zero_()
+            parameter.narrow(self._rank_axis, 0, value.shape[self._rank_axis]).copy_(value)
+
+    @property
+    def _rank_axis(self) -> int:
+        return 0 if self.side == "A" else 1
 
 
 @contextmanager
@@ -160,7 +197,9 @@ def fill_adapter(
     """Copy an adapter's matrices over those that a model has under the adapter's name.
 
     Parameters stay the same objects, so that optimisers and compiled code keep them; device and dtype stay theirs.
-    Parameters on the meta device become real ones on the base layer's device. Nothing is copied unless all fits.
+    Parameters on the meta device become real ones on the base layer's device. Nothing is copied unless all fits. Where
+    PEFT's `prepare_model_for_compiled_hotswap` was called, the layout's ranks may be smaller than the parameters', and
+    the scalings become the layout's.
 
     Args:
         model: A model with the adapter's layers in it.
@@ -174,8 +213,10 @@ def fill_adapter(
         WeightValueError: If a tensor is on the meta device or not finite.
     """
     slots = matrix_slots(model, adapter_name, layout, names)
-    for slot in slots:
-        check_tensor(state_dict[slot.key], slot.key, tuple(slot.parameter.shape), "the adapter")
+    for slot, tensor in zip(slots, layout.tensors, strict=True):
+        here = tuple(slot.parameter.shape)
+        expected = tensor.shape if slot.takes(tensor.shape) else here
+        check_tensor(state_dict[slot.key], slot.key, expected, "the adapter")
     on_meta = set()
     with torch.no_grad(), real_parameters():
         for slot in slots:
@@ -185,16 +226,32 @@ def fill_adapter(
                 slot.holder._parameters[slot.name] = made
                 on_meta.add(slot.layer)
             else:
-                parameter.copy_(value)
+                slot.write(value)
         for layer in on_meta:
             layer._move_adapter_to_device_of_base_layer(adapter_name)
+        rescale(slots, layout)
     lost = [slot.key for slot in slots if slot.parameter.is_meta]
     if lost:
         raise WeightValueError(f"{lost[0]!r} ended up on the meta device. Load the base model's weights first.")
 
 
+def rescale(slots: Sequence[MatrixSlot], layout: AdapterLayout) -> None:
+    """Give the layers that PEFT has prepared for other scalings those of a layout.
+
+    Args:
+        slots: What [`matrix_slots`] gave for the layout.
+        layout: The layout.
+    """
+    for slot, module in zip(slots[::2], layout.modules, strict=True):
+        if slot.is_prepared:
+            cast(torch.Tensor, slot.layer.scaling[slot.adapter_name]).fill_(layout.scaling(module))
+
+
 def _check_swappable(model: nn.Module, adapter_name: str, layout: AdapterLayout, names: Mapping[str, str]) -> None:
-    """Make sure that an adapter in a model differs from one of the layout in the values of its matrices alone."""
+    """Make sure that an adapter in a model differs from one of the layout in the values of its matrices alone.
+
+    Where PEFT has prepared the model for it, ranks may be smaller and scalings others.
+    """
     config = uncompiled(model).peft_config[adapter_name]  # type: ignore[index]
     what = f"adapter {adapter_name!r} of the model"
     if not isinstance(config, LoraConfig):
@@ -206,13 +263,14 @@ def _check_swappable(model: nn.Module, adapter_name: str, layout: AdapterLayout,
     for slot, tensor in zip(slots, layout.tensors, strict=True):
         if adapter_name in slot.layer.merged_adapters:
             raise LayoutError(f"{what} is merged into the base weights. Call unmerge_adapter() first.")
-        shape = tuple(slot.parameter.shape)
-        if shape != tensor.shape:
+        if not slot.takes(tensor.shape):
             raise LayoutError(
-                f"{what} has shape {shape} where the new one has {tensor.shape}, for {slot.key!r}. Use another "
-                "adapter_name, or delete_adapter first."
+                f"{what} has shape {tuple(slot.parameter.shape)} where the new one has {tensor.shape}, for "
+                f"{slot.key!r}. Use another adapter_name, or delete_adapter first."
             )
     for slot, module in zip(slots[::2], layout.modules, strict=True):
+        if slot.is_prepared:
+            continue
         scaling = float(slot.layer.scaling[adapter_name])
         if not math.isclose(scaling, layout.scaling(module), rel_tol=1e-6):
             raise LayoutError(
@@ -247,9 +305,10 @@ def matrix_slots(
             raise LayoutError(f"{names[module.name]!r} is adapted as {kind} in the model; expected {module.kind}.")
         for side, key in zip("AB", matrix_keys(module.name, module.kind), strict=True):
             if kind == "embedding":
-                slots.append(MatrixSlot(layer, getattr(layer, f"lora_embedding_{side}"), adapter_name, key))
+                holder, name = getattr(layer, f"lora_embedding_{side}"), adapter_name
             else:
-                slots.append(MatrixSlot(layer, getattr(layer, f"lora_{side}")[adapter_name], "weight", key))
+                holder, name = getattr(layer, f"lora_{side}")[adapter_name], "weight"
+            slots.append(MatrixSlot(layer, holder, name, key, side, adapter_name))
     if live:
         raise LayoutError(
             f"Adapter {adapter_name!r} of the model also adapts {min(live)!r}, which is not in the layout."

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,12 @@ from ..errors import BaseModelMismatchError
 from .layout import AdapterLayout, LoraModule
 
 
+logger = logging.getLogger(__name__)
+
 _COMPILED = "_orig_mod."
+# What transformers calls the text model inside one that reads more than text, and the bare model inside another.
+_TEXT_MODELS = ("language_model", "text_model", "text_decoder")
+_BARE_MODELS = ("model", "transformer")
 _CACHED_REPOSITORY = "models--"
 
 
@@ -69,6 +75,10 @@ def match_modules(model: nn.Module, layout: AdapterLayout) -> dict[str, str]:
     not in the model as it stands is therefore looked for under a longer path that ends in it, and, with its first
     component dropped, in the bare model or in what the model calls its base model. There must be just one such module.
 
+    A vision-language model has its text model under a name of its own: what is `model.layers.0.q_proj` in the text
+    model is `model.language_model.layers.0.q_proj` there. One is looked for in the other, either way round, and where
+    modules are found so it is logged.
+
     Args:
         model: A base model, plain, wrapped by PEFT or compiled.
         layout: The layout.
@@ -81,10 +91,15 @@ def match_modules(model: nn.Module, layout: AdapterLayout) -> dict[str, str]:
     """
     available = {name for name, _ in adaptable_modules(model)}
     prefixes = _bare_model_prefixes(base_model_of(model))
+    roots = _text_model_roots(available) or prefixes
     names: dict[str, str] = {}
     owners: dict[str, str] = {}
+    elsewhere = None
     for module in layout.modules:
         candidates = _find(module.name, available, prefixes)
+        if not candidates:
+            candidates = _find_in_text_model(module.name, available, roots)
+            elsewhere = elsewhere or module
         if len(candidates) != 1:
             raise _mismatch(model, layout, _describe_search(module.name, candidates, available))
         (found,) = candidates
@@ -93,6 +108,13 @@ def match_modules(model: nn.Module, layout: AdapterLayout) -> dict[str, str]:
             raise _mismatch(model, layout, f"modules {both} of the adapter would both be {found!r} there")
         names[module.name] = found
         owners[found] = module.name
+    if elsewhere is not None:
+        logger.warning(
+            "Modules of the adapter are looked for in the text model of this %s: %r is %r there.",
+            type(base_model_of(model)).__name__,
+            elsewhere.name,
+            names[elsewhere.name],
+        )
     return names
 
 
@@ -138,7 +160,7 @@ def warn_if_other_base(model: nn.Module, layout: AdapterLayout) -> None:
     """
     found = getattr(base_model_of(model), "name_or_path", None)
     expected = layout.base_model_name_or_path
-    if found and expected and _own_name(found) != _own_name(expected):
+    if found and expected and own_name(found) != own_name(expected):
         warnings.warn(
             f"The adapter was written for the base model {expected!r} and is put on {found!r}. All shapes fit, but "
             "its matrices mean something on the model that the generator was fitted for only. Ignore this if the "
@@ -159,6 +181,7 @@ def lora_config_for(
     """Write the plain PEFT configuration under which PEFT adapts just the layout's modules in a model.
 
     The layout's own `target_modules` are kept where they find those modules; otherwise the modules are listed by name.
+    So they are, too, where a text model's layout would find modules beside it, of a vision tower for instance.
 
     Args:
         model: A base model, plain, wrapped by PEFT or compiled.
@@ -172,13 +195,14 @@ def lora_config_for(
     """
     keys = [name for name, _ in adaptable_modules(model)]
     wanted = set(names.values())
+    beside = _beside_the_text_model(names, keys)
     listed = replace(layout, target_modules=None)
     for candidate in (layout, listed):
         config = candidate.lora_config(names)
         for field, value in (settings or {}).items():
             setattr(config, field, value)
         targeted = {key for key in keys if check_target_module_exists(config, key_prefix + key)}
-        if targeted >= wanted:
+        if targeted >= wanted and not targeted & beside:
             break
     if targeted == wanted:
         return config
@@ -208,6 +232,39 @@ def _find(name: str, available: set[str], prefixes: tuple[str, ...]) -> tuple[st
     if tail and not tail.split(".")[0].isdigit() and not head.isdigit():
         found.update(prefix + tail for prefix in prefixes if prefix + tail in available)
     return tuple(sorted(found))
+
+
+def _text_models(available: Iterable[str]) -> list[str]:
+    """The paths of the text models that a model has as a part."""
+    found = {name for name in available if name.rpartition(".")[2] in _TEXT_MODELS}
+    return sorted(name for name in found if not any(name.startswith(f"{other}.") for other in found))
+
+
+def _text_model_roots(available: set[str]) -> tuple[str, ...]:
+    """Where modules of the text model may begin, in a model that has one as a part; empty for any other."""
+    inside = ("", *(f"{bare}." for bare in _BARE_MODELS))
+    return tuple(f"{name}.{inner}" for name in _text_models(available) for inner in inside)
+
+
+def _beside_the_text_model(names: Mapping[str, str], available: Iterable[str]) -> set[str]:
+    """The modules outside of the text model that a text model's own adapter was found in; empty for other adapters."""
+    for root in _text_models(available):
+        found = {name for name, there in names.items() if there.startswith(f"{root}.")}
+        if len(found) == len(names) and not any(part in _TEXT_MODELS for name in found for part in name.split(".")):
+            return {name for name in available if not name.startswith(f"{root}.")}
+    return set()
+
+
+def _find_in_text_model(name: str, available: set[str], roots: tuple[str, ...]) -> tuple[str, ...]:
+    """Modules that stand in a model's text model where this one stands in its own."""
+    parts = name.split(".")
+    inside = max((number for number, part in enumerate(parts) if part in _TEXT_MODELS), default=-1)
+    tail = parts[inside + 1 :]
+    if tail[:1] and tail[0] in _BARE_MODELS:
+        tail = tail[1:]
+    elif inside < 0:
+        return ()  # nothing says that it belongs to a text model
+    return tuple(sorted({root + ".".join(tail) for root in roots} & available))
 
 
 def _describe_search(name: str, found: tuple[str, ...], available: set[str]) -> str:
@@ -254,7 +311,12 @@ def _mismatch(model: nn.Module, layout: AdapterLayout, what: str) -> BaseModelMi
     )
 
 
-def _own_name(name_or_path: str) -> str:
+def own_name(name_or_path: str) -> str:
+    """The last component of a model's name or path, or the repository's of a snapshot in the Hub's cache.
+
+    >>> own_name("Qwen/Qwen2.5-0.5B"), own_name("/models/Qwen2.5-0.5B/")
+    ('Qwen2.5-0.5B', 'Qwen2.5-0.5B')
+    """
     parts = re.split(r"[\\/]+", name_or_path.rstrip("\\/"))
     cached = [part for part in parts if part.startswith(_CACHED_REPOSITORY)]
     return cached[-1].rpartition("--")[2] if cached else parts[-1]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import GeneratorConfigError, LayoutError
-from .layout import AdapterLayout
+from .layout import AdapterLayout, LoraTensor
 
 
 _CHUNK_WIDTHS = (512, 384, 256, 192, 128, 96, 64, 48, 32, 16)
@@ -98,19 +98,35 @@ class WeightTokenizer:
         Raises:
             LayoutError: If the grid has another shape.
         """
-        state = {}
-        for tensor, chunks in zip(self.layout.tensors, self._checked(grid).split(self._counts), strict=True):
-            tokens = chunks[:, : tensor.rank]
-            # One copy brings all into the matrix's own order; what then remains to be cut off stands at the end of
-            # each row of A, and of B as a whole.
-            if tensor.side == "A":
-                rows = tokens.transpose(0, 1).clone(memory_format=torch.contiguous_format).flatten(1)
-                matrix = rows[:, : tensor.long_size].contiguous()
-            else:
-                rows = tokens.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(0, 1)
-                matrix = rows[: tensor.long_size]
-            state[tensor.key] = matrix.view(tensor.shape)
-        return state
+        parts = self.split(self._checked(grid))
+        return {tensor.key: self.join(tensor, part) for tensor, part in zip(self.layout.tensors, parts, strict=True)}
+
+    def split(self, of_tokens: torch.Tensor, axis: int = -3) -> tuple[torch.Tensor, ...]:
+        """Divide what there is of each token, along an axis, into what there is of each of the layout's tensors."""
+        return of_tokens.split(self._counts, axis)
+
+    def join(self, tensor: LoraTensor, chunks: torch.Tensor) -> torch.Tensor:
+        """Put one of the layout's tensors together from its tokens; differentiable.
+
+        Args:
+            tensor: The tensor.
+            chunks: Its n tokens, (..., n, L_w, C_w), with any leading axes.
+
+        Returns:
+            Contiguous tensor (..., *shape), which shares no memory with the tokens.
+        """
+        # Narrowed only where something is to be cut off: a narrowing's gradient fills a whole tensor with zeros.
+        tokens = chunks if chunks.shape[-2] == tensor.rank else chunks[..., : tensor.rank, :]
+        leading = chunks.shape[:-3]
+        # One copy brings all into the matrix's own order; what then remains to be cut off stands at the end of
+        # each row of A, and of B as a whole.
+        if tensor.side == "A":
+            rows = tokens.transpose(-3, -2).clone(memory_format=torch.contiguous_format).flatten(-2)
+            matrix = rows if rows.shape[-1] == tensor.long_size else rows[..., : tensor.long_size].contiguous()
+        else:
+            rows = tokens.transpose(-2, -1).clone(memory_format=torch.contiguous_format).flatten(-3, -2)
+            matrix = rows if rows.shape[-2] == tensor.long_size else rows[..., : tensor.long_size, :].contiguous()
+        return matrix.view(*leading, *tensor.shape)
 
     def _checked(self, grid: torch.Tensor) -> torch.Tensor:
         if tuple(grid.shape) != self.grid_shape:
@@ -195,7 +211,14 @@ class WeightNormalization(nn.Module):
 
     def denormalize(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Normalised tokens to weights, in float32; any leading batch axes. `out` as for [`normalize`]."""
-        return torch.addcmul(self.mean, tokens.to(self.mean.dtype), self.scale[:, None, None], out=out)
+        return denormalized(tokens, self.mean, self.scale, out=out)
+
+
+def denormalized(
+    tokens: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What normalised tokens (..., n, L_w, C_w) stand for, by their mean (n, L_w, C_w) and scale (n,); float32."""
+    return torch.addcmul(mean, tokens.to(mean.dtype), scale[:, None, None], out=out)
 
 
 def weight_statistics(

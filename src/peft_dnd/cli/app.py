@@ -14,6 +14,7 @@ import typer
 from .card import card
 from .collect import collect
 from .console import CommandError, one_paragraph
+from .demo import demo
 from .distil import distil
 from .evaluate import evaluate
 from .fit import fit
@@ -35,6 +36,7 @@ _VERBS: dict[Callable[..., None], str] = {
     fit: "Fit a generator to a pairs folder.",
     serve: "Serve adapters over HTTP.",
     evaluate: "Score a generator on held-out tasks.",
+    demo: "Serve a page to drop prompts on.",
     import_generator: "Turn a released generator into ours.",
     import_adapters: "Turn released adapters into pairs.",
 }

@@ -43,7 +43,7 @@ def card(
         loaded = _load(what, kind, revision)
         if evaluation is not None:
             _attach(loaded, evaluation, kind)
-    text = loaded.model_card()
+    text = loaded.model_card(None if Path(what).is_dir() else what)
     if write:
         _write(Path(what), text, loaded, force=force, with_config=evaluation is not None)
         report({"card": str(Path(what) / "README.md")}, f"Written to {what}/README.md", as_json=as_json, quiet=quiet)

@@ -52,6 +52,10 @@ def generate(
         typer.Option(metavar="REPO", help="Upload to this repository; of several tasks to REPO-TASK each."),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="New repositories are private.")] = False,
+    prompts_in_card: Annotated[
+        bool,
+        typer.Option("--prompts-in-card", help="List the prompts in the adapter's card, not just their hash."),
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -85,8 +89,11 @@ def generate(
         rows = {"": _rows(str(prompts), column, file_format)}
     texts = {task: texts_of(of, column, dataset or task or str(prompts)) for task, of in rows.items()}
     with progress(quiet):
+        loaded = _load(generator, revision, stream=stream)
+        if prompts_in_card and loaded.config.condition_text != "prompts":
+            raise CommandError("--prompts-in-card is for generators that read prompts alone; this one reads answers.")
         adapters = _generated(
-            _load(generator, revision, stream=stream),
+            loaded,
             rows,
             texts,
             answer_column,
@@ -95,7 +102,7 @@ def generate(
             threshold=threshold,
         )
         facts = [
-            _deliver(task, made, adapter, push_to_hub, private=private, prompts=len(texts[task]))
+            _deliver(task, made, adapter, push_to_hub, private=private, prompts=texts[task], listed=prompts_in_card)
             for task, made in adapters.items()
         ]
     places = ", ".join(str(fact["adapter"] or fact["repository"]) for fact in facts)
@@ -141,14 +148,22 @@ def _generated(
 
 
 def _deliver(
-    task: str, made: GeneratedAdapter, folder: str | None, repository: str | None, *, private: bool, prompts: int
+    task: str,
+    made: GeneratedAdapter,
+    folder: str | None,
+    repository: str | None,
+    *,
+    private: bool,
+    prompts: list[str],
+    listed: bool,
 ) -> dict[str, Any]:
+    in_card = prompts if listed else None
     place = None if folder is None else str(Path(folder, task) if task else folder)
     if place is not None:
-        made.save_pretrained(place)
+        made.save_pretrained(place, prompts=in_card)
     name = f"{repository}-{task}" if repository and task else repository
     if name is not None:
-        made.push_to_hub(name, private=private or None)
+        made.push_to_hub(name, prompts=in_card, private=private or None)
     return {
         "task": task or None,
         "adapter": place,
@@ -157,7 +172,7 @@ def _deliver(
         "modules": len(made.layout.modules),
         "max_rank": made.layout.max_rank,
         "parameters": made.num_parameters,
-        "prompts": prompts,
+        "prompts": len(prompts),
         "out_of_distribution": made.out_of_distribution,
         "provenance": dict(made.provenance),
     }

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,7 +12,6 @@ import typer
 
 from .bases import fit_to_skeleton
 from .console import CommandError, Json, Quiet, Revision, report
-from .engines import vllm_problems
 
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ def inspect(
         facts["fits_base"] = found is None
         problems += [found] if found else []
     if engine is not None:
+        from peft_dnd.engines import vllm_problems
+
         config = _engine_config(kind, what, revision, layout)
         problems += vllm_problems(config, served=served, max_rank=max_rank, renamed=renamed)
     if layout is not None and against is not None:
@@ -102,12 +104,14 @@ def what_is(name: str, revision: str | None) -> Kind:
 
 
 def _on_hub(name: str, revision: str | None) -> Kind:
+    from transformers.utils import CONFIG_NAME
+
     from peft_dnd.adapters.lora import ADAPTER_CONFIG_NAME
     from peft_dnd.errors import GeneratorNotFoundError
     from peft_dnd.storage.hub import find_adapter, find_generator
 
     try:
-        find_generator(name, config_only=True, revision=revision)
+        find_generator(name, (CONFIG_NAME,), revision=revision)
     except GeneratorNotFoundError:
         try:
             folder = find_adapter(name, (ADAPTER_CONFIG_NAME,), revision=revision)
@@ -120,30 +124,41 @@ def _on_hub(name: str, revision: str | None) -> Kind:
 
 
 def _look_at_generator(name: str, revision: str | None) -> tuple[dict[str, Any], AdapterLayout | None, list[str]]:
+    from transformers.utils import CONFIG_NAME
+
     from peft_dnd.decoders import check_decoder_type
     from peft_dnd.generator import PromptConditionedLoraGeneratorConfig
+    from peft_dnd.generator.summary import SUMMARY_NAME, read_summary
     from peft_dnd.storage.files import read_safetensors_shapes
+    from peft_dnd.storage.hub import find_generator
     from peft_dnd.text.out_of_distribution import REFERENCE_NAME
 
-    config = PromptConditionedLoraGeneratorConfig.from_pretrained(name, revision=revision or "main")
+    folder, commit = find_generator(name, (CONFIG_NAME, SUMMARY_NAME), revision=revision)
+    config = PromptConditionedLoraGeneratorConfig.from_pretrained(folder)
     check_decoder_type(config.decoder_type)  # what would not load must not be shown as if it were fine
     layout = config.adapter_layout
-    folder, problems = Path(name), []
-    files = sorted(folder.glob("model*.safetensors")) if folder.is_dir() else []
-    for file in files:
-        read_safetensors_shapes(file)
-    if folder.is_dir() and not files:
+    problems: list[str] = []
+    if commit is None:
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    else:
+        # Of what lies on the Hub the weights stay there: their sizes are in the summary beside them.
+        sizes = read_summary(folder).get("files", {})
+    weights = [file for file in sizes if fnmatch(file, "model*.safetensors")]
+    for file in weights if commit is None else ():
+        read_safetensors_shapes(folder / file)
+    if commit is None and not weights:
         problems.append("it has a configuration but no weights in safetensors format")
     facts = {
         **_facts_of(layout),
+        "commit": commit,
         "decoder": config.decoder_type,
-        "weights_bytes": sum(file.stat().st_size for file in files) if files else None,
+        "weights_bytes": sum(sizes[file] for file in weights) if weights else None,
         "text_encoder": "in its folder" if config.text_encoder_in_folder else config.text_encoder,
         "num_prompts": config.num_prompts,
         "max_prompt_length": config.max_prompt_length,
         "condition": config.condition,
         "condition_text": config.condition_text,
-        "knows_its_tasks": (folder / REFERENCE_NAME).is_file() if folder.is_dir() else None,
+        "knows_its_tasks": REFERENCE_NAME in sizes if sizes else None,
         "measured": config.measured,
     }
     return facts, layout, problems
@@ -203,18 +218,10 @@ _LOOKS = {"generator": _look_at_generator, "adapter": _look_at_adapter, "pairs":
 
 
 def _facts_of(layout: AdapterLayout) -> dict[str, Any]:
-    ranks = Counter(module.rank for module in layout.modules)
-    kinds = Counter(module.name.rpartition(".")[2] for module in layout.modules)
-    return {
-        "base_model": layout.base_model_name_or_path,
-        "modules": len(layout.modules),
-        "module_kinds": dict(sorted(kinds.items())),
-        "max_rank": layout.max_rank,
-        "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
-        "use_rslora": layout.use_rslora,
-        "task_type": layout.task_type,
-        "adapter_parameters": layout.num_parameters,
-    }
+    from peft_dnd.adapters.summary import layout_facts
+
+    base = {"base_model": layout.base_model_name_or_path, "base_model_revision": layout.base_model_revision}
+    return {**base, **layout_facts(layout)}
 
 
 def _adapter_folder(name: str, revision: str | None) -> Path:

@@ -31,6 +31,7 @@ __all__ = [
     "Decoder",
     "HyperConvolutionDecoder",
     "HyperConvolutionLayer",
+    "PartialDecoder",
     "SetTransformerDecoder",
     "TokenPositions",
     "build_decoder",
@@ -51,6 +52,14 @@ class Decoder(Protocol):
 
     def __call__(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Condition states (B, N, L, C) and their mask (B, N, L) to normalised tokens (B, N_w, L_w, C_w)."""
+
+
+@runtime_checkable
+class PartialDecoder(Protocol):
+    """A decoder that writes some matrices the same whatever the prompts, which saves time in fitting on task loss."""
+
+    written_sides: tuple[str, ...]
+    """Which sides of the matrices, `"A"` or `"B"`, the prompts have a say in."""
 
 
 @runtime_checkable

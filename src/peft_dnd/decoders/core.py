@@ -98,8 +98,8 @@ class CoreWriter(nn.Module):
         rows = torch.bmm(of_token, self.bases * _GAIN_OF_BASES).unflatten(1, (-1, self.core_rank)).transpose(0, 1)
         gains = torch.tensor(self._gains, device=device, dtype=self.shared.dtype)
         shared = (self.shared * gains[:, None, None]).expand(len(summary), -1, -1, -1)
-        own = F.pad(rows, (0, 0, 0, self.shared.shape[1] - self.core_rank))
-        return shared.index_add(1, written, own)
+        rest = self.shared.shape[1] - self.core_rank
+        return shared.index_add(1, written, F.pad(rows, (0, 0, 0, rest)) if rest else rows)
 
 
 class CoreDecoder(nn.Module):
@@ -134,6 +134,7 @@ class CoreDecoder(nn.Module):
     """
 
     reads_sets = True
+    written_sides = ("B",)  # each A is the same whatever the prompts
     _no_split_modules = ("CoreWriter",)  # what FSDP shards and gathers one by one, and no device map splits
     center: torch.Tensor
     spread: torch.Tensor

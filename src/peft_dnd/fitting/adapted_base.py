@@ -33,6 +33,10 @@ _T = TypeVar("_T")
 PositionLoss = Callable[[torch.Tensor, Places], torch.Tensor]
 """`(logits (N, V) in float32, the N places they are of) -> the loss of each, (N,)`."""
 
+# What a pass costs beside its tokens, in tokens: measured on two cores; a GPU is idle for most of a short pass.
+_PASS_COST_ON_CPU = 64
+_PASS_COST = 1024
+
 _MOST_LOGITS = 2**26
 """How many logits a pass computes at most, but those of one row at least: 256 MiB, and thrice that with gradients."""
 
@@ -148,7 +152,8 @@ class AdaptedBase:
         activations of one pass are held at a time. Gradients of the gradient are not to be had.
 
         Args:
-            matrices: PEFT on-disk key -> (B, ...), the matrix's own shape last, any floating dtype.
+            matrices: PEFT on-disk key -> (B, ...), the matrix's own shape last, any floating dtype; or (1, ...) where
+                all items have the same, which saves time. The items' losses must then weigh alike in what is derived.
             batches: For each item keyword arguments of the base's forward, tensors with rows first.
             at: For each item (rows, columns), bool: the places, at least one for each item. Logits at a place are
                 those for the token after it.
@@ -231,7 +236,7 @@ class AdaptedBase:
 
     def _share(self, stacked: Sequence[torch.Tensor], part: Pass) -> Sequence[torch.Tensor]:
         """What a pass needs of all items' matrices: everything, or one item's."""
-        return stacked if self._groups else [one[int(part.item[0])] for one in stacked]
+        return stacked if self._groups else [of_item(one, int(part.item[0])) for one in stacked]
 
     def _adapted(self, share: Sequence[torch.Tensor] | None, part: Pass) -> AbstractContextManager[None]:
         if share is None:
@@ -272,17 +277,18 @@ class AdaptedBase:
     def _passes(self, batches: Sequence[Mapping[str, Any]], at: Sequence[torch.Tensor]) -> Iterator[Pass]:
         """The rows of all items in passes, of each item apart where they do not go together."""
         most = max(1, _MOST_LOGITS // self._vocabulary)
+        cost = _PASS_COST_ON_CPU if self.device.type == "cpu" else _PASS_COST
         if not self._compared:
             self._compare(batches, at)
         if self._groups:
             try:
-                yield from Rows(batches, at, **self._reading).passes(self.tokens_per_pass, most)
+                yield from Rows(batches, at, **self._reading).passes(self.tokens_per_pass, most, cost)
                 return
             except UngroupableError as error:
                 logger.info("The items of a batch are taken one by one: %s.", error)
         for number, (batch, wanted) in enumerate(zip(batches, at, strict=True)):
             rows = Rows([batch], [wanted], first=number, **self._reading)
-            yield from rows.passes(self.tokens_per_pass, most)
+            yield from rows.passes(self.tokens_per_pass, most, cost)
 
     def _compare(self, batches: Sequence[Mapping[str, Any]], at: Sequence[torch.Tensor]) -> None:
         """Hold a pass of many adapters, and the head at chosen places, against PEFT's own way, on a few rows.
@@ -367,8 +373,24 @@ class _LossesWithGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scaled = (saved * gradient.view(-1, *[1] * (saved.dim() - 1)).to(saved.dtype) for saved in ctx.saved_tensors)
-        return None, None, None, None, *scaled
+        return None, None, None, None, *(_weighted(saved, gradient) for saved in ctx.saved_tensors)
+
+
+def of_item(stacked: torch.Tensor, item: int) -> torch.Tensor:
+    """An item's matrix, of (B, ...) or of (1, ...), which all have."""
+    return stacked[item if len(stacked) > 1 else 0]
+
+
+def _weighted(gradient: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The items' gradients by what the items weigh; of what they share there is the sum of their gradients alone."""
+    if len(gradient) != len(weights):
+        if not torch.equal(weights, weights[:1].expand_as(weights)):
+            raise GeneratorConfigError(
+                f"Items that share a matrix must weigh alike in the loss, but weigh {weights.tolist()}. "
+                "Give each item a matrix of its own."
+            )
+        weights = weights[:1]
+    return gradient * weights.view(-1, *[1] * (gradient.dim() - 1)).to(gradient.dtype)
 
 
 def _gradients(loss: torch.Tensor, leaves: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:

@@ -36,6 +36,10 @@ class DnDTrainingArguments(TrainingArguments):
         prompt_pool_size: How many prompts of each training task are used at all, drawn once by the data set's seed; by
             default all. With as many as the configuration's `num_prompts` every item reads the same ones at every
             step, with more that many are drawn of them.
+        prompt_states_dir: A folder where what the text encoder gives for the tasks' prompts is kept, so that a run
+            that goes on, or another one on the same tasks, need not read them again. Worth its space where the
+            encoder is slow: 4 bytes a number, so 1.5 kB a token of all-MiniLM-L6-v2. By default they are kept in
+            memory alone.
         weight_loss: What the weight loss is taken on. `"factors"`: the normalised entries of A and B;
             `"delta_weights"`: the updates s B A, module by module relative to how far the training adapters' lie from
             the mean adapter's, in place of `loss_weighting`.
@@ -77,6 +81,10 @@ class DnDTrainingArguments(TrainingArguments):
     )
     prompt_pool_size: int | None = field(
         default=None, metadata={"help": "How many prompts of each training task are used at all; by default all."}
+    )
+    prompt_states_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder that keeps what the text encoder gives, for other runs; default: none."},
     )
     weight_loss: Literal["factors", "delta_weights"] = field(
         default="factors", metadata={"help": f"What the weight loss is taken on, one of {WEIGHT_LOSSES}."}

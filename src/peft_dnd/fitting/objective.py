@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ..adapters.factors import delta_weight_mse
-from ..adapters.tokenizer import weight_statistics
+from ..adapters.tokenizer import denormalized, weight_statistics
+from ..decoders import PartialDecoder
 from ..errors import GeneratorConfigError, LayoutError, PairsFolderError
 from ..generator.modeling import PromptConditionedLoraGenerator
 from ..pairs.dataset import PromptCheckpointDataset
@@ -107,6 +108,7 @@ class FittingObjective:
         # Distillation is taken on the same copy of the base.
         self.task_loss = _task_loss(generator, args, base_model, loss_function)
         self._valid_mask = generator.weight_tokenizer.valid_mask()
+        self._shared = _shared_keys(generator)
 
     def prepare(
         self, pairs: PromptCheckpointDataset, some_batches: Callable[[], Sequence[Mapping[str, Any]]] | None = None
@@ -224,20 +226,24 @@ class FittingObjective:
         weight = None if token_weight is None else token_weight.to(tokens.device)
         return masked_mse(tokens, target, self._valid_mask.to(tokens.device), weight)
 
-    def _matrices(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The LoRA matrices that normalised tokens stand for, each with a batch axis."""
-        # In one go: one by one they would take a tenth of a small base's time.
-        decode: Any = torch.vmap(self.generator.weight_tokenizer.decode)
-        return dict(decode(self.generator.normalization.denormalize(tokens)))
+    def _matrices(self, tokens: torch.Tensor, *, shared: Set[str] = frozenset()) -> dict[str, torch.Tensor]:
+        """The LoRA matrices that normalised tokens stand for, each with a batch axis: of one, for the shared keys."""
+        tokenizer, normalization = self.generator.weight_tokenizer, self.generator.normalization
+        parts = tokenizer.split(tokens), tokenizer.split(normalization.mean), tokenizer.split(normalization.scale, 0)
+        matrices = {}
+        for tensor, chunks, mean, scale in zip(tokenizer.layout.tensors, *parts, strict=True):
+            of_items = chunks[:1] if tensor.key in shared else chunks
+            matrices[tensor.key] = tokenizer.join(tensor, denormalized(of_items, mean, scale))
+        return matrices
 
     def _task_losses(self, tokens: torch.Tensor, examples: list[Any]) -> torch.Tensor:
         """The base's loss on each item's examples with the adapter of its tokens; (B,), float32."""
         assert self.task_loss is not None
-        return self.task_loss.losses(self._matrices(tokens), examples)
+        return self.task_loss.losses(self._matrices(tokens, shared=self._shared), examples)
 
     def _distillation_losses(self, tokens: torch.Tensor, said: list[Any]) -> torch.Tensor:
         assert self.task_loss is not None
-        return distillation_losses(self.task_loss.base, self._matrices(tokens), said)
+        return distillation_losses(self.task_loss.base, self._matrices(tokens, shared=self._shared), said)
 
     def _statistics(
         self, pairs: PromptCheckpointDataset, some_batches: Callable[[], Sequence[Mapping[str, Any]]] | None
@@ -249,6 +255,12 @@ class FittingObjective:
         batches = some_batches() if some_batches is not None and self._own_loss else []
         sizes = activation_sizes(self.task_loss.model, tokenizer.layout, batches)
         return untrained_statistics(tokenizer, self.task_loss.initial_adapter(), sizes)
+
+
+def _shared_keys(generator: PromptConditionedLoraGenerator) -> frozenset[str]:
+    """The matrices that the decoder writes alike for all prompts."""
+    written = generator.decoder.written_sides if isinstance(generator.decoder, PartialDecoder) else ("A", "B")
+    return frozenset(tensor.key for tensor in generator.weight_tokenizer.layout.tensors if tensor.side not in written)
 
 
 def check_dataset(

@@ -24,32 +24,63 @@ class UngroupableError(Exception):
     """Rows of several items cannot be taken in one pass; it says why. Caught in here: items are taken one by one."""
 
 
+_MOST_FILLING = 2
+"""How many times their own number rows may become, when groups are filled up to equal sizes, before each row gets
+matrices of its own instead."""
+
+
 @dataclass(frozen=True)
 class Grouping:
-    """Which adapter each row of a pass meets.
+    """Which rows of a pass meet an adapter together: G groups of equal size, filled up where they are not.
 
     Attributes:
-        item: (R,), int64: each row's item; rows of one item stand together.
-        items: The items that occur, in the order of their rows.
-        even: Whether each of them has as many rows, so that the rows need no adapter each.
+        items: (G,), int64: each group's item.
+        taken: (G * size,), int64: the row at each place of the groups, any row where one is filled up; `None` where
+            the groups follow each other as the rows do.
+        places: (R,), int64: each row's place in the groups; `None` like `taken`.
     """
 
-    item: torch.Tensor
     items: torch.Tensor
-    even: bool
+    taken: torch.Tensor | None = None
+    places: torch.Tensor | None = None
 
     @classmethod
     def of(cls, item: torch.Tensor) -> Grouping:
-        """The grouping of rows whose items are these."""
+        """The grouping of rows whose items are these, rows of one item together."""
         items, counts = torch.unique_consecutive(item, return_counts=True)
-        return cls(item, items, bool((counts == counts[0]).all()))
+        size = int(counts.max())
+        if bool((counts == size).all()):
+            return cls(items)
+        if len(items) * size > _MOST_FILLING * len(item):
+            return cls(item)
+        group = torch.repeat_interleave(torch.arange(len(items), device=item.device), counts)
+        rows = torch.arange(len(item), device=item.device)
+        places = group * size + rows - (counts.cumsum(0) - counts)[group]
+        taken = rows.new_zeros(len(items) * size)
+        taken[places] = rows
+        return cls(items, taken, places)
 
     def pick(self, stacked: torch.Tensor) -> torch.Tensor:
-        """Of matrices (B, ...) one for each group, (G, ...): a group is an item, or a row where they are uneven."""
-        index = (self.items if self.even else self.item).to(stacked.device)
-        if len(index) == len(stacked) and self.even and bool((self.items[1:] > self.items[:-1]).all()):
-            return stacked  # all items, in their order
-        return stacked.index_select(0, index)
+        """Of matrices (B, ...), one for each item, the groups': (G, ...). What all share, (1, ...), stays as it is."""
+        in_order = len(self.items) == len(stacked) and bool((self.items[1:] > self.items[:-1]).all())
+        if len(stacked) == 1 or in_order:
+            return stacked
+        return stacked.index_select(0, self.items.to(stacked.device))
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """(R, ...) to (G, size, ...)."""
+        if self.taken is not None:
+            rows = rows.index_select(0, self.taken.to(rows.device))
+        return rows.unflatten(0, (len(self.items), -1))
+
+    def scatter(self, grouped: torch.Tensor) -> torch.Tensor:
+        """(G, size, ...) to (R, ...)."""
+        rows = grouped.flatten(0, 1)
+        return rows if self.places is None else rows.index_select(0, self.places.to(rows.device))
+
+
+_Update = Callable[..., torch.Tensor]
+"""`(grouping, A, B, the frozen layer's output, its input)` -> output with the adapters; A and B for each group."""
 
 
 class GroupedLayers:
@@ -67,7 +98,7 @@ class GroupedLayers:
     def __init__(self, slots: Sequence[MatrixSlot]) -> None:
         self._layers: list[Any] = [slot.layer for slot in slots[::2]]
         self._owns = [slot.parameter for slot in slots]
-        self._updates: list[Callable[..., torch.Tensor]] = []
+        self._updates: list[_Update] = []
         self.refusal: str | None = None
         for layer, slot in zip(self._layers, slots[::2], strict=True):
             try:
@@ -81,7 +112,7 @@ class GroupedLayers:
         """Within this context, backward passes included, each row meets its item's matrices.
 
         Args:
-            matrices: (B, *shape) for each slot.
+            matrices: (B, *shape) for each slot, or (1, *shape) where all items have the same.
             item: (R,), int64, rows of one item together: which of the B a row meets.
         """
         grouping = Grouping.of(item)
@@ -92,7 +123,7 @@ class GroupedLayers:
         try:
             for number, (layer, update) in enumerate(zip(self._layers, self._updates, strict=True)):
                 a, b = picked[2 * number : 2 * number + 2]
-                layer.forward = partial(_forward, layer, partial(update, a, b), len(item))
+                layer.forward = partial(_forward, layer, partial(update, grouping, a, b), len(item))
             yield
         finally:
             for layer, own in zip(self._layers, before, strict=True):
@@ -104,7 +135,7 @@ class GroupedLayers:
 
 def _forward(
     layer: LoraLayer,
-    update: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    update: _Update,
     rows: int,
     x: torch.Tensor,
     *args: Any,
@@ -116,8 +147,8 @@ def _forward(
     return update(result, x)
 
 
-def _update_of(layer: LoraLayer) -> Callable[..., torch.Tensor]:
-    """A function `(A, B, the frozen layer's output, its input)` -> output with the adapters; A, B for each group."""
+def _update_of(layer: LoraLayer) -> _Update:
+    """What adds the adapters to a layer's output; see [`_Update`]."""
     (name,) = layer.active_adapters
     if name in getattr(layer, "lora_variant", {}):
         raise UngroupableError(f"{type(layer).__name__} has a variant of LoRA")
@@ -139,50 +170,58 @@ def _update_of(layer: LoraLayer) -> Callable[..., torch.Tensor]:
 
 
 def _add_linear(
-    scaling: float, a: torch.Tensor, b: torch.Tensor, result: torch.Tensor, x: torch.Tensor
+    scaling: float, grouping: Grouping, a: torch.Tensor, b: torch.Tensor, result: torch.Tensor, x: torch.Tensor
 ) -> torch.Tensor:
-    groups = len(a)
-    low = torch.bmm(x.to(a.dtype).reshape(groups, -1, x.shape[-1]), a.mT)
-    grouped = result.reshape(groups, -1, result.shape[-1])
-    if result.dtype == low.dtype:
-        added = torch.baddbmm(grouped, low, b.mT, alpha=scaling)
+    x = x.to(a.dtype)
+    groups = len(grouping.items)
+    if len(a) == 1:  # one product for all rows
+        low = grouping.gather(nn.functional.linear(x, a[0])).reshape(groups, -1, a.shape[1])
     else:
-        added = (grouped + torch.bmm(scaling * low, b.mT)).to(result.dtype)  # low is the smaller one to scale
-    return added.reshape(result.shape)
+        low = torch.bmm(grouping.gather(x).reshape(groups, -1, a.shape[2]), a.mT)
+    b = b.expand(groups, -1, -1)
+    if grouping.taken is None and result.dtype == low.dtype:
+        added = torch.baddbmm(result.reshape(groups, -1, result.shape[-1]), low, b.mT, alpha=scaling)
+        return added.reshape(result.shape)
+    update = torch.bmm(scaling * low, b.mT).unflatten(1, (-1, *x.shape[1:-1]))  # low is the smaller one to scale
+    return (result + grouping.scatter(update)).to(result.dtype)
 
 
 def _add_embedding(
     scaling: float,
     padding: int | None,
+    grouping: Grouping,
     a: torch.Tensor,
     b: torch.Tensor,
     result: torch.Tensor,
     x: torch.Tensor,
 ) -> torch.Tensor:
-    groups = len(a)
-    tokens = x.reshape(groups, -1)
-    low = a[torch.arange(groups, device=a.device)[:, None], :, tokens]
+    groups = len(grouping.items)
+    a, b = a.expand(groups, -1, -1), b.expand(groups, -1, -1)
+    tokens = grouping.gather(x)
+    low = a[torch.arange(groups, device=a.device)[:, None], :, tokens.flatten(1)]
     if padding is not None:  # as nn.Embedding, which gives padding no gradient
-        low = torch.where((tokens == padding)[..., None], low.detach(), low)
-    added = result.reshape(groups, -1, result.shape[-1]) + scaling * torch.bmm(low, b.mT)
-    return added.reshape(result.shape).to(result.dtype)
+        low = torch.where((tokens.flatten(1) == padding)[..., None], low.detach(), low)
+    update = torch.bmm(low, b.mT).unflatten(1, tokens.shape[1:])
+    return (result + scaling * grouping.scatter(update)).to(result.dtype)
 
 
 def _add_convolution(
     scaling: float,
     down: nn.modules.conv._ConvNd,
     up: nn.modules.conv._ConvNd,
+    grouping: Grouping,
     a: torch.Tensor,
     b: torch.Tensor,
     result: torch.Tensor,
     x: torch.Tensor,
 ) -> torch.Tensor:
     # Groups side by side as channels: a grouped convolution gives each of them its own weights.
-    groups, rows = len(a), len(x) // len(a)
-    beside = x.to(a.dtype).unflatten(0, (groups, rows)).transpose(0, 1).flatten(1, 2)
+    groups = len(grouping.items)
+    beside = grouping.gather(x.to(a.dtype)).transpose(0, 1).flatten(1, 2)
     for module, weight in ((down, a), (up, b)):
         convolve: Any = getattr(nn.functional, f"conv{weight.dim() - 3}d")
         settings = (module.stride, module.padding, module.dilation)
-        beside = convolve(beside, weight.flatten(0, 1), None, *settings, groups)
-    update = beside.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+        each = weight.expand(groups, *[-1] * (weight.dim() - 1)).flatten(0, 1)
+        beside = convolve(beside, each, None, *settings, groups)
+    update = grouping.scatter(beside.unflatten(1, (groups, -1)).transpose(0, 1))
     return (result + scaling * update).to(result.dtype)

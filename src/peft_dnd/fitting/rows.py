@@ -15,8 +15,6 @@ from .row_groups import UngroupableError
 
 
 LABEL_PADDING = -100
-_PASS_COST = 256
-"""What a pass costs beside its tokens, in tokens: as much padding is worth saving a pass."""
 
 
 @dataclass(frozen=True)
@@ -121,16 +119,21 @@ class Rows:
             self.fields[name] = _joined(name, values, fillings.get(name, 0))
         self._lengths = self._read_lengths()
 
-    def passes(self, tokens: int, places: int) -> Iterator[Pass]:
+    def passes(self, tokens: int, places: int, cost: int = 256) -> Iterator[Pass]:
         """Divide the rows into passes of at most so many tokens, padding included, and places, but one row at least.
 
         Rows of like lengths go together where that saves more than a pass costs; of one item, where it is all the
         same. Rows of which nothing is wanted are left out.
+
+        Args:
+            tokens: Most tokens.
+            places: Most places.
+            cost: What a pass costs beside its tokens, in tokens: as much padding is worth saving a pass.
         """
         wanted = self.at.sum(1)
         order = sorted(wanted.nonzero()[:, 0].tolist(), key=lambda row: -self._lengths[row])
         lengths = [(length, list(rows)) for length, rows in groupby(order, key=self._lengths.__getitem__)]
-        for first, last in _segments([(length, len(rows)) for length, rows in lengths]):
+        for first, last in _segments([(length, len(rows)) for length, rows in lengths], cost):
             rows = sorted(row for _, some in lengths[first:last] for row in some)
             taken: list[int] = []
             longest = held = 0
@@ -233,11 +236,12 @@ def _joined(name: str, values: Sequence[torch.Tensor], filling: float) -> torch.
     return torch.cat([pad(value, (*room, 0, longest - value.shape[1]), value=filling) for value in values])
 
 
-def _segments(lengths: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def _segments(lengths: Sequence[tuple[int, int]], cost: int) -> list[tuple[int, int]]:
     """Where to divide rows of falling lengths, so that tokens, padding included, and passes cost least.
 
     Args:
         lengths: (length, how many rows have it), longest first.
+        cost: What a pass costs beside its tokens, in tokens.
 
     Returns:
         First and past the last of the lengths of each segment.
@@ -247,7 +251,7 @@ def _segments(lengths: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         choices, rows = [], 0
         for first in range(last - 1, -1, -1):
             rows += lengths[first][1]
-            choices.append((best[first][0] + rows * lengths[first][0] + _PASS_COST, first))
+            choices.append((best[first][0] + rows * lengths[first][0] + cost, first))
         best.append(min(choices))
     segments = []
     last = len(lengths)

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ..adapters.layout import AdapterLayout
 from ..errors import GeneratorConfigError
-from .adapted_base import AdaptedBase
+from .adapted_base import AdaptedBase, of_item
 from .chosen_places import output_of
 from .row_groups import UngroupableError
 from .rows import LABEL_PADDING, Places, smallest, stack
@@ -122,7 +122,8 @@ class TaskLoss:
         """The loss of each item's batch with its own adapter: what a call for each of them gives, in fewer passes.
 
         Args:
-            matrices: PEFT on-disk key -> (B, ...), the matrix's own shape last, any floating dtype.
+            matrices: PEFT on-disk key -> (B, ...), the matrix's own shape last, any floating dtype; or (1, ...) where
+                all items have the same, whose losses must then weigh alike in what is derived.
             batches: B batches.
 
         Returns:
@@ -139,8 +140,12 @@ class TaskLoss:
                 return self._shared_losses(matrices, batches)
             except UngroupableError as error:
                 logger.info("The loss of each item of a batch is taken apart: %s.", error)
-        adapters = (dict(zip(matrices, item, strict=True)) for item in zip(*matrices.values(), strict=True))
-        return torch.stack([self(adapter, batch) for adapter, batch in zip(adapters, batches, strict=True)])
+        return torch.stack(
+            [
+                self({key: of_item(matrix, item) for key, matrix in matrices.items()}, batch)
+                for item, batch in enumerate(batches)
+            ]
+        )
 
     def initial_adapter(self) -> dict[str, torch.Tensor]:
         """The matrices that the base brought along, float32 on the CPU: for a plain model B = 0 and a random A."""

@@ -123,7 +123,9 @@ class DnDTrainer(UploadingTrainer):
         self.generator = model
         self.pairs = train_dataset
         self.adapter_scorer = adapter_scorer
-        self.embeddings = PromptEmbeddingCache(model.text_encoder, read=model.read_states)
+        self.embeddings = PromptEmbeddingCache(
+            model.text_encoder, read=model.read_states, folder=args.prompt_states_dir
+        )
         self._collator = PromptCheckpointCollator(
             self.embeddings,
             model.weight_tokenizer,
@@ -178,6 +180,7 @@ class DnDTrainer(UploadingTrainer):
         output = super().train(*args, **kwargs)
         if not self.generator.config.freeze_text_encoder:
             self._keep_prompts()  # as they are read now
+        self._name_data()
         self.generator.config.measured.update(
             {
                 "training tasks": len(self.pairs.tasks) if self.pairs else 0,
@@ -188,6 +191,16 @@ class DnDTrainer(UploadingTrainer):
             }
         )
         return output
+
+    def _name_data(self) -> None:
+        """Have the generator's card name the data set on the Hub that it was fitted to, if it was to one."""
+        if self.pairs is not None and self.pairs.hub_id is not None:
+            config = self.generator.config
+            known = config.card_metadata.get("datasets", [])
+            known = [known] if isinstance(known, str) else known
+            if self.pairs.hub_id not in known:
+                config.card_metadata["datasets"] = [*known, self.pairs.hub_id]
+            config.measured["training data"] = f"{self.pairs.hub_id} at {self.pairs.hub_commit}"
 
     def evaluate(
         self,

@@ -21,8 +21,11 @@ from transformers.utils.hub import PushInProgress
 
 from ..generator.conditioning import TEXT_ENCODER_FOLDER
 from ..generator.configuration import PromptConditionedLoraGeneratorConfig
+from ..generator.model_card import generator_card
 from ..generator.modeling import PromptConditionedLoraGenerator
+from ..generator.summary import SUMMARY_NAME, renew_sizes
 from ..storage.cards import CARD_NAME, may_write_card
+from ..storage.hub import GENERATOR_FILES
 from ..text.out_of_distribution import REFERENCE_NAME
 
 
@@ -136,6 +139,8 @@ class UploadingTrainer(Trainer):
                 path_in_repo=to_resume,
                 run_as_future=run_as_future,
                 ignore_patterns=[TRAINING_ARGS_NAME],
+                # What an earlier upload left must not be read beside this one, or in its place.
+                delete_patterns=list(GENERATOR_FILES) if to_resume is None else None,
                 **commit,
             )
         except BaseException:
@@ -146,6 +151,12 @@ class UploadingTrainer(Trainer):
         else:
             shutil.rmtree(staged, ignore_errors=True)
         return job
+
+    def _public_card(self, config: PromptConditionedLoraGeneratorConfig) -> str:
+        size = sum(parameter.numel() for parameter in self.generator.decoder.parameters())
+        return generator_card(
+            config, num_parameters=size, measured=self.generator.config.measured, name=self.hub_model_id
+        )
 
     def _stage(self, saved: Path, *, whole: bool) -> Path:
         """A folder of what is uploaded, which stays as it is while the upload runs and checkpoints come and go."""
@@ -166,9 +177,13 @@ class UploadingTrainer(Trainer):
                     warnings.simplefilter("ignore", UserWarning)
                 names = self.generator.names_for_others()
             _rename(config, names, staged / CONFIG_NAME)
+            renew_sizes(staged)
             if not may_write_card(output):
                 (staged / CARD_NAME).unlink(missing_ok=True)
                 shutil.copy2(output / CARD_NAME, staged / CARD_NAME)
+            elif not whole:
+                (staged / CARD_NAME).unlink(missing_ok=True)  # a link, as it may be: the saved card stays as it is
+                (staged / CARD_NAME).write_text(self._public_card(config), encoding="utf-8")
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
             raise
@@ -180,7 +195,7 @@ def _of_generator(name: str, config: PromptConditionedLoraGeneratorConfig) -> bo
     if name == TEXT_ENCODER_FOLDER:
         return config.text_encoder_in_folder
     weights = name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
-    return weights or name in (CONFIG_NAME, CARD_NAME, REFERENCE_NAME)
+    return weights or name in (CONFIG_NAME, CARD_NAME, REFERENCE_NAME, SUMMARY_NAME)
 
 
 def _rename(config: PromptConditionedLoraGeneratorConfig, names: Mapping[str, str | None], path: Path) -> None:

@@ -16,6 +16,7 @@ from ..adapters.layout import AdapterLayout
 from ..adapters.published_tokenizer import PublishedTokenizer
 from ..adapters.tokenizer import WeightTokenizer
 from ..errors import FormatVersionError, GeneratorConfigError, GeneratorNotFoundError, did_you_mean
+from ..storage.cards import check_card_metadata
 from ..storage.files import PathLike, read_json
 from ..storage.hub import generator_name, what_it_is_instead
 from ..text.encoder import TextEncoder, check_how_it_reads, check_text_encoder, condition_size, longest_prompt
@@ -88,6 +89,7 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
             paper's `"hyper_convolution"`.
         decoder_config: That decoder's own settings, e.g. `{"num_templates": 32}`.
         measured: What was measured of the generator: metric -> value, for its model card. `DnDTrainer` fills it in.
+        card_metadata: What only you can say at the head of its card: `license`, `datasets`, `language`, `tags`.
         format_version: Version of the folder's format; a newer one than this library knows is refused.
 
     Raises:
@@ -119,6 +121,7 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         decoder_type: str = "set_transformer",
         decoder_config: Mapping[str, Any] | None = None,
         measured: Mapping[str, Any] | None = None,
+        card_metadata: Mapping[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
@@ -149,6 +152,7 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         self.decoder_type = decoder_type
         self.decoder_config = _as_dict("decoder_config", decoder_config)
         self.measured = _as_dict("measured", measured)
+        self.card_metadata = check_card_metadata(card_metadata or {})
         self.format_version = format_version
         self._check_values()
         _refuse_misspelt(kwargs, own=[name for name in vars(self) if not name.startswith("_")])
@@ -331,7 +335,17 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
 
     @base_model_name_or_path.setter
     def base_model_name_or_path(self, name: str | None) -> None:
-        self.layout = replace(self.adapter_layout, base_model_name_or_path=name).to_dict()
+        # A revision is that of the model of the name.
+        self.layout = replace(self.adapter_layout, base_model_name_or_path=name, base_model_revision=None).to_dict()
+
+    @property
+    def base_model_revision(self) -> str | None:
+        """The commit, branch or tag of the base model on the Hub, if known."""
+        return self.layout.get("base_model_revision") if self.layout else None
+
+    @base_model_revision.setter
+    def base_model_revision(self, revision: str | None) -> None:
+        self.layout = replace(self.adapter_layout, base_model_revision=revision).to_dict()
 
     def carries_text_encoder(self, asked: bool | None = None) -> bool:
         """Whether the text encoder is saved in the generator's folder: as asked, and always if it is fitted too.

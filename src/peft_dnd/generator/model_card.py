@@ -6,15 +6,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
-from ..storage.cards import GENERATED_MARK
+from ..adapters.layout import AdapterLayout
+from ..storage.cards import GENERATED_MARK, PLACE, check_card_metadata, loading_the_base
 from ..storage.hub import hub_id
 from .configuration import PromptConditionedLoraGeneratorConfig
 
 
 # Under this name a configuration's `measured` holds the rows of the held-out protocol.
 EVALUATION = "evaluation"
+
+_HEADLINES = {
+    "share_of_gap_closed": "share of the gap from base to ceiling that is closed",
+    "conditioning_gain": "conditioning gain, generated minus the best of rows 9",
+}
 
 _TEMPLATE = """---
 {data}
@@ -27,10 +33,7 @@ Writes a LoRA adapter for {base} from a handful of a task's unlabelled prompts, 
 ([Drag-and-Drop LLMs](https://arxiv.org/abs/2506.16406)), with [peft_dnd](https://github.com/peft-dnd/peft-dnd).
 
 ```python
-from peft import get_peft_model
-from peft_dnd import DnDConfig
-
-model = get_peft_model(base_model, DnDConfig(generator="path-or-hub-id", prompts=prompts))
+{snippet}
 ```
 
 | what | value |
@@ -44,7 +47,11 @@ model = get_peft_model(base_model, DnDConfig(generator="path-or-hub-id", prompts
 
 
 def generator_card(
-    config: PromptConditionedLoraGeneratorConfig, *, num_parameters: int, measured: Mapping[str, Any]
+    config: PromptConditionedLoraGeneratorConfig,
+    *,
+    num_parameters: int,
+    measured: Mapping[str, Any],
+    name: str | None = None,
 ) -> str:
     """Write a generator's model card.
 
@@ -52,16 +59,36 @@ def generator_card(
         config: Its configuration.
         num_parameters: Parameters of the decoder.
         measured: Metric -> value, as measured by the trainer or an evaluation; may be empty, and the card says so.
+        name: The folder or Hub id that the snippet names, if that is known.
+
+    Raises:
+        GeneratorConfigError: If `config.card_metadata` holds what is no metadata of a card.
     """
     layout = config.adapter_layout
-    named_base = hub_id(config.base_model_name_or_path)
+    named_base, revision = public_base(layout)
+    authors = check_card_metadata(config.card_metadata)
+    own_tags = authors.pop("tags", [])
+    results = _results(measured)
     data = ModelCardData(
         library_name="peft_dnd",
         base_model=named_base,
-        tags=["peft", "lora", "peft_dnd", "drag-and-drop-llms"],
+        base_model_revision=revision,
+        base_model_relation="adapter" if named_base else None,
+        tags=[
+            "peft",
+            "lora",
+            "peft_dnd",
+            "drag-and-drop-llms",
+            *([own_tags] if isinstance(own_tags, str) else own_tags),
+        ],
+        model_name=(name or "generator").rpartition("/")[2] if results else None,
+        eval_results=results or None,
+        **authors,
     )
     facts = {
-        "base model": f"`{named_base}`" if named_base else "not recorded",
+        "base model": (f"`{named_base}`" + (f" at `{revision}`" if revision else ""))
+        if named_base
+        else "not recorded",
         "adapter": f"LoRA, {len(layout.modules)} modules, rank up to {layout.max_rank}, "
         f"{layout.num_parameters:,} parameters",
         "decoder": f"{config.decoder_type}, {num_parameters:,} parameters",
@@ -72,10 +99,70 @@ def generator_card(
     return _TEMPLATE.format(
         data=data.to_yaml(),
         mark=GENERATED_MARK,
-        base=facts["base model"] if named_base else "its base model",
+        base=f"`{named_base}`" if named_base else "its base model",
+        snippet=_snippet(config, named_base, revision, name or PLACE),
         facts="\n".join(f"| {what} | {value} |" for what, value in facts.items()),
         measured=_measured_section(measured),
     )
+
+
+def public_base(layout: AdapterLayout) -> tuple[str | None, str | None]:
+    """The base model's Hub id and revision, as far as they are known and mean anything to others."""
+    base = hub_id(layout.base_model_name_or_path)
+    return base, layout.base_model_revision if base else None
+
+
+def _snippet(config: PromptConditionedLoraGeneratorConfig, base: str | None, revision: str | None, name: str) -> str:
+    """Python that gives a task its adapter, as it stands; where no base is known it writes the adapter to a folder."""
+    texts = ['prompts = ["A prompt of your task", "Another prompt of your task"]  # a handful, unlabelled']
+    given = "prompts"
+    if config.condition_text != "prompts":
+        texts.append('answers = ["Its answer", "The answer to the other"]')
+        given = "prompts, answers=answers"
+    if base is None:
+        lines = ["from peft_dnd import PromptConditionedLoraGenerator", "", *texts]
+        lines.append(f'generator = PromptConditionedLoraGenerator.from_pretrained("{name}")')
+        lines.append(f'generator.generate_adapter({given}).save_pretrained("adapter")')
+        return "\n".join(lines)
+    imported, loaded = loading_the_base(base, revision, config.adapter_layout.task_type)
+    lines = ["from peft import get_peft_model", "from peft_dnd import DnDConfig", imported, "", *texts, loaded]
+    lines.append(f'model = get_peft_model(base_model, DnDConfig(generator="{name}", prompts={given}))')
+    return "\n".join(lines)
+
+
+def _results(measured: Mapping[str, Any]) -> list[EvalResult]:
+    """What was measured on held-out tasks, for the card's `model-index`, which the Hub reads.
+
+    Its newer `.eval_results` files are for benchmarks that are data sets on the Hub, which these tasks are not.
+    """
+    named = [
+        ("Held-out tasks while fitting", name, name, value)
+        for name, value in measured.items()
+        if name.startswith("eval_") and isinstance(value, int | float)
+    ]
+    evaluation = measured.get(EVALUATION)
+    if evaluation:
+        tasks = f"Held-out tasks: {', '.join(evaluation['tasks'])}"
+        named += [
+            (tasks, f"mean_score_row_{number}", label.replace("**", ""), value)
+            for label, number, value, _ in evaluation["rows"]
+        ]
+        named += [
+            (tasks, name, name.replace("_", " "), evaluation[name][0])
+            for name in _HEADLINES
+            if evaluation[name] is not None
+        ]
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="held-out-tasks",
+            dataset_name=tasks,
+            metric_type=kind,
+            metric_name=label,
+            metric_value=value,
+        )
+        for tasks, kind, label, value in named
+    ]
 
 
 def _encoder_name(config: PromptConditionedLoraGeneratorConfig) -> str:
@@ -116,10 +203,7 @@ def _evaluation_section(evaluation: Mapping[str, Any]) -> str:
     )
     figures = [
         f"- {what}: {_with_interval(*evaluation[name])}"
-        for name, what in (
-            ("share_of_gap_closed", "share of the gap from base to ceiling that is closed"),
-            ("conditioning_gain", "conditioning gain, generated minus the best of rows 9"),
-        )
+        for name, what in _HEADLINES.items()
         if evaluation[name] is not None
     ]
     missing = "; ".join(f"{what} ({why})" for what, why in evaluation["not_measured"].items())

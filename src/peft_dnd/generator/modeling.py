@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -22,10 +21,10 @@ from ..adapters.tokenizer import WeightNormalization, WeightTokenizer
 from ..decoders import Decoder, build_decoder
 from ..errors import CorruptFileError, GeneratorNotFoundError
 from ..storage.cards import CARD_NAME, may_write_card
-from ..storage.files import PathLike, staged_directory
+from ..storage.files import PathLike, staged_directory, write_json
 from ..storage.hub import (
+    GENERATOR_FILES,
     HubOptions,
-    UploadOptions,
     check_loading_info,
     find_folder,
     find_generator,
@@ -33,17 +32,18 @@ from ..storage.hub import (
     hub_id,
     name_for_others,
     takes_keywords_of,
-    upload,
 )
 from ..storage.processes import check_whole
 from ..storage.progress import short_bars_hidden
 from ..storage.stored_weights import floating_dtype
+from ..storage.uploading import UploadOptions, upload
 from ..text.encoder import TextEncoder, check_text_encoder
 from ..text.out_of_distribution import REFERENCE_NAME, PromptReference
 from .conditioning import TEXT_ENCODER_FOLDER
 from .configuration import PromptConditionedLoraGeneratorConfig
 from .generation import AdapterWritingMixin
 from .model_card import generator_card
+from .summary import SUMMARY_NAME, generator_summary
 
 
 class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
@@ -234,7 +234,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         repo_id: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save to a folder: configuration, sharded safetensors with the normalisation statistics, model card.
+        """Save to a folder: configuration, sharded safetensors with the normalisation statistics, summary, model card.
 
         The files are written beside the folder first and then moved in, so that a kill or a full disk leaves what was
         there before.
@@ -249,7 +249,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
                 that was fitted too.
             repo_id: Hub id to push to; `None` takes the folder's name.
             kwargs: What any transformers model takes, `max_shard_size` for one; and
-                [`UploadOptions`][peft_dnd.storage.hub.UploadOptions] for `push_to_hub`.
+                [`UploadOptions`][peft_dnd.storage.uploading.UploadOptions] for `push_to_hub`.
 
         Raises:
             DestinationError: If `save_directory` names no place, or a file is in its way.
@@ -268,12 +268,13 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
                 check_whole(weights)
                 with _changed(self.config, text_encoder_in_folder=carry):
                     super().save_pretrained(staged, state_dict=weights, **kwargs)
+                    if self.prompt_reference is not None:
+                        self.prompt_reference.save(staged / REFERENCE_NAME)
+                    if encoder is not None:
+                        encoder.save_pretrained(staged / TEXT_ENCODER_FOLDER)
+                    write_json(staged / SUMMARY_NAME, self._summary(staged, weights))
                     if may_write_card(Path(save_directory)):
                         (staged / CARD_NAME).write_text(self.model_card(), encoding="utf-8")
-                if self.prompt_reference is not None:
-                    self.prompt_reference.save(staged / REFERENCE_NAME)
-                if encoder is not None:
-                    encoder.save_pretrained(staged / TEXT_ENCODER_FOLDER)
                 written = {path.name for path in staged.glob("model*.safetensors*")}
             # transformers reads a single file before shards: what an earlier save left must not win over this one.
             for path in Path(save_directory).glob("model*.safetensors*"):
@@ -303,23 +304,30 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
             repo_id: Hub id, `"user/name"`.
             max_shard_size: Largest weights file.
             include_text_encoder: See [`save_pretrained`].
-            commit: See [`UploadOptions`][peft_dnd.storage.hub.UploadOptions].
+            commit: See [`UploadOptions`][peft_dnd.storage.uploading.UploadOptions].
 
         Returns:
             The Hub's description of the commit.
 
         Raises:
             HfHubHTTPError: The Hub's own, if you may not write there.
+            SavingError: If the connection breaks off. The repository is as it was then.
             TextEncoderError: If the text encoder is to go along and cannot be loaded.
         """
         names = self.names_for_others(include_text_encoder)
-        if self.config.carries_text_encoder(include_text_encoder):
+        carry = self.config.carries_text_encoder(include_text_encoder)
+        if carry:
             self.load_text_encoder()  # while its name is still there
         with _changed(self.config, **names):
-            save = partial(
-                self.save_pretrained, max_shard_size=max_shard_size, include_text_encoder=include_text_encoder
-            )
-            return upload(save, repo_id, "PromptConditionedLoraGenerator", **commit)
+            self.model_card()  # what cannot be in a card is refused before anything is made on the Hub
+
+            def save(folder: Path, name: str) -> None:
+                self.save_pretrained(folder, max_shard_size=max_shard_size, include_text_encoder=include_text_encoder)
+                if may_write_card(folder):
+                    with _changed(self.config, text_encoder_in_folder=carry):
+                        (folder / CARD_NAME).write_text(self.model_card(name), encoding="utf-8")
+
+            return upload(save, repo_id, "PromptConditionedLoraGenerator", GENERATOR_FILES, **commit)
 
     def names_for_others(self, include_text_encoder: bool | None = None) -> dict[str, str | None]:
         """What the configuration may say on the Hub, where folders of this machine mean nothing.
@@ -330,7 +338,8 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
             include_text_encoder: Whether the text encoder goes along; see [`save_pretrained`].
 
         Returns:
-            The configuration's `text_encoder` and `base_model_name_or_path`, each `None` where it names a folder.
+            The configuration's `text_encoder` and `base_model_name_or_path`, each `None` where it names a folder, and
+            `base_model_revision`, in the order in which they are to be set.
         """
         config = self.config
         if config.carries_text_encoder(include_text_encoder):
@@ -347,12 +356,28 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
             "The generator's base model",
             "So that others know which model the generator is for, set config.base_model_name_or_path to its Hub id.",
         )
-        return {"text_encoder": text_encoder, "base_model_name_or_path": base}
+        revision = config.base_model_revision if base else None
+        return {"text_encoder": text_encoder, "base_model_name_or_path": base, "base_model_revision": revision}
 
-    def model_card(self) -> str:
-        """The text of the README.md that is saved along."""
+    def model_card(self, name: str | None = None) -> str:
+        """The text of the README.md that is saved along.
+
+        Args:
+            name: The folder or Hub id that its snippet loads the generator from; `push_to_hub` fills it in.
+        """
         size = sum(parameter.numel() for parameter in self.decoder.parameters())
-        return generator_card(self.config, num_parameters=size, measured=self.config.measured)
+        return generator_card(self.config, num_parameters=size, measured=self.config.measured, name=name)
+
+    def _summary(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        reference = self.prompt_reference
+        dtypes = {tensor.dtype for key, tensor in weights.items() if key.startswith("decoder.")}
+        return generator_summary(
+            self.config,
+            folder,
+            num_parameters=sum(parameter.numel() for parameter in self.decoder.parameters()),
+            dtype=", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
+            tasks_known=None if reference is None else len(reference.counts),
+        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -108,7 +108,7 @@ class CheckpointCollector(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check all that can be checked, start the adapter from the common initialisation, lay out the folder."""
-        model, optimizer = kwargs["model"], kwargs.get("optimizer")
+        model, optimizer = _adapted_part(kwargs["model"]), kwargs.get("optimizer")
         layout = AdapterLayout.from_model(model, self.adapter_name)
         writer = None
         if state.is_world_process_zero:
@@ -138,12 +138,12 @@ class CheckpointCollector(TrainerCallback):
     ) -> None:
         """Keep the adapter, if this is one of the steps to keep."""
         if self._writer is not None and state.global_step in self._planned:
-            self._writer.add(kwargs["model"], state.global_step)
+            self._writer.add(_adapted_part(kwargs["model"]), state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note that the run can be resumed from here."""
         if self._writer is not None:
-            self._writer.note_resume_point(kwargs["model"], state.global_step)
+            self._writer.note_resume_point(_adapted_part(kwargs["model"]), state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -189,6 +189,14 @@ def planned_steps(max_steps: int, last: int, every: int) -> tuple[int, ...]:
     (80, 90, 100)
     """
     return tuple(range(max_steps, 0, -every))[:last][::-1]
+
+
+def _adapted_part(model: nn.Module) -> nn.Module:
+    """The model itself, or the one part of it that knows of its adapters, as in a `SentenceTransformer`."""
+    if getattr(model, "peft_config", None):
+        return model
+    parts = [part for part in model.modules() if getattr(part, "peft_config", None)]
+    return parts[0] if len(parts) == 1 else model
 
 
 def _check_untrained(model: nn.Module, adapter_name: str) -> None:

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch.utils.data import Dataset
+from typing_extensions import Unpack
 
 from ..adapters.factors import canonical_state_dict
 from ..adapters.layout import AdapterLayout, natural_key
 from ..adapters.lora import ADAPTER_CONFIG_NAME
 from ..errors import GeneratorConfigError, LayoutError, PairsFolderError
 from ..storage.files import PathLike, read_safetensors
+from ..storage.hub import PAIRS, HubOptions, find_folder, takes_keywords_of
 from ..storage.progress import with_progress
 from ..text.prompts import select_prompts
 from ..text.prompts_and_answers import condition_texts
@@ -53,7 +54,14 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
 
     Make one with [`from_folder`][PromptCheckpointDataset.from_folder] or
     [`from_hub`][PromptCheckpointDataset.from_hub].
+
+    Attributes:
+        hub_id: The data set on the Hub that it was read from, if it was.
+        hub_commit: And its commit.
     """
+
+    hub_id: str | None = None
+    hub_commit: str | None = None
 
     def __init__(
         self,
@@ -119,58 +127,47 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         return pairs
 
     @classmethod
+    @takes_keywords_of(find_folder)
     def from_hub(
         cls,
         repo_id: str,
         tasks: Iterable[str] | None = None,
         *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
         seed: int = 0,
         keep_in_memory: bool | None = None,
         layout: AdapterLayout | None = None,
+        **hub: Unpack[HubOptions],
     ) -> PromptCheckpointDataset:
         """Download a pairs folder that was uploaded as a data set to the Hub, and read it.
+
+        A generator that is fitted to it names it in its card.
 
         Args:
             repo_id: The data set's id, `"name/data-set"`.
             tasks: The names of the tasks to read; all by default. Of others only `task.json` is downloaded.
-            revision: Branch, tag or commit.
-            token: Access token.
-            cache_dir: Where downloads are kept.
-            local_files_only: Whether to do without the network.
             seed: As for `from_folder`.
             keep_in_memory: As for `from_folder`.
             layout: As for `from_folder`.
+            hub: See [`HubOptions`][peft_dnd.storage.hub.HubOptions].
 
         Raises:
-            HfHubHTTPError: The Hub's own, if there is no such data set or revision, or you have no access.
-            HFValidationError: The Hub's own, if `repo_id` is none.
-            PairsFolderError: And the others of `from_folder`, for what was downloaded.
+            PairsFolderError: If there is no such data set or revision, or you have no access.
+            PromptError: And the others of `from_folder`, for what was downloaded.
         """
-
-        def download(patterns: list[str]) -> str:
-            return snapshot_download(
-                repo_id,
-                repo_type="dataset",
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                allow_patterns=patterns,
-            )
-
         names = None if tasks is None else _names(tasks)
         folders = ["*"]
         if names is not None:
-            found = find_tasks(download([f"*/{TASK_NAME}"]), names)
-            folders = [glob.escape(folder.name) for folder in found.values()]
+            path, commit = find_folder(PAIRS, repo_id, [f"*/{TASK_NAME}"], **hub)
+            folders = [glob.escape(folder.name) for folder in find_tasks(path, names).values()]
+            if commit is not None:
+                hub["revision"] = commit  # all of it is of one commit
         files = [TASK_NAME, PROMPTS_NAME, EXAMPLES_NAME, RECORD_NAME, ROWS_NAME, ADAPTER_CONFIG_NAME]
         files.append(f"{CHECKPOINTS_FOLDER}/*.safetensors")
-        path = download([f"{folder}/{file}" for folder in folders for file in files])
-        return cls.from_folder(path, names, seed=seed, keep_in_memory=keep_in_memory, layout=layout)
+        path, commit = find_folder(PAIRS, repo_id, [f"{folder}/{file}" for folder in folders for file in files], **hub)
+        pairs = cls.from_folder(path, names, seed=seed, keep_in_memory=keep_in_memory, layout=layout)
+        if commit is not None:
+            pairs.hub_id, pairs.hub_commit = repo_id, commit
+        return pairs
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -324,13 +321,15 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
 
     def _of(self, tasks: Iterable[Task], *, canonical: bool = False) -> PromptCheckpointDataset:
         """Other tasks, or the same ones in another form, with all else as it is here."""
-        return PromptCheckpointDataset(
+        other = PromptCheckpointDataset(
             list(tasks),
             seed=self.seed,
             keep_in_memory=self.keep_in_memory,
             layout=self._layout,
             canonical=canonical or self.canonical,
         )
+        other.hub_id, other.hub_commit = self.hub_id, self.hub_commit
+        return other
 
     def _task_with_checkpoints(self, name: str) -> Task:
         task = self._task(name)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import LoraConfig
+from transformers.utils import CONFIG_NAME
 
 from ..adapters.layout import AdapterLayout
 from ..errors import GeneratorConfigError
@@ -287,7 +288,7 @@ class DnDConfig(LoraConfig):
             )
         hub: Any = {name: value for name, value in options.items() if name in HubOptions.__annotations__}
         folder, self._generator_commit = find_generator(
-            generator, config_only=True, revision=self.generator_revision, **hub
+            generator, (CONFIG_NAME,), revision=self.generator_revision, **hub
         )
         return PromptConditionedLoraGeneratorConfig.from_pretrained(folder)
 

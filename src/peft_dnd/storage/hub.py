@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding generators and adapters in a folder or on the Hub, whether all of one arrived, and uploading them."""
+"""Finding generators and adapters in a folder or on the Hub, and whether all of one arrived."""
 
 from __future__ import annotations
 
@@ -7,21 +7,29 @@ import functools
 import glob
 import inspect
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypedDict, TypeVar
 
-from huggingface_hub import CommitInfo, HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from transformers.utils import CONFIG_NAME
 from typing_extensions import Unpack
 
-from ..errors import CorruptFileError, GeneratorNotFoundError, MissingFileError, PeftDndError, did_you_mean
+from ..errors import (
+    CorruptFileError,
+    GeneratorNotFoundError,
+    MissingFileError,
+    PairsFolderError,
+    PeftDndError,
+    TextEncoderError,
+    did_you_mean,
+)
 from .files import PathLike
+from .hub_errors import FETCHING_ERRORS, why_not_fetched
 
 
 _P = ParamSpec("_P")
@@ -37,10 +45,11 @@ class _Kind(NamedTuple):
     noun: str
     writer: str
     error: type[PeftDndError]
+    repo_type: str = "model"
 
 
 class HubOptions(TypedDict, total=False):
-    """Which version is read of what lies on the Hub, and how: keywords of all that loads a generator or an adapter.
+    """Which version is read of what lies on the Hub, and how: keywords of all that loads something.
 
     Attributes:
         revision: Branch, tag or commit; `None` is the main branch.
@@ -61,26 +70,8 @@ class HubOptions(TypedDict, total=False):
 
 _GENERATOR = _Kind("generator", "PromptConditionedLoraGenerator.save_pretrained", GeneratorNotFoundError)
 _ADAPTER = _Kind("adapter", "GeneratedAdapter.save_pretrained or PEFT", MissingFileError)
-
-
-class UploadOptions(TypedDict, total=False):
-    """How something is uploaded to the Hub: keywords of every `push_to_hub`.
-
-    Attributes:
-        commit_message: What the commit says; `None` says what was uploaded.
-        commit_description: And its longer text.
-        private: Whether a new repository is private; `None` leaves it to the account's default.
-        token: Access token; `None` takes the one that is logged in.
-        revision: Branch to commit to, made where missing; `None` is the main branch.
-        create_pr: Whether to open a pull request rather than commit.
-    """
-
-    commit_message: str | None
-    commit_description: str | None
-    private: bool | None
-    token: str | bool | None
-    revision: str | None
-    create_pr: bool
+PAIRS = _Kind("data set of pairs", "CheckpointCollector", PairsFolderError, "dataset")
+TEXT_ENCODER = _Kind("text encoder", "SentenceTransformer.save_pretrained", TextEncoderError)
 
 
 def takes_keywords_of(source: Callable[..., Any]) -> Callable[[Callable[_P, _Result]], Callable[_P, _Result]]:
@@ -110,12 +101,14 @@ def takes_keywords_of(source: Callable[..., Any]) -> Callable[[Callable[_P, _Res
     return decorate
 
 
-def find_generator(name: str, *, config_only: bool = False, **hub: Unpack[HubOptions]) -> tuple[Path, str | None]:
+def find_generator(
+    name: str, files: Sequence[str] = GENERATOR_FILES, **hub: Unpack[HubOptions]
+) -> tuple[Path, str | None]:
     """Find a generator's folder, downloading it from the Hub where needed, as one snapshot of one commit.
 
     Args:
         name: Folder or Hub id.
-        config_only: Whether to download its configuration alone, without the weights.
+        files: Which files to download; all that is read of it by default.
         hub: See [`HubOptions`].
 
     Returns:
@@ -124,7 +117,7 @@ def find_generator(name: str, *, config_only: bool = False, **hub: Unpack[HubOpt
     Raises:
         GeneratorNotFoundError: If there is none.
     """
-    folder, commit = find_folder(_GENERATOR, name, (CONFIG_NAME,) if config_only else GENERATOR_FILES, **hub)
+    folder, commit = find_folder(_GENERATOR, name, files, **hub)
     if not (folder / CONFIG_NAME).is_file():
         raise GeneratorNotFoundError(
             f"{str(folder)!r} holds no {CONFIG_NAME}, so it is no generator's folder. Expected what "
@@ -169,6 +162,7 @@ def find_folder(
     try:
         snapshot = snapshot_download(
             name,
+            repo_type=kind.repo_type,
             revision=revision,
             token=token,
             cache_dir=None if cache_dir is None else Path(cache_dir),
@@ -176,12 +170,10 @@ def find_folder(
             local_files_only=local_files_only,
             allow_patterns=[prefix + file for file in files],
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except FETCHING_ERRORS as error:
         raise kind.error(
-            f"There is no {kind.noun} at {name!r}: it is no folder here, and the Hub gave none "
-            f"({type(error).__name__}: {error}). Check the spelling, "
-            + (f"the revision {revision!r}, " if revision else "")
-            + "the network and your access token."
+            f"There is no {kind.noun} at {name!r}: it is no folder here, and the Hub gave none. "
+            + why_not_fetched(name, revision, error)
         ) from error
     return Path(snapshot) / subfolder, Path(snapshot).name
 
@@ -206,50 +198,6 @@ def commit_in_cache(
         if isinstance(path, str):
             return Path(path).parent.name
     return None
-
-
-def upload(
-    save: Callable[[Path], None],
-    repo_id: str,
-    what: str,
-    *,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-) -> CommitInfo:
-    """Upload a folder to the Hub, making the repository and the branch where they are missing.
-
-    Args:
-        save: Writes into the folder that it is given, which is there for the upload only.
-        repo_id: Hub id, `"user/name"`.
-        what: What is uploaded, for a commit without a message.
-        commit_message: As in [`UploadOptions`], and so are the others.
-        commit_description: As there.
-        private: As there.
-        token: As there.
-        revision: As there.
-        create_pr: As there.
-
-    Returns:
-        The Hub's description of the commit.
-    """
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not create_pr:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder))
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message or f"Upload {what}",
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
 
 
 def generator_name(name: object) -> str:
@@ -288,7 +236,7 @@ def _refuse_what_is_no_hub_id(kind: _Kind, name: str) -> None:
     except HFValidationError as error:
         raise kind.error(
             f"There is no {kind.noun} at {name!r}: there is no such folder, and a Hub id has the form "
-            f"'org/{kind.noun}'. Check the spelling, and from where the path is counted."
+            f"'org/{kind.noun.split()[-1]}'. Check the spelling, and from where the path is counted."
         ) from error
 
 

@@ -102,8 +102,9 @@ class AnswerStatesTextEncoder(HiddenStatesTextEncoder):
                     token=token,
                     dtype=dtype,
                     use_safetensors=True,  # a pickle is never read
+                    trust_remote_code=False,  # nor is anybody asked whether a repository's code may run
                 )
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, token=token)
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, token=token, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise TextEncoderError(
                 f"Cannot load {name!r} as a language model with its tokenizer: {error} Name a Hub id or a folder "

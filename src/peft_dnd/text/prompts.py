@@ -9,7 +9,6 @@ How a pool of prompts becomes a condition:
 
 from __future__ import annotations
 
-import hashlib
 import numbers
 import random
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GeneratorConfigError, PromptError, PromptTypeError
+from ..storage.digests import texts_digest
 
 
 class ConditionText(str):
@@ -130,12 +130,7 @@ def prompts_digest(prompts: Sequence[str]) -> str:
         >>> prompts_digest(["a", "b"])[:16]
         'cf6ab613e3942391'
     """
-    digest = hashlib.sha256()
-    for prompt in check_prompts(prompts):
-        encoded = prompt.encode("utf-8")
-        digest.update(len(encoded).to_bytes(8, "little"))
-        digest.update(encoded)
-    return digest.hexdigest()
+    return texts_digest(check_prompts(prompts))
 
 
 def select_prompts(pool_size: int, num_prompts: int, generator: torch.Generator | int) -> Tensor:

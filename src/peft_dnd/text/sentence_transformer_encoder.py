@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..errors import TextEncoderError
 from ..storage.files import staged_directory
-from ..storage.hub import commit_in_cache
+from ..storage.hub import HubOptions, commit_in_cache, find_folder, takes_keywords_of
 from ..storage.progress import short_bars_hidden
 from .blockwise_encoder import UNLIMITED, BlockwiseTextEncoder
 from .layers import choose_layer, chosen_layer
@@ -105,21 +107,19 @@ class SentenceTransformerTextEncoder(BlockwiseTextEncoder):
         self._token_size, self._sentence_size = measured_sizes(module)
 
     @classmethod
+    @takes_keywords_of(find_folder)
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike[str],
         *,
-        revision: str | None = None,
-        token: str | bool | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
         layer: int | None = None,
         max_length: int | None = None,
         window_tokens: int | None = None,
         trainable: bool = False,
         block_tokens: int = 1,
+        **hub: Unpack[HubOptions],
     ) -> SentenceTransformerTextEncoder:
         """Load a model from a folder or from the Hub.
 
@@ -131,31 +131,20 @@ class SentenceTransformerTextEncoder(BlockwiseTextEncoder):
 
         Args:
             name_or_path: A folder or a Hub id, for instance `"sentence-transformers/all-MiniLM-L6-v2"`.
-            revision: Branch, tag or commit on the Hub.
-            token: Hub token, for private or gated models.
             device: Where to put the model; default: the CPU.
             dtype: Floating point type of the weights; default: as stored. States are `float32` in any case.
-            cache_dir: Where downloads are kept; default: the Hub's own cache.
-            local_files_only: Never ask the Hub.
             layer: As in the class.
             max_length: As in the class.
             window_tokens: As in the class.
             trainable: As in the class.
             block_tokens: As in the class.
+            hub: See [`HubOptions`][peft_dnd.storage.hub.HubOptions].
 
         Raises:
             TextEncoderError: If there is no such model, it cannot be reached, or its files are damaged.
             GeneratorConfigError: As in the class.
         """
-        module = load_sentence_transformer(
-            name_or_path,
-            revision=revision,
-            token=token,
-            device=device,
-            dtype=dtype,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
+        module = load_sentence_transformer(name_or_path, device=device, dtype=dtype, **hub)
         encoder = cls(
             module,
             name_or_path=os.fspath(name_or_path),
@@ -165,11 +154,13 @@ class SentenceTransformerTextEncoder(BlockwiseTextEncoder):
             trainable=trainable,
             block_tokens=block_tokens,
         )
+        subfolder = hub.get("subfolder") or ""
         encoder._commit_hash = commit_in_cache(
             os.fspath(name_or_path),
-            ("modules.json", "config.json"),
-            revision=revision,
-            cache_dir=cache_dir or os.environ.get("SENTENCE_TRANSFORMERS_HOME"),  # as sentence-transformers has it
+            [Path(subfolder, file).as_posix() for file in ("modules.json", "config.json")],
+            revision=hub.get("revision"),
+            cache_dir=hub.get("cache_dir")
+            or os.environ.get("SENTENCE_TRANSFORMERS_HOME"),  # as sentence-transformers has it
         )
         return encoder
 

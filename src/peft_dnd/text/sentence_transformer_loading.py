@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import huggingface_hub
 import torch
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import Unpack
 
 from ..errors import GeneratorConfigError, TextEncoderError
+from ..storage.hub import TEXT_ENCODER, HubOptions, find_folder
 from ..storage.processes import loaded_whole
 from ..storage.progress import short_bars_hidden
 from .blockwise_encoder import UNLIMITED, check_token_limits
@@ -21,29 +23,36 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
+# What a text encoder is made of; other forms of its weights are not downloaded.
+_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
+
+
 def load_sentence_transformer(
     name_or_path: str | os.PathLike[str],
     *,
-    revision: str | None = None,
-    token: str | bool | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
+    **hub: Unpack[HubOptions],
 ) -> SentenceTransformer:
     """Load a model; arguments and errors are those of `SentenceTransformerTextEncoder.from_pretrained`."""
     # sentence-transformers takes seconds to import, and most uses of this library never encode a text.
     from sentence_transformers import SentenceTransformer
 
-    source = _checked_source(name_or_path)
+    source = _checked_source(name_or_path, hub.get("subfolder") or "")
+    if not os.path.isdir(source) and (hub.get("subfolder") or hub.get("force_download")):
+        # sentence-transformers itself knows neither.
+        folder, _ = find_folder(TEXT_ENCODER, source, _FILES, **hub)
+        source = _checked_source(folder)
     is_folder = os.path.isdir(source)
+    revision, cache_dir = hub.get("revision"), hub.get("cache_dir")
+    local_files_only = hub.get("local_files_only", False)
     try:
         with loaded_whole(), short_bars_hidden():
             module = SentenceTransformer(
                 source,
                 device="cpu" if device is None else str(device),
                 revision=None if is_folder else revision,
-                token=token,
+                token=hub.get("token"),
                 cache_folder=None if cache_dir is None else str(cache_dir),
                 # A folder needs no Hub; without this, sentence-transformers asks it who the folder's base model is.
                 local_files_only=local_files_only or is_folder,
@@ -120,7 +129,7 @@ def set_padding_token(module: SentenceTransformer) -> None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
 
 
-def _checked_source(name_or_path: str | os.PathLike[str]) -> str:
+def _checked_source(name_or_path: str | os.PathLike[str], subfolder: str = "") -> str:
     """The folder or Hub id; raises where a path was meant and there is no model at it."""
     source = os.path.expanduser(os.fspath(name_or_path))
     mend = (
@@ -128,6 +137,7 @@ def _checked_source(name_or_path: str | os.PathLike[str]) -> str:
         '"sentence-transformers/all-MiniLM-L6-v2".'
     )
     if os.path.isdir(source):
+        source = os.path.join(source, subfolder).rstrip(os.path.sep)
         if not any(Path(source, name).is_file() for name in ("modules.json", "config.json")):
             raise TextEncoderError(
                 f"The folder {source!r} holds no text encoder: it has neither modules.json nor config.json. {mend}"
