@@ -299,3 +299,13 @@ def test_a_full_disk_is_told_and_leaves_nothing(serve, tmp_path, monkeypatch) ->
     left = [path for part in ("adapters", "work") for path in (tmp_path / "cache" / part).rglob("*")]
     assert [path.suffix for path in left if path.is_file()] == [".lock"]
     assert client.post("/v1/adapters", json={"prompts": PROMPTS}).status_code == 201
+
+
+def test_a_page_of_another_site_cannot_ask_a_service_of_this_machine(serve) -> None:
+    client = serve(hosts=("localhost", "127.0.0.1"))
+    request = {"prompts": PROMPTS}
+    for host, status in (("127.0.0.1:8000", 201), ("localhost", 200), ("evil.example", 400), ("", 400)):
+        assert client.post("/v1/adapters", json=request, headers={"host": host}).status_code == status
+    for kind in ({}, {"content-type": "text/plain"}):  # what a page may send without asking first
+        answer = client.post("/v1/adapters", content=json.dumps(request), headers={"host": "localhost", **kind})
+        assert answer.status_code == 422
