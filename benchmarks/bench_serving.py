@@ -5,7 +5,7 @@ python benchmarks/bench_serving.py
 
 Needs wrk (`apt-get install wrk`) and `pip install "peft-dnd[serve]"`. The generator is a tiny one, so that the figures
 are the service's own: HTTP, queue, cache folder with its renames and flushes. Of ten requests four want a new adapter,
-three one that is there, two read one, one lists. Beyond the bounds nothing but 429 may be the answer to what is refused,
+are the service's own: HTTP, queue, cache folder with its renames and flushes. Of ten requests four want a new
 and memory must stay flat.
 """
 

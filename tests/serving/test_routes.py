@@ -77,6 +77,18 @@ def test_the_same_request_is_worked_on_once_and_another_is_another(serve, served
     assert ServedGenerator("other", served.generator, served.revision, served.text_encoder).adapter_id(source) in ids
 
 
+def test_a_wrong_method_is_told_the_right_ones(serve) -> None:
+    client = serve()
+    allowed = {
+        "/v1/adapters": "GET, POST",
+        f"/v1/adapters/{'0' * 64}": "DELETE, GET",
+        "/v1/tasks/a": "DELETE, GET, PUT",
+    }
+    for path, methods in {**allowed, "/v1/tasks": "GET", "/metrics": "GET"}.items():
+        answer = client.patch(path)
+        assert (answer.status_code, answer.headers["Allow"]) == (405, methods)
+
+
 def test_list_and_delete(serve) -> None:
     client = serve()
     ids = sorted(
