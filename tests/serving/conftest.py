@@ -43,9 +43,12 @@ def serve(served: ServedGenerator, tmp_path: Path) -> Iterator[Serve]:
             *generators: ServedGenerator, folder: Path | None = None, tokens: Tokens | None = None, **options: Any
         ) -> TestClient:
             named, remembered = options.pop("named", None), options.pop("remember_prompts", False)
+            hosts = options.pop("hosts", None)
             limits = ServiceLimits(**options)
             cache = AdapterCache(folder or tmp_path / "cache", limits)
             service = AdapterService(generators or (served,), cache, limits, tasks=named, remember_prompts=remembered)
-            return stack.enter_context(TestClient(create_app(service, tokens), raise_server_exceptions=False))
+            return stack.enter_context(
+                TestClient(create_app(service, tokens, hosts=hosts), raise_server_exceptions=False)
+            )
 
         yield start

@@ -77,6 +77,18 @@ def test_the_same_request_is_worked_on_once_and_another_is_another(serve, served
     assert ServedGenerator("other", served.generator, served.revision, served.text_encoder).adapter_id(source) in ids
 
 
+def test_a_wrong_method_is_told_the_right_ones(serve) -> None:
+    client = serve()
+    allowed = {
+        "/v1/adapters": "GET, POST",
+        f"/v1/adapters/{'0' * 64}": "DELETE, GET",
+        "/v1/tasks/a": "DELETE, GET, PUT",
+    }
+    for path, methods in {**allowed, "/v1/tasks": "GET", "/metrics": "GET"}.items():
+        answer = client.patch(path)
+        assert (answer.status_code, answer.headers["Allow"]) == (405, methods)
+
+
 def test_list_and_delete(serve) -> None:
     client = serve()
     ids = sorted(
@@ -278,6 +290,7 @@ def test_health_tells_of_a_folder_that_cannot_be_written_to(serve, monkeypatch) 
     client = serve()
     assert client.get("/health/live").json() == {"status": "live"}
     assert client.get("/health/ready").json() == {"status": "ready"}
+    client.app.state.service._writable_at -= 1  # it is tried once a second
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -298,3 +311,13 @@ def test_a_full_disk_is_told_and_leaves_nothing(serve, tmp_path, monkeypatch) ->
     left = [path for part in ("adapters", "work") for path in (tmp_path / "cache" / part).rglob("*")]
     assert [path.suffix for path in left if path.is_file()] == [".lock"]
     assert client.post("/v1/adapters", json={"prompts": PROMPTS}).status_code == 201
+
+
+def test_a_page_of_another_site_cannot_ask_a_service_of_this_machine(serve) -> None:
+    client = serve(hosts=("localhost", "127.0.0.1"))
+    request = {"prompts": PROMPTS}
+    for host, status in (("127.0.0.1:8000", 201), ("localhost", 200), ("evil.example", 400), ("", 400)):
+        assert client.post("/v1/adapters", json=request, headers={"host": host}).status_code == status
+    for kind in ({}, {"content-type": "text/plain"}):  # what a page may send without asking first
+        answer = client.post("/v1/adapters", content=json.dumps(request), headers={"host": "localhost", **kind})
+        assert answer.status_code == 422

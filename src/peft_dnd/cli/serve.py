@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 _TOKENS_VARIABLE = "PEFT_DND_TOKENS"
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client", "portalocker")
 _GIGABYTE = 10**9
+_THIS_MACHINE = ("localhost", "127.0.0.1", "[::1]", "::1")
+# Beyond so many connections, uvicorn itself answers 503; a proxy holds some open that ask for nothing.
+_FEWEST_CONNECTIONS = 512
 
 
 def serve(
@@ -122,7 +125,7 @@ def serve(
         }
         with progress(quiet):
             service = _service(places, cache, limits, rows, answer_column, device, remember_prompts=remember_prompts)
-        _run(service, tokens, bound, grace_seconds)
+        _run(service, tokens, None if tokens or open_to_all else (*_THIS_MACHINE, host), bound, grace_seconds)
 
 
 def _places(generators: list[str]) -> dict[str, tuple[str, str | None]]:
@@ -235,19 +238,24 @@ def _task_prompts(name: str, rows: list[dict[str, Any]], answer_column: str | No
     return TaskPrompts(tuple(texts_of(rows, column, name)), answers)
 
 
-def _run(service: AdapterService, tokens: Tokens, bound: socket.socket, grace_seconds: int) -> None:
+def _run(
+    service: AdapterService, tokens: Tokens, hosts: tuple[str, ...] | None, bound: socket.socket, grace_seconds: int
+) -> None:
     import uvicorn
 
     from peft_dnd.serving import create_app
+    from peft_dnd.serving.http_protocol import PatientProtocol
 
     config = uvicorn.Config(
-        create_app(service, tokens),
+        create_app(service, tokens, hosts=hosts),
         lifespan="on",
         log_config=None,  # ours is set up already
         access_log=False,  # it would hold paths and queries as clients wrote them
         server_header=False,
         proxy_headers=False,
+        http=PatientProtocol,
         ws="none",
+        limit_concurrency=max(_FEWEST_CONNECTIONS, 4 * service.limits.requests),
         timeout_graceful_shutdown=grace_seconds,
     )
     # Once it has stopped, uvicorn sends itself the signal again: having stopped as asked is no failure.

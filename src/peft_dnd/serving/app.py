@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ..errors import PeftDndError
 from ..version import __version__
@@ -27,12 +28,16 @@ _SWEEP_SECONDS = 60
 logger = logging.getLogger(__name__)
 
 
-def create_app(service: AdapterService, tokens: Tokens | None = None) -> FastAPI:
+def create_app(
+    service: AdapterService, tokens: Tokens | None = None, *, hosts: Sequence[str] | None = None
+) -> FastAPI:
     """Make the ASGI application of a service.
 
     Args:
         service: The service. The application closes it when it ends.
         tokens: The bearer tokens that it takes; none lets everybody in.
+        hosts: The only names by which it may be called; `None` is any. For a service of this machine alone without
+            tokens they keep out web pages whose own name was made to lead here.
 
     Returns:
         The application. `/openapi.json` describes it, bounds included.
@@ -65,6 +70,8 @@ def create_app(service: AdapterService, tokens: Tokens | None = None) -> FastAPI
     for router in (v1, health, operation):
         app.include_router(router)
     app.add_middleware(Guard, limits=service.limits, metrics=service.metrics, tokens=tokens)
+    if hosts is not None:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False)
     described = app.openapi()
     _describe(described, service, secured=bool(tokens))
     return app

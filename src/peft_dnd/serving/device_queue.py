@@ -46,7 +46,7 @@ class DeviceQueue:
         self._seconds = _FIRST_GUESS
 
     def __len__(self) -> int:
-        return sum(map(len, self._waiting.values()))
+        return sum(map(len, list(self._waiting.values())))  # metrics are read in another thread
 
     @property
     def alive(self) -> bool:

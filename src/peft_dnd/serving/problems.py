@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -76,7 +77,7 @@ def of_library_error(error: PeftDndError) -> Problem:
     return Problem(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
 
 
-async def answer_problem(_: Request, error: Exception) -> JSONResponse:
+async def answer_problem(request: Request, error: Exception) -> JSONResponse:
     """Answer a [`Problem`], an error of the library, or one of the framework."""
     if isinstance(error, Problem):
         return problem_response(error)
@@ -88,7 +89,21 @@ async def answer_problem(_: Request, error: Exception) -> JSONResponse:
             [_part(found) for found in error.errors()[:20]],
         )
     assert isinstance(error, HTTPException)
-    return problem_response(Problem(error.status_code, str(error.detail), error.headers))
+    headers = dict(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = ", ".join(_methods_allowed(request))
+    return problem_response(Problem(error.status_code, str(error.detail), headers))
+
+
+def _methods_allowed(request: Request) -> list[str]:
+    """All methods of a path; the framework names those of the first endpoint there alone."""
+    description = request.app.openapi()["paths"]
+    matching = [
+        operations
+        for path, operations in description.items()
+        if re.fullmatch(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(path)), request.url.path)
+    ]
+    return sorted({method.upper() for operations in matching for method in operations})
 
 
 def printable(text: str) -> str:

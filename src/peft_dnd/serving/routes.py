@@ -217,12 +217,7 @@ async def live() -> Health:
 @health.get("/ready", responses=_problems(503))
 async def ready(service: Service) -> Health:
     """Say whether adapters can be made: the device takes work, and the cache folder can be written to."""
-    try:
-        await asyncio.to_thread(service.cache.check_writable)
-    except OSError as error:
-        raise Problem(503, "The cache folder cannot be written to.") from error
-    if not service.queue.alive:
-        raise Problem(503, "The service is stopping.")
+    await asyncio.to_thread(service.check_ready)
     return Health(status="ready")
 
 

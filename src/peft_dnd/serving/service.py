@@ -69,6 +69,7 @@ class AdapterService:
         self.queue = DeviceQueue(self.limits.queue, self.limits.most_of_one_client)
         self.metrics = ServiceMetrics(self.queue, cache)
         self._flights: dict[str, _Flight] = {}
+        self._writable_at = float("-inf")
 
     def close(self) -> None:
         """End what is being made, and leave nothing in the cache folder that is of no use."""
@@ -163,6 +164,21 @@ class AdapterService:
         if opened is None:
             raise no_adapter(name)
         return opened
+
+    def check_ready(self) -> None:
+        """Make sure that adapters can be made; the disk is tried at most once a second, however often one asks.
+
+        Raises:
+            Problem: If they cannot.
+        """
+        if not self.queue.alive:
+            raise Problem(503, "The service is stopping.")
+        if time.monotonic() - self._writable_at > 1:
+            try:
+                self.cache.check_writable()
+            except OSError as error:
+                raise Problem(503, "The cache folder cannot be written to.") from error
+            self._writable_at = time.monotonic()
 
     def check(self, source: TaskPrompts) -> None:
         """Hold prompts against the bounds.
