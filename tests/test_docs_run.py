@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from support.constants import TASK_PROMPTS
-from support.documented import PAGES, blocks, generator_that_reads_states, name_of, names_for
+from support.documented import PAGES, ROOT, blocks, generator_that_reads_states, name_of, names_for
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -140,6 +143,22 @@ def test_every_python_block_runs(
         names.update(base_model=fresh_base(), **own)
         exec(compile(code, f"{name}, block {number + 1}", "exec"), names)
     assert all("/" in repository for repository in pushed)
+
+
+def test_recipes_on_a_page_are_read_as_the_recipes_that_they_are(tmp_path: Path) -> None:
+    """The command's recipe on the page about system prompts is run by test_docs.py."""
+    spec = importlib.util.spec_from_file_location("recipe_of_examples", ROOT / "examples" / "recipes" / "recipe.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up their own annotations
+    spec.loader.exec_module(module)
+    recipe, data_set = blocks(ROOT / "docs" / "how-to" / "run-the-papers-experiments.md", "yaml")
+    (tmp_path / "mine.yaml").write_text(recipe, encoding="utf-8")
+    assert module.load_recipe(tmp_path / "mine.yaml").held_out
+    for name, fields in yaml.safe_load(data_set).items():
+        assert module.parse(module.DataSet, fields, name).hub_id
+    others = [code for page in PAGES for code in blocks(page, "yaml")]
+    assert len(others) == 3 and all(isinstance(yaml.safe_load(code), dict) for code in others)
 
 
 def test_what_stands_in_place_of_large_numbers_is_still_on_the_pages() -> None:
