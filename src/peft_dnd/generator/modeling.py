@@ -280,11 +280,13 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
                     write_json(staged / SUMMARY_NAME, self._summary(staged, weights))
                     if may_write_card(Path(save_directory)):
                         (staged / CARD_NAME).write_text(self.model_card(), encoding="utf-8")
-                written = {path.name for path in staged.glob("model*.safetensors*")}
-            # transformers reads a single file before shards: what an earlier save left must not win over this one.
-            for path in Path(save_directory).glob("model*.safetensors*"):
-                if path.name not in written:
-                    path.unlink()
+                written = {path.name for path in staged.iterdir()}
+            # transformers reads a single file before shards: what an earlier save left must not win over this one. Nor
+            # is what another generator knew of its tasks' prompts this one's.
+            for pattern in ("model*.safetensors*", REFERENCE_NAME):
+                for path in Path(save_directory).glob(pattern):
+                    if path.name not in written:
+                        path.unlink()
         if push_to_hub and is_main_process:
             if "max_shard_size" in kwargs:
                 commit["max_shard_size"] = kwargs["max_shard_size"]
