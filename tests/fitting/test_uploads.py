@@ -27,7 +27,7 @@ from peft_dnd.storage.cards import GENERATED_MARK
 from peft_dnd.text.out_of_distribution import REFERENCE_NAME
 
 
-PLAIN = {"config.json", "model.safetensors", "README.md", REFERENCE_NAME}
+PLAIN = {"checksums.json", "config.json", "model.safetensors", "README.md", REFERENCE_NAME}
 PICKLES = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
 
 

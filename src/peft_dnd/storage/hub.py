@@ -21,6 +21,7 @@ from transformers.utils import CONFIG_NAME
 from typing_extensions import Unpack
 
 from ..errors import CorruptFileError, GeneratorNotFoundError, MissingFileError, PeftDndError, did_you_mean
+from .checksums import CHECKSUMS_NAME
 from .files import PathLike
 
 
@@ -28,7 +29,13 @@ _P = ParamSpec("_P")
 _Result = TypeVar("_Result")
 
 # All that is read of a generator; what else lies in its repository is not downloaded.
-GENERATOR_FILES = (CONFIG_NAME, "model*.safetensors*", "prompt_reference.safetensors", "text_encoder/*")
+GENERATOR_FILES = (
+    CONFIG_NAME,
+    "model*.safetensors*",
+    CHECKSUMS_NAME,
+    "prompt_reference.safetensors",
+    "text_encoder/*",
+)
 
 
 class _Kind(NamedTuple):
