@@ -14,6 +14,7 @@ from ..errors import TextEncoderError
 from ..text.encoder import TextEncoder, check_how_it_reads, condition_size
 from ..text.named_encoder import load_named_encoder
 from ..text.padded_token_states import padded_token_states
+from ..text.prompt_shapes import PromptsLike
 from ..text.prompts import draw_prompt_set, select_prompts
 from ..text.prompts_and_answers import condition_texts
 from ..text.token_states import TokenStates
@@ -94,7 +95,7 @@ class PromptReadingMixin(nn.Module):
         )
 
     def condition_texts(
-        self, prompts: Sequence[str], answers: Sequence[str] | None = None, *, seed: int = 0, what: str = "prompts"
+        self, prompts: PromptsLike, answers: PromptsLike | None = None, *, seed: int = 0, what: str = "prompts"
     ) -> tuple[str, ...]:
         """The texts that the generator reads of a task, in the form that `config.condition_text` asks for.
 

@@ -27,6 +27,7 @@ from ..text.out_of_distribution import (
     read_points,
     shrinkage,
 )
+from ..text.prompt_shapes import PromptsLike
 from ..text.prompts import prompts_digest, select_prompts
 from ..version import __version__
 from .conditioning import PromptReadingMixin
@@ -34,7 +35,7 @@ from .configuration import PromptedAdapters
 
 
 # Task name -> its prompts, or their answers.
-Pools = Mapping[str, Sequence[str]]
+Pools = Mapping[str, PromptsLike]
 THRESHOLD = 0.95
 
 
@@ -49,10 +50,10 @@ class AdapterWritingMixin(PromptReadingMixin):
     @overload
     def generate_adapter(
         self,
-        prompts: Sequence[str],
+        prompts: PromptsLike,
         *,
         seed: int = 0,
-        answers: Sequence[str] | None = None,
+        answers: PromptsLike | None = None,
         out_of_distribution: str = "ignore",
         threshold: float = THRESHOLD,
     ) -> GeneratedAdapter: ...
@@ -70,7 +71,7 @@ class AdapterWritingMixin(PromptReadingMixin):
 
     def generate_adapter(
         self,
-        prompts: Sequence[str] | Pools,
+        prompts: PromptsLike | Pools,
         *,
         seed: int = 0,
         answers: Any = None,
