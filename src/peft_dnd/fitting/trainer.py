@@ -20,7 +20,8 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 from ..adapters.generated_adapter import GeneratedAdapter
 from ..decoders import CenteredDecoder
 from ..evaluation import EvaluationReport, score_generated
-from ..generator.conditioning import TEXT_ENCODER_FOLDER
+from ..generator.checksums import checked_meanwhile
+from ..generator.configuration import TEXT_ENCODER_FOLDER
 from ..generator.model_card import EVALUATION
 from ..generator.modeling import PromptConditionedLoraGenerator
 from ..pairs.collator import DistillationCollator, ExampleCollator, ExamplesBesidePairs, PromptCheckpointCollator
@@ -341,7 +342,8 @@ class DnDTrainer(UploadingTrainer):
         write_text(folder / "training_args.json", self.args.to_json_string())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with checked_meanwhile(resume_from_checkpoint, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_text_encoder(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:

@@ -27,6 +27,7 @@ from .paper_settings import PaperSettings
 
 
 FORMAT_VERSION = 1
+TEXT_ENCODER_FOLDER = "text_encoder"
 CONDITIONS = ("token_states", "sentence_embeddings", "padded_token_states")
 NORMALIZATIONS = ("per_tensor", "none")
 TOKEN_FORMATS = ("chunks", "published")

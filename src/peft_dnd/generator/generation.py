@@ -27,14 +27,15 @@ from ..text.out_of_distribution import (
     read_points,
     shrinkage,
 )
-from ..text.prompts import prompts_digest, select_prompts
+from ..text.prompt_shapes import PromptsLike
+from ..text.prompts import check_prompts, prompts_digest, select_prompts
 from ..version import __version__
 from .conditioning import PromptReadingMixin
 from .configuration import PromptedAdapters
 
 
 # Task name -> its prompts, or their answers.
-Pools = Mapping[str, Sequence[str]]
+Pools = Mapping[str, PromptsLike]
 THRESHOLD = 0.95
 # How many of the fitted tasks that an adapter's prompts are near to its provenance names.
 _TASKS_NAMED = 5
@@ -51,10 +52,10 @@ class AdapterWritingMixin(PromptReadingMixin):
     @overload
     def generate_adapter(
         self,
-        prompts: Sequence[str],
+        prompts: PromptsLike,
         *,
         seed: int = 0,
-        answers: Sequence[str] | None = None,
+        answers: PromptsLike | None = None,
         out_of_distribution: str = "ignore",
         threshold: float = THRESHOLD,
     ) -> GeneratedAdapter: ...
@@ -72,7 +73,7 @@ class AdapterWritingMixin(PromptReadingMixin):
 
     def generate_adapter(
         self,
-        prompts: Sequence[str] | Pools,
+        prompts: PromptsLike | Pools,
         *,
         seed: int = 0,
         answers: Any = None,
@@ -160,7 +161,10 @@ class AdapterWritingMixin(PromptReadingMixin):
         """
         pools = prompts if isinstance(prompts, Mapping) else {task: prompts.prompts(task) for task in prompts.tasks}
         with _evaluating(self):
-            points = {task: self._points(task, lines, len(pools), embeddings) for task, lines in pools.items()}
+            points = {
+                task: self._points(task, check_prompts(lines, f"the prompts of task {task!r}"), len(pools), embeddings)
+                for task, lines in pools.items()
+            }
         self.prompt_reference = PromptReference.fit(points)
         if self.prompt_reference is None:
             raise NotFittedError(
