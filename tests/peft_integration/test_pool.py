@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import threading
 from collections.abc import Callable, Iterator
@@ -199,6 +200,24 @@ def test_a_task_that_several_threads_miss_at_once_is_generated_once(
         go_on.set()
         assert all(torch.equal(future.result(10), waiting[0].result(10)) for future in waiting)
     assert pool.counts["generated"] == 2
+
+
+def test_blocks_of_asyncio_tasks_do_not_mix(make_pool: MakePool, right: dict[str | None, torch.Tensor]) -> None:
+    pool = make_pool()
+
+    async def wait_within(task: str) -> torch.Tensor:
+        with pool.use(task) as model:
+            await asyncio.sleep(0.01)
+            return logits(model)
+
+    async def both(ways: Any) -> list[Any]:
+        return await asyncio.gather(*ways, return_exceptions=True)
+
+    first, second = asyncio.run(both(map(wait_within, ("law", "med"))))
+    assert torch.equal(first, right["law"])
+    assert isinstance(second, AdapterPoolError) and "asyncio.to_thread" in str(second)
+    found = asyncio.run(both(asyncio.to_thread(given, pool, task) for task in NAMES))
+    assert all(torch.equal(each, right[task]) for each, task in zip(found, NAMES, strict=True))
 
 
 def test_an_interrupted_swap_leaves_nobody_with_half_an_adapter(

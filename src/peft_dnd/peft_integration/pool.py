@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import weakref
 from collections import Counter, OrderedDict
@@ -62,6 +63,7 @@ class AdapterPool:
 
     Tasks are used within a `with` block, in any thread. One block runs at a time, because which adapter a model uses
     is a matter of the whole model; adapters for others are generated meanwhile. Blocks may stand inside one another.
+    In asyncio do not await within a block: have a thread run it, with `asyncio.to_thread`.
 
         pool = AdapterPool(base_model, generator, size=8)
         pool.add("law", law_prompts)
@@ -129,7 +131,10 @@ class AdapterPool:
         self._resident: OrderedDict[_Task, str] = OrderedDict()
         self._kept: OrderedDict[_Task, GeneratedAdapter] = OrderedDict()
         self._in_use: Counter[_Task] = Counter()
-        # Taken in this order, if more than one: generating, running, state. `_in_use` changes under `_running` alone.
+        # The asyncio tasks whose blocks are open, or `None`, from the outermost in.
+        self._open: list[object] = []
+        # Taken in this order, if more than one: generating, running, state. `_in_use` and `_open` change under
+        # `_running` alone.
         self._running = threading.RLock()
         # A text encoder that reads prompts with the very base model switches its adapters off meanwhile.
         self._generating = self._running if _reads_with(generator, self.model) else threading.RLock()
@@ -260,7 +265,15 @@ class AdapterPool:
                 "Ask for fewer, or make it with a larger size."
             )
         made = self._take_the_model(tasks)
+        owner = _asyncio_task()
+        mixed = bool(self._open) and self._open[-1] is not owner
+        self._open.append(owner)
         try:
+            if mixed:
+                raise AdapterPoolError(
+                    "Another asyncio task of this thread is within a block of this pool, and would find this one's "
+                    "adapter when it goes on. Do not await within a block: run it whole with asyncio.to_thread."
+                )
             self._in_use.update(tasks)
             taken = len(+self._in_use)
             if taken > self.size:
@@ -270,7 +283,9 @@ class AdapterPool:
                 )
             yield {task.name: self._place(task, made.get(task)) for task in tasks}
         finally:
-            self._in_use.subtract(tasks)
+            if not mixed:
+                self._in_use.subtract(tasks)
+            self._open.pop()
             self._running.release()
 
     def _take_the_model(self, tasks: Sequence[_Task]) -> dict[_Task, GeneratedAdapter]:
@@ -363,6 +378,14 @@ def _check_sizes(size: int, kept: int, max_rank: int | None, layout: AdapterLayo
     for name, value, least in (("size", size, 1), ("kept", kept, 0), ("max_rank", max_rank, layout.max_rank)):
         if value is not None and (not isinstance(value, int) or value < least):
             raise AdapterPoolError(f"An AdapterPool's {name} must be a whole number, at least {least}; got {value!r}.")
+
+
+def _asyncio_task() -> object:
+    """The asyncio task that is running in this thread; `None` if there is none."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
 
 
 def _reads_with(generator: PromptConditionedLoraGenerator | None, model: nn.Module) -> bool:
