@@ -82,8 +82,8 @@ def test_the_first_difference(run, generator_folder, adapter, collected) -> None
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"rank_pattern": {"q_proj": 2}}, "ignores rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 2}}, "ignores alpha_pattern"),
+        ({"rank_pattern": {"q_proj": 2}}, "ignore rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 2}}, "ignore alpha_pattern"),
         ({"modules_to_save": ["lm_head"]}, "does not take modules_to_save"),
         ({"base_model_name_or_path": "other/base"}, "passes over it without a word"),
         ({"r": 32}, "limit of 16"),
@@ -112,6 +112,23 @@ def test_vllm_and_names_of_another_class(run, adapter, base_folder, tmp_path) ->
     ran = run("inspect", adapter, "--base", tmp_path / "bare", "--for", "vllm", "--json")
     assert ran.code == 1 and ran.facts["fits_base"] is True
     assert "other names in the served model" in ran.facts["problems"][0]
+
+
+@pytest.mark.parametrize(
+    ("told", "left_out"),
+    [
+        (["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], 0),
+        (["q_proj", "o_proj", "up_proj", "down_proj"], 0),  # vLLM adapts what it has fused with these as well
+        (["q_proj", "o_proj", "down_proj"], 4),
+        (["q_proj", "gate_proj", "model.layers.1.mlp.down_proj"], 3),
+    ],
+)
+def test_modules_that_vllm_was_told_not_to_adapt(run, adapter, told, left_out) -> None:
+    options = [part for name in told for part in ("--target-modules", name)]
+    ran = run("inspect", adapter, "--for", "vllm", *options, "--json")
+    assert ran.code == bool(left_out)
+    assert all(f"{left_out} module(s)" in problem and "without a word" in problem for problem in ran.facts["problems"])
+    assert run("inspect", adapter, *options).code == 2
 
 
 def test_an_adapter_that_is_no_plain_lora(run, fresh_base, tmp_path) -> None:

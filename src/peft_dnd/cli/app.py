@@ -17,6 +17,7 @@ from .console import CommandError, one_paragraph
 from .demo import demo
 from .distil import distil
 from .evaluate import evaluate
+from .export import export
 from .fit import fit
 from .generate import generate
 from .import_adapters import import_adapters
@@ -30,6 +31,7 @@ _INTERRUPTED = 130
 _VERBS: dict[Callable[..., None], str] = {
     generate: "Write adapters from prompts.",
     inspect: "Say what something is, and what it fits.",
+    export: "Write an adapter for a serving engine.",
     card: "Print or write a model card.",
     collect: "Train adapters, keeping their checkpoints.",
     distil: "Let a teacher answer a task's inputs.",

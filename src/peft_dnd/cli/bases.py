@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,6 +98,7 @@ def fit_to_skeleton(layout: AdapterLayout, name: str) -> tuple[dict[str, str], s
     """
     from peft_dnd.adapters import AdapterLayout
     from peft_dnd.adapters.matching import lora_config_for, match_modules
+    from peft_dnd.engines import names_in_served_class
     from peft_dnd.errors import BaseModelMismatchError
 
     base = skeleton(name)
@@ -104,6 +106,9 @@ def fit_to_skeleton(layout: AdapterLayout, name: str) -> tuple[dict[str, str], s
         found = match_modules(base, layout)
         needed = AdapterLayout.from_lora_config(lora_config_for(base, layout, found), base)
     except BaseModelMismatchError as error:
+        with suppress(BaseModelMismatchError):
+            found = names_in_served_class(base, layout)
+            return {module: there for module, there in found.items() if module != there}, str(error)
         return {}, str(error)
     here = replace(layout, modules=tuple(replace(module, name=found[module.name]) for module in layout.modules))
     difference = here.difference(needed)

@@ -41,6 +41,10 @@ def inspect(
         bool,
         typer.Option("--renew-checksums", help="Of a generator's folder that was edited on purpose: write them anew."),
     ] = False,
+    target_modules: Annotated[
+        list[str] | None,
+        typer.Option(help="With --for: a module that the engine adapts, if not all, as it was told; may be repeated."),
+    ] = None,
     revision: Revision = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -56,8 +60,10 @@ def inspect(
       peft-dnd inspect org/generator --base Qwen/Qwen2.5-0.5B
       peft-dnd inspect adapter --for vllm --served Qwen/Qwen2.5-0.5B --json
     """
-    if served is not None and engine is None:
-        raise typer.BadParameter("--served says what an engine calls the base: it goes with --for.")
+    if engine is None and (served is not None or target_modules):
+        raise typer.BadParameter(
+            "--served and --target-modules say how an engine serves the base: they go with --for."
+        )
     kind = what_is(what, revision)
     if renew_checksums:
         _renew_checksums(kind, what)
@@ -71,7 +77,14 @@ def inspect(
         from peft_dnd.engines import vllm_problems
 
         config = _engine_config(kind, what, revision, layout)
-        problems += vllm_problems(config, served=served, max_rank=max_rank, renamed=renamed)
+        problems += vllm_problems(
+            config,
+            modules=[] if layout is None else [module.name for module in layout.modules],
+            served=served,
+            max_rank=max_rank,
+            renamed=renamed,
+            target_modules=target_modules,
+        )
     if layout is not None and against is not None:
         _, other, _ = _LOOKS[what_is(against, None)](against, None)
         difference = layout.difference(other) if other is not None else "it has no layout"

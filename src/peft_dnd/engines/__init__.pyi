@@ -2,9 +2,11 @@
 
 from .gguf import SUPPORTED_ARCHITECTURES as SUPPORTED_ARCHITECTURES
 from .gguf import write_gguf as write_gguf
+from .mending import names_in_served_class as names_in_served_class
+from .mending import recorded_base as recorded_base
 from .mending import renamed_modules as renamed_modules
 from .mending import with_one_rank as with_one_rank
 from .problems import vllm_problems as vllm_problems
-from .service import AdapterService as AdapterService
+from .served_adapters import ServedAdapters as ServedAdapters
 from .task_folder import TaskFolder as TaskFolder
 from .vllm import AdapterResolver as AdapterResolver

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..adapters.generated_adapter import GeneratedAdapter
-from ..adapters.layout import LoraModule
-from ..errors import LayoutError
+from ..adapters.layout import AdapterLayout, LoraModule
+from ..adapters.matching import match_modules
+from ..errors import BaseModelMismatchError, LayoutError
 
 
 def with_one_rank(adapter: GeneratedAdapter) -> GeneratedAdapter:
@@ -83,6 +86,53 @@ def renamed_modules(adapter: GeneratedAdapter, names: Mapping[str, str]) -> Gene
     # Suffixes or a pattern that found the old names may find others, or none, among the new ones.
     layout = replace(layout, modules=tuple(modules.values()), target_modules=None)
     return GeneratedAdapter(layout, renamed, dict(adapter.provenance))
+
+
+def recorded_base(adapter: GeneratedAdapter, name: str) -> GeneratedAdapter:
+    """The same matrices with another name of their base, under which it is served.
+
+    Args:
+        adapter: Any adapter.
+        name: Folder or Hub id, as the engine was given it.
+    """
+    layout = replace(adapter.layout, base_model_name_or_path=name)
+    return GeneratedAdapter(layout, adapter.state_dict(), dict(adapter.provenance))
+
+
+def names_in_served_class(base: nn.Module, layout: AdapterLayout) -> dict[str, str]:
+    """Say which module of the class that an engine serves each module of a layout is.
+
+    Beyond [`match_modules`][peft_dnd.adapters.matching.match_modules] this looks inside a class that wraps a language
+    model: there `model.layers.0.mlp.up_proj` of a text model is `model.language_model.layers.0.mlp.up_proj`.
+
+    Args:
+        base: The base model, which may be on the meta device.
+        layout: The layout.
+
+    Returns:
+        Name in the layout -> name in the served class, for each module of the layout.
+
+    Raises:
+        BaseModelMismatchError: If a module is in neither.
+    """
+    try:
+        return match_modules(base, layout)
+    except BaseModelMismatchError:
+        inside = _names_inside(base, layout)
+        if inside is None:
+            raise
+        return inside
+
+
+def _names_inside(base: nn.Module, layout: AdapterLayout) -> dict[str, str] | None:
+    get_decoder: Any = getattr(base, "get_decoder", None)
+    decoder = None if get_decoder is None else get_decoder()
+    available = dict(base.named_modules())
+    prefix = next((name for name, module in available.items() if name and module is decoder), None)
+    if prefix is None:
+        return None
+    names = {module.name: f"{prefix}.{module.name.removeprefix('model.')}" for module in layout.modules}
+    return names if available.keys() >= set(names.values()) else None
 
 
 def _padded(matrix: torch.Tensor, rank: int, *, axis: int) -> torch.Tensor:

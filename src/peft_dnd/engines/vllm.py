@@ -28,7 +28,7 @@ from ..adapters.matching import own_name
 from ..errors import EngineError, PeftDndError
 from ..storage.files import read_json
 from .kept_adapters import default_cache, parse_name
-from .service import AdapterService
+from .served_adapters import ServedAdapters
 from .task_folder import TaskFolder
 
 
@@ -123,7 +123,7 @@ def source_from(environment: Mapping[str, str]) -> AdapterSource:
     if url and generator:
         raise EngineError("PEFT_DND_SERVICE_URL and PEFT_DND_GENERATOR are both set. Adapters come from one of them.")
     if url:
-        return AdapterService(url, environment.get("PEFT_DND_SERVICE_TOKEN") or None, cache)
+        return ServedAdapters(url, environment.get("PEFT_DND_SERVICE_TOKEN") or None, cache)
     if not generator:
         raise EngineError("Neither PEFT_DND_SERVICE_URL nor PEFT_DND_GENERATOR says where adapters come from.")
     if not tasks:

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from support.engine_stand_ins import StandIn, tar_of
 
 from peft_dnd import GeneratedAdapter
-from peft_dnd.engines import AdapterService
+from peft_dnd.engines import ServedAdapters
 from peft_dnd.errors import EngineError, LayoutError
 
 
@@ -20,10 +20,10 @@ ID = "a" * 64
 
 
 @pytest.fixture
-def adapters(service: StandIn, adapter_files: dict[str, bytes], tmp_path: Path) -> AdapterService:
+def adapters(service: StandIn, adapter_files: dict[str, bytes], tmp_path: Path) -> ServedAdapters:
     service.says(f"/v1/adapters/{ID}", tar_of(adapter_files))
     service.says("/v1/adapters", {"id": ID, "size": 1})
-    return AdapterService(service.url + "/", "secret", tmp_path / "cache")
+    return ServedAdapters(service.url + "/", "secret", tmp_path / "cache")
 
 
 def test_by_id_and_by_task(adapters, service, adapter_files, tmp_path) -> None:
@@ -41,7 +41,7 @@ def test_by_id_and_by_task(adapters, service, adapter_files, tmp_path) -> None:
 
 def test_what_is_in_the_cache_needs_no_service(adapters, service, tmp_path) -> None:
     folder = adapters.find(f"dnd:{ID}")
-    later = AdapterService("http://127.0.0.1:1", None, tmp_path / "cache")
+    later = ServedAdapters("http://127.0.0.1:1", None, tmp_path / "cache")
     assert later.find(f"dnd:{ID}") == folder
     with pytest.raises(EngineError, match=r"cannot be reached.*PEFT_DND_SERVICE_URL"):
         later.find("law")
@@ -128,12 +128,12 @@ def test_an_adapter_of_several_ranks_is_kept_with_one(adapters, service, fresh_b
 @pytest.mark.parametrize("url", ["", "localhost:8000", "file:///etc", "ftp://host", "http://", "http://host/?a=b"])
 def test_a_url_that_is_none(url, tmp_path) -> None:
     with pytest.raises(EngineError, match="must be like"):
-        AdapterService(url, None, tmp_path)
+        ServedAdapters(url, None, tmp_path)
 
 
 def test_a_url_with_a_password_does_not_stand_in_the_error(tmp_path) -> None:
     with pytest.raises(EngineError) as found:
-        AdapterService("http://me:secret@host", None, tmp_path)
+        ServedAdapters("http://me:secret@host", None, tmp_path)
     assert "secret" not in str(found.value)
 
 

@@ -29,7 +29,7 @@ _MOST_BYTES = {ADAPTER_CONFIG_NAME: _MOST_JSON, ADAPTER_WEIGHTS_NAME: 32 << 30}
 _NOT_THERE = (404, 410)
 
 
-class AdapterService:
+class ServedAdapters:
     """The adapters of a service, by id or by the name of a task.
 
     Args:
