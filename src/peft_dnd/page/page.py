@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from threading import Event
 from traceback import extract_tb
 from typing import Any
 
@@ -70,6 +71,8 @@ class PromptPage:
         if self._blocks is None:
             # Gradio reads it when components are made, and again when it serves them.
             os.environ["GRADIO_TEMP_DIR"] = str(Path(self._folder.name) / "gradio")
+            # Gradio loads matplotlib where that is installed, which would write a list of fonts into the home folder.
+            os.environ.setdefault("MPLCONFIGDIR", str(Path(self._folder.name) / "matplotlib"))
             self._blocks = self._built()
         return self._blocks
 
@@ -108,11 +111,15 @@ class PromptPage:
             ),
         )
         if wait:
-            try:
-                blocks.block_thread()
-            finally:
-                self.close()
+            self.wait()
         return str(address)
+
+    def wait(self) -> None:
+        """Stay until the process is interrupted, and then close the page."""
+        try:
+            Event().wait()
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Stop serving, and remove what was written."""

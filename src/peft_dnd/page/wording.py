@@ -46,7 +46,8 @@ def facts_of(made: MadeAdapter, by: PageGenerator) -> str:
         ("nearest", _nearest_in_words(made, by)),
         ("prompts' SHA-256", f"`{str(provenance['prompts_sha256'])[:16]}…`, seed {provenance['seed']}"),
     ]
-    return "\n".join(["| the adapter | |", "| --- | --- |", *(f"| {what} | {said} |" for what, said in rows if said)])
+    first, *others = [f"| {what} | {said} |" for what, said in rows if said]
+    return "\n".join([first, "| --- | --- |", *others])
 
 
 def map_caption(by: PageGenerator) -> str:
