@@ -19,6 +19,8 @@ from .pairs.examples import write_examples as write_examples
 from .pairs.writer import write_task_without_checkpoints as write_task_without_checkpoints
 from .peft_integration.config import DnDConfig as DnDConfig
 from .peft_integration.injection import release_generator as release_generator
+from .published.adapter_files import ExistingAdapter as ExistingAdapter
+from .published.existing import import_adapters as import_adapters
 from .published.importer import import_published_adapters as import_published_adapters
 from .published.importer import load_published_generator as load_published_generator
 from .published.importer import published_token_weights as published_token_weights

@@ -9,6 +9,9 @@ from .layout import AdapterLayout as AdapterLayout
 from .layout import LoraModule as LoraModule
 from .layout import LoraTensor as LoraTensor
 from .matching import BaseModelNameWarning as BaseModelNameWarning
+from .one_layout import Conversion as Conversion
+from .one_layout import common_layout as common_layout
+from .one_layout import convert_adapter as convert_adapter
 from .positions import TokenPositions as TokenPositions
 from .positions import token_positions as token_positions
 from .published_tokenizer import PublishedTokenizer as PublishedTokenizer
