@@ -20,6 +20,8 @@ from .pairs.writer import write_task_without_checkpoints as write_task_without_c
 from .peft_integration.config import DnDConfig as DnDConfig
 from .peft_integration.injection import release_generator as release_generator
 from .peft_integration.pool import AdapterPool as AdapterPool
+from .published.adapter_files import ExistingAdapter as ExistingAdapter
+from .published.existing import import_adapters as import_adapters
 from .published.importer import import_published_adapters as import_published_adapters
 from .published.importer import load_published_generator as load_published_generator
 from .published.importer import published_token_weights as published_token_weights

@@ -13,6 +13,9 @@ from .layouts import layout_from_folder as layout_from_folder
 from .layouts import layout_from_model as layout_from_model
 from .matching import BaseModelNameWarning as BaseModelNameWarning
 from .method_layout import MethodLayout as MethodLayout
+from .one_layout import Conversion as Conversion
+from .one_layout import common_layout as common_layout
+from .one_layout import convert_adapter as convert_adapter
 from .positions import TokenPositions as TokenPositions
 from .positions import token_positions as token_positions
 from .published_tokenizer import PublishedTokenizer as PublishedTokenizer

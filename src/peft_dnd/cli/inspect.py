@@ -132,6 +132,20 @@ def what_is(name: str, revision: str | None) -> Kind:
     )
 
 
+def layout_of(name: str) -> AdapterLayout:
+    """The layout of a generator's, an adapter's or a pairs folder's adapters.
+
+    Raises:
+        CommandError: If there is nothing of the kind, or it has none.
+    """
+    _, layout, problems = _LOOKS[what_is(name, None)](name, None)
+    if layout is None:
+        raise CommandError(
+            f"{name!r} has no layout of adapters: {problems[0] if problems else 'there are none in it'}."
+        )
+    return layout
+
+
 def _on_hub(name: str, revision: str | None) -> Kind:
     from transformers.utils import CONFIG_NAME
 

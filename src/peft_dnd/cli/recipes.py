@@ -37,7 +37,7 @@ def read_recipe(
     recipe: dict[str, Any] = {}
     if path is not None:
         text = existing_file(path, "The recipe").read_text(encoding="utf-8", errors="replace")
-        found = _yaml(text, str(path))
+        found = read_yaml(text, str(path))
         if not isinstance(found, dict):
             raise CommandError(f"The recipe {str(path)!r} must hold names and values, found {found!r:.60}.")
         recipe = found
@@ -45,7 +45,7 @@ def read_recipe(
         name, equals, value = given.partition("=")
         if not equals or not name:
             raise typer.BadParameter(f"--set {given!r} is not of the form NAME=VALUE.")
-        _put(recipe, name, _yaml(value, f"--set {name}"))
+        _put(recipe, name, read_yaml(value, f"--set {name}"))
     for name, value in options.items():
         if value not in (None, [], {}):
             _put(recipe, name.replace("__", "."), value)
@@ -137,7 +137,12 @@ def _put(recipe: dict[str, Any], name: str, value: Any) -> None:
     recipe[last] = value
 
 
-def _yaml(text: str, what: str) -> Any:
+def read_yaml(text: str, what: str) -> Any:
+    """Read YAML, with the numbers of YAML 1.2.
+
+    Raises:
+        CommandError: If it is none; `what` says what was read.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):

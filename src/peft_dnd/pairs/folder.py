@@ -8,6 +8,7 @@
                                             {"prompt": "...", "answer": "..."}
       <task>/examples.jsonl                 where given: what the base's forward takes, one example a line
       <task>/distillation.jsonl, .json      where made: what a teacher said to inputs of the task; see `distillation`
+      <task>/origin.json                    where made of adapters that existed already: which, and what became of them
       <task>/adapter_config.json            plain PEFT, so that with it each checkpoint is an adapter
       <task>/checkpoints/step-00000051.safetensors
 

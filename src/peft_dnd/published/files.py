@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import re
 import zipfile
@@ -43,9 +44,10 @@ def read_tensors(path: PathLike) -> dict[str, torch.Tensor]:
         loaded = torch.load(  # noqa: TID251 (the release has nothing else; weights_only keeps code out)
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except OSError:
-        raise
     except Exception as error:  # a damaged pickle can raise anything
+        # In a file that was cut short torch seeks to before its start, which the system calls an invalid argument.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         # torch's own words would advise to load the file as code.
         unsafe = isinstance(error, pickle.UnpicklingError)
         reason = "more or other than tensors" if unsafe else str(error).partition("\n")[0]

@@ -145,8 +145,14 @@ def find_adapter(name: PathLike, files: Sequence[str], **hub: Unpack[HubOptions]
         FileNotFoundError: If there is no such folder, nor such a repository. Whether it holds an adapter is not
             looked at.
     """
-    folder, _ = find_folder(_ADAPTER, _name(_ADAPTER, name), files, **hub)
-    return folder
+    return find_adapter_and_commit(name, files, **hub)[0]
+
+
+def find_adapter_and_commit(
+    name: PathLike, files: Sequence[str], **hub: Unpack[HubOptions]
+) -> tuple[Path, str | None]:
+    """Find an adapter's folder as `find_adapter` does, and the commit if it is from the Hub."""
+    return find_folder(_ADAPTER, _name(_ADAPTER, name), files, **hub)
 
 
 def find_folder(
