@@ -37,6 +37,7 @@ function response(status)
   if answered >= most then
     for value, times in pairs(count) do statuses = statuses .. value .. "=" .. times .. " " end
     wrk.thread:stop()
+    io.stderr:write("ALL ANSWERED\n")
   end
 end
 
