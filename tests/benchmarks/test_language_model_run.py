@@ -81,6 +81,17 @@ def test_from_nothing_to_a_record_and_again_at_once(command: ModuleType, tmp_pat
     assert command.written[1][1]["kinds"] == result["kinds"]
 
 
+def test_rivals_that_take_long_can_be_left_out(command: ModuleType, tmp_path: Path) -> None:
+    options = options_of(command, tmp_path, "--steps", "2", "--without", "multi_task", "--without", "own")
+    started(command, options)
+    _, result, line = command.written[0]
+    assert line.count("--without") == 2
+    rows = result["kinds"]["new_combinations"]["rows"]
+    assert {"base", "in_context", "generated", "shuffled"} <= set(rows)
+    assert not {"trained", "multi_task", "average_weights"} & set(rows)
+    assert not (options.output / "seed" / "own").exists() and not (options.output / "seed" / "multi_task").exists()
+
+
 def test_another_generator_is_judged_anew(command: ModuleType, tmp_path: Path) -> None:
     options = options_of(command, tmp_path, "--steps", "2")
     started(command, options)

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptEncoderConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_dnd.adapters.layout import AdapterLayout
@@ -115,11 +115,14 @@ def test_vllm_and_names_of_another_class(run, adapter, base_folder, tmp_path) ->
 
 
 def test_an_adapter_that_is_no_plain_lora(run, fresh_base, tmp_path) -> None:
-    get_peft_model(fresh_base(), LoraConfig(r=2, use_dora=True, target_modules=["q_proj"])).save_pretrained(
-        tmp_path / "dora"
-    )
-    ran = run("inspect", tmp_path / "dora")
-    assert ran.code == 1 and "use_dora" in ran.out
+    dora = LoraConfig(r=2, use_dora=True, target_modules=["q_proj"])
+    get_peft_model(fresh_base(), dora).save_pretrained(tmp_path / "dora")
+    ran = run("inspect", tmp_path / "dora", "--json")
+    assert ran.code == 0 and ran.facts["method"] == "LORA" and ran.facts["tensors"] == 6
+    tuned = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=4)
+    get_peft_model(fresh_base(), tuned).save_pretrained(tmp_path / "tuned")
+    ran = run("inspect", tmp_path / "tuned")
+    assert ran.code == 1 and "trains an encoder of its own" in ran.out
 
 
 def test_wrong_places_are_named(run, generator_folder, tmp_path) -> None:

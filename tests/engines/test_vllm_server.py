@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,9 +24,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from support.constants import TASK_PROMPTS
+from support.engine_stand_ins import StandIn, tar_of
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from peft_dnd import AdapterLayout, PromptConditionedLoraGenerator, PromptConditionedLoraGeneratorConfig
+from peft_dnd import (
+    AdapterLayout,
+    GeneratedAdapter,
+    PromptConditionedLoraGenerator,
+    PromptConditionedLoraGeneratorConfig,
+)
+from peft_dnd.cli.app import main
+from peft_dnd.engines import renamed_modules
 
 
 pytestmark = [
@@ -75,23 +84,32 @@ def serving(base: Path, name: str, log: Path, variables: Mapping[str, str], *opt
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--served-model-name", name, "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "64", "--max-num-seqs", "8", "--enable-lora", "--max-loras", "3", *options]
-    few = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    command += ["--kv-cache-memory-bytes", str(64 << 20)]
+    few = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     allowed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true", "VLLM_PLUGINS": "peft_dnd", "VLLM_NO_USAGE_STATS": "1"}
+    environment = {**os.environ, **few, **allowed, **variables}
     with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, env={**os.environ, **few, **allowed, **variables}, stdout=out, stderr=subprocess.STDOUT
-        )
+        # A session of its own, since it starts processes that do not end with it when it is killed.
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
         try:
             server = Server(f"http://127.0.0.1:{port}", log)
             _wait_for(server, process)
             yield server
         finally:
-            process.terminate()
-            process.wait(timeout=60)
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=60)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _wait_for(server: Server, process: subprocess.Popen[bytes]) -> None:
-    ends = time.monotonic() + 600
+    ends = time.monotonic() + 1800
     while time.monotonic() < ends:
         assert process.poll() is None, server.log.read_text()[-5000:]
         try:
@@ -100,25 +118,25 @@ def _wait_for(server: Server, process: subprocess.Popen[bytes]) -> None:
         except (URLError, ConnectionError):
             pass
         time.sleep(1)
-    raise AssertionError(f"vLLM did not start in ten minutes: {server.log.read_text()[-5000:]}")
+    raise AssertionError(f"vLLM did not start in half an hour: {server.log.read_text()[-5000:]}")
 
 
-def told_by_peft(base: Path, adapter: Path | None, ids: list[int]) -> list[int]:
-    """Greedy tokens of PEFT in float32."""
+def told_by_peft(base: Path, adapters: Mapping[str, Path]) -> dict[tuple[str, int], list[int]]:
+    """Greedy tokens of PEFT in float32, by adapter and number of the input; `""` is the base without one."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    said = {("", number): _generated(model, ids) for number, ids in enumerate(INPUTS)}
+    for name, folder in adapters.items():
+        peft_model = PeftModel.from_pretrained(model, str(folder)).eval()
+        said.update({(name, number): _generated(peft_model, ids) for number, ids in enumerate(INPUTS)})
+        model = peft_model.unload()
+    return said
+
+
+def _generated(model: torch.nn.Module, ids: list[int]) -> list[int]:
     asked = torch.tensor([ids])
+    settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
-        out = model.generate(
-            input_ids=asked,
-            attention_mask=torch.ones_like(asked),
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
+        out = model.generate(input_ids=asked, attention_mask=torch.ones_like(asked), eos_token_id=None, **settings)
     return out[0, len(ids) :].tolist()
 
 
@@ -168,33 +186,90 @@ def task_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ask_for_all_at_once(server: Server) -> dict[tuple[str, int], list[int]]:
-    asked = [(task, number) for number in range(len(INPUTS)) for task in TASKS]
+def ask_for_all_at_once(server: Server, base: str, names: Sequence[str]) -> dict[tuple[str, int], list[int]]:
+    """What all say to all inputs, asked for at the same time; `""` is the base."""
+    asked = [(name, number) for number in range(len(INPUTS)) for name in ("", *names)]
     with ThreadPoolExecutor(len(asked)) as threads:
-        return dict(
-            zip(asked, threads.map(lambda pair: server.complete(pair[0], INPUTS[pair[1]]), asked), strict=True)
-        )
+        said = threads.map(lambda pair: server.complete(pair[0] or base, INPUTS[pair[1]]), asked)
+        return dict(zip(asked, said, strict=True))
+
+
+def check_three_tasks(
+    base: Path, encoder_folder: Path, lora: LoraConfig, tasks: Path, folder: Path, scale: float
+) -> None:
+    generator = generator_for(base, encoder_folder, lora, scale)
+    generator.save_pretrained(folder / "generator")
+    places = {"GENERATOR": folder / "generator", "TASKS": tasks, "CACHE": folder / "cache"}
+    variables = {f"PEFT_DND_{name}": str(place) for name, place in places.items()}
+    with serving(base, "served", folder / "log", variables, "--max-lora-rank", "8") as server:
+        said = ask_for_all_at_once(server, "served", TASKS)
+        listed = {model["id"] for model in server.get("/v1/models").body["data"]}
+        for name in ("nobody", "../law", "dnd:../../etc", "/etc/passwd", "dnd:", "law.txt"):
+            assert server.get("/v1/completions", {"model": name, "prompt": [5]}).status == 404
+    for task in TASKS:
+        generator.generate_adapter(TASK_PROMPTS[task]).save_pretrained(folder / "direct" / task)
+    assert said == told_by_peft(base, {task: folder / "direct" / task for task in TASKS})
+    each = {str([said[name, number] for number in range(len(INPUTS))]) for name in ("", *TASKS)}
+    assert len(each) == 4, "they must say different things"
+    assert listed == {"served", *TASKS}
 
 
 def test_three_tasks_at_once_by_name(tiny_base: Path, encoder_folder: Path, task_files: Path, tmp_path: Path) -> None:
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    generator = generator_for(tiny_base, encoder_folder, lora, scale=0.1)
-    generator.save_pretrained(tmp_path / "generator")
-    variables = {"PEFT_DND_GENERATOR": str(tmp_path / "generator"), "PEFT_DND_TASKS": str(task_files)}
-    variables["PEFT_DND_CACHE"] = str(tmp_path / "cache")
-    with serving(tiny_base, "tiny", tmp_path / "log", variables, "--max-lora-rank", "8") as server:
-        said = ask_for_all_at_once(server)
-        said_by_base = [server.complete("tiny", ids) for ids in INPUTS]
-        listed = {model["id"]: model for model in server.get("/v1/models").body["data"]}
-        assert server.get("/v1/completions", {"model": "nobody", "prompt": [5]}).status == 404
-        for hostile in ("../law", "dnd:../../etc", "/etc/passwd", "dnd:", "law.txt"):
-            assert server.get("/v1/completions", {"model": hostile, "prompt": [5]}).status == 404
-    places = {task: tmp_path / "direct" / task for task in TASKS}
-    for task, place in places.items():
-        generator.generate_adapter(TASK_PROMPTS[task]).save_pretrained(place)
-    expected = {(t, n): told_by_peft(tiny_base, places[t], ids) for t in TASKS for n, ids in enumerate(INPUTS)}
-    assert said == expected
-    assert said_by_base == [told_by_peft(tiny_base, None, ids) for ids in INPUTS]
-    each = {str([said[task, number] for number in range(len(INPUTS))]) for task in TASKS}
-    assert len(each) == 3 and str(said_by_base) not in each, "the adapters must say different things"
-    assert set(listed) == {"tiny", *TASKS}
+    check_three_tasks(tiny_base, encoder_folder, lora, task_files, tmp_path, scale=0.1)
+
+
+@pytest.mark.skipif(not os.environ.get("ENGINES_BASE"), reason="ENGINES_BASE names no base, such as Gemma's folder")
+def test_three_tasks_on_a_real_base(encoder_folder: Path, task_files: Path, tmp_path: Path) -> None:
+    lora = LoraConfig(r=8, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    base = Path(os.environ["ENGINES_BASE"])
+    check_three_tasks(base, encoder_folder, lora, task_files, tmp_path, scale=0.02)
+
+
+def test_what_a_service_gives(
+    tiny_base: Path, encoder_folder: Path, service: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By id and by task; one of several ranks; one whose modules vLLM does not know, and one for another base."""
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    several = LoraConfig(
+        r=2,
+        lora_alpha=8,
+        rank_pattern={"q_proj": 6, "up_proj": 4},
+        alpha_pattern={"q_proj": 3, "v_proj": 20},
+        target_modules=["q_proj", "v_proj", "up_proj"],
+        task_type="CAUSAL_LM",
+    )
+    plain = generator_for(tiny_base, encoder_folder, lora, 0.1).generate_adapter(TASK_PROMPTS["law"])
+    uneven = generator_for(tiny_base, encoder_folder, several, 0.1).generate_adapter(TASK_PROMPTS["med"])
+    names = {module.name: f"language_model.{module.name}" for module in plain.layout.modules}
+    elsewhere = renamed_modules(plain, names)
+    other = GeneratedAdapter(replace(plain.layout, base_model_name_or_path="org/other"), plain.state_dict())
+    ids = {}
+    for digit, (name, adapter) in enumerate(
+        {"plain": plain, "uneven": uneven, "elsewhere": elsewhere, "other": other}.items()
+    ):
+        adapter.save_pretrained(tmp_path / name)
+        ids[name] = f"{digit:x}" * 64
+        files = {path.name: path.read_bytes() for path in sorted((tmp_path / name).iterdir())}
+        service.says(f"/v1/adapters/{ids[name]}", tar_of(files))
+    service.says("/v1/adapters", {"id": ids["plain"]})
+    variables = {"PEFT_DND_SERVICE_URL": service.url, "PEFT_DND_CACHE": str(tmp_path / "cache")}
+    asked = ("law", f"dnd:{ids['uneven']}", f"dnd:{ids['elsewhere']}")
+    with serving(tiny_base, "served", tmp_path / "log", variables, "--max-lora-rank", "8") as server:
+        said = ask_for_all_at_once(server, "served", asked)
+        refused = server.get("/v1/completions", {"model": f"dnd:{ids['other']}", "prompt": [5]})
+        service.says("/v1/adapters", {"detail": "busy"}, status=503)
+        unreachable = server.get("/v1/completions", {"model": "dnd:med", "prompt": [5]})
+        unknown = server.get("/v1/completions", {"model": "med", "prompt": [5]})
+        assert server.complete("served", INPUTS[0]) == said["", 0], "it runs on"
+    log = (tmp_path / "log").read_text(encoding="utf-8")
+    expected = told_by_peft(tiny_base, {"law": tmp_path / "plain", asked[1]: tmp_path / "uneven"})
+    assert {key: said[key] for key in expected} == expected
+    for number in range(len(INPUTS)):
+        # vLLM's silence, which `peft-dnd inspect --for vllm --base` breaks.
+        assert said[asked[2], number] == said["", number] != said["law", number]
+    assert refused.status == 404 and "PEFT_DND_BASE=org/other" in log
+    assert unreachable.status == 500 and "503" in str(unreachable.body), unreachable
+    assert unknown.status == 404
+    assert main(["inspect", str(tmp_path / "elsewhere"), "--for", "vllm", "--base", str(tiny_base)]) == 1
+    assert "other names in the served model" in capsys.readouterr().out

@@ -31,7 +31,7 @@ from peft_dnd.text.out_of_distribution import REFERENCE_NAME
 
 pytest_plugins = ("support.hub_server",)
 
-PLAIN = {"config.json", "model.safetensors", "README.md", REFERENCE_NAME, SUMMARY_NAME}
+PLAIN = {"checksums.json", "config.json", "model.safetensors", "README.md", REFERENCE_NAME, SUMMARY_NAME}
 PICKLES = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
 
 

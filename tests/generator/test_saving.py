@@ -17,6 +17,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from support.collecting import PROMPTS, fresh_adapter, in_child_process, needs_fork, train
+from support.constants import TASK_PROMPTS
 from torch import nn
 
 from peft_dnd import (
@@ -231,3 +232,14 @@ def test_what_a_killed_process_left_is_no_task(pairs_folder: Path, tmp_path: Pat
     found = PromptCheckpointDataset.from_folder(pairs)
     assert found.tasks == PromptCheckpointDataset.from_folder(pairs_folder).tasks
     assert len(found.checkpoints("law")) == 3
+
+
+def test_what_another_generator_knew_of_its_tasks_does_not_stay_in_its_folder(
+    generator_folder: Path, tmp_path: Path
+) -> None:
+    knowing = PromptConditionedLoraGenerator.from_pretrained(generator_folder)
+    knowing.fit_out_of_distribution(TASK_PROMPTS)
+    knowing.save_pretrained(tmp_path)
+    assert PromptConditionedLoraGenerator.from_pretrained(tmp_path).prompt_reference is not None
+    PromptConditionedLoraGenerator.from_pretrained(generator_folder).save_pretrained(tmp_path)
+    assert PromptConditionedLoraGenerator.from_pretrained(tmp_path).prompt_reference is None

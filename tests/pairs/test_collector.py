@@ -180,8 +180,9 @@ def test_a_model_without_that_adapter_is_refused(tmp_path, fresh, fresh_base):
 
 
 def test_what_a_generator_cannot_write_is_refused(tmp_path, fresh):
-    with pytest.raises(LayoutError, match="use_dora"):
-        train(fresh(use_dora=True), tmp_path / "run", CheckpointCollector(tmp_path / "pairs" / "law", PROMPTS))
+    collector = CheckpointCollector(tmp_path / "pairs" / "law", PROMPTS)
+    with pytest.raises(LayoutError, match="alora_invocation_tokens"):
+        train(fresh(alora_invocation_tokens=[1]), tmp_path / "run", collector)
 
 
 def test_sharded_weights_are_refused(tmp_path, fresh):

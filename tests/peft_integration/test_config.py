@@ -55,7 +55,7 @@ def test_patterns_and_scaling_come_from_the_layout(
     config = DnDConfig(generator=str(tmp_path), prompts=PROMPTS)
     assert config.use_rslora is True
     assert config.task_type is None
-    assert AdapterLayout.from_lora_config(config.to_lora_config(), base_model).difference(layout) is None
+    assert AdapterLayout.from_lora_config(config.to_plain_config(), base_model).difference(layout) is None
     with pytest.raises(GeneratorConfigError, match=r"lora_alpha=5; .* lora_alpha=\d+"):
         DnDConfig(generator=str(tmp_path), prompts=PROMPTS, lora_alpha=5)
     with pytest.raises(GeneratorConfigError, match="use_rslora=False"):
@@ -68,7 +68,9 @@ def test_what_equals_the_generator_s_is_accepted(generator_folder: Path, layout:
     targets = list(layout.target_modules or ())
     given = DnDConfig(generator=str(generator_folder), prompts=PROMPTS, r=3, target_modules=targets, lora_alpha=6)
     assert given == DnDConfig(generator=str(generator_folder), prompts=PROMPTS)
-    assert DnDConfig(generator=str(generator_folder), prompts=PROMPTS, lora_alpha=12).to_lora_config().lora_alpha == 12
+    assert (
+        DnDConfig(generator=str(generator_folder), prompts=PROMPTS, lora_alpha=12).to_plain_config().lora_alpha == 12
+    )
 
 
 @pytest.mark.parametrize("given", [{"r": 4}, {"target_modules": ["q_proj"]}, {"rank_pattern": {"q_proj": 4}}])
@@ -79,7 +81,7 @@ def test_what_contradicts_the_generator_is_refused(given: dict[str, object], gen
     config = DnDConfig(generator=str(generator_folder), prompts=PROMPTS)
     setattr(config, name, given[name])
     with pytest.raises(GeneratorConfigError, match=rf"got {name}="):
-        config.to_lora_config()
+        config.to_plain_config()
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_what_no_generator_writes_is_refused(given: dict[str, object], generator
     config = DnDConfig(generator=str(generator_folder), prompts=PROMPTS)
     setattr(config, name, given[name])
     with pytest.raises(GeneratorConfigError, match=rf"got {name}="):
-        config.to_lora_config()
+        config.to_plain_config()
 
 
 def test_every_field_of_peft_s_is_decided_upon(generator_folder: Path) -> None:
@@ -119,7 +121,7 @@ def test_every_field_of_peft_s_is_decided_upon(generator_folder: Path) -> None:
         revision="v1",
         base_model_name_or_path="org/base",
     )
-    plain = config.to_lora_config()
+    plain = config.to_plain_config()
     assert type(plain) is LoraConfig
     assert (plain.lora_dropout, plain.modules_to_save, plain.inference_mode) == (0.1, ["lm_head"], True)
     assert (plain.task_type, plain.revision, plain.base_model_name_or_path) == (
@@ -160,7 +162,7 @@ def test_what_it_saves_is_plain_lora_without_a_prompt(generator_folder: Path, tm
     assert str(generator_folder) not in text
     assert set(json.loads(text)) == set(LoraConfig().to_dict())
     assert type(PeftConfig.from_pretrained(str(tmp_path))) is LoraConfig
-    assert PeftConfig.from_pretrained(str(tmp_path)) == config.to_lora_config()
+    assert PeftConfig.from_pretrained(str(tmp_path)) == config.to_plain_config()
     assert not any(prompt in repr(config) for prompt in PROMPTS)
 
 
@@ -173,7 +175,7 @@ def test_copies_and_pickles_of_a_named_generator(generator_folder: Path) -> None
         dataclasses.replace(config),
     ):
         assert other == config
-        assert other.to_lora_config() == config.to_lora_config()
+        assert other.to_plain_config() == config.to_plain_config()
     assert dataclasses.replace(config, seed=6).seed == 6
     assert dataclasses.asdict(config)["generator"] == str(generator_folder)
 

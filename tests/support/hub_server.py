@@ -51,7 +51,14 @@ class _Handler(BaseHTTPRequestHandler):
         split = urlsplit(self.path)
         self.query, path = parse_qs(split.query), unquote(split.path)
         with hub.lock:
-            hub.asked.append(Asked(self.command, path, dict(self.headers), self.headers.get("Host", "")))
+            hub.asked.append(
+                Asked(
+                    self.command,
+                    path,
+                    {name.lower(): value for name, value in self.headers.items()},
+                    self.headers.get("Host", ""),
+                )
+            )
             try:
                 self._go_wrong(path)
                 self._route(split.path)

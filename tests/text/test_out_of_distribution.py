@@ -150,6 +150,42 @@ def test_the_score_comes_with_the_adapter_and_changes_nothing(
     assert junk is not None and junk > scored.out_of_distribution
 
 
+def test_what_an_adapter_rests_on_is_named(
+    generator: PromptConditionedLoraGenerator,
+    own: PromptConditionedLoraGenerator,
+    pairs: PromptCheckpointDataset,
+    tmp_path: Path,
+) -> None:
+    assert generator.generate_adapter(PROMPTS).nearest_tasks == {}
+    for task in pairs.tasks:
+        near = own.generate_adapter(pairs.prompts(task)).nearest_tasks
+        assert next(iter(near)) == task and near[task] > 0.5
+        assert list(near.values()) == sorted(near.values(), reverse=True) and sum(near.values()) == pytest.approx(1)
+    mixed = own.generate_adapter([*pairs.prompts(pairs.tasks[0])[:2], *pairs.prompts(pairs.tasks[1])[:2]])
+    assert set(list(mixed.nearest_tasks)[:2]) == set(pairs.tasks[:2])
+    mixed.save_pretrained(tmp_path / "adapter")
+    assert type(mixed).from_pretrained(tmp_path / "adapter").nearest_tasks == mixed.nearest_tasks
+    own.save_pretrained(tmp_path / "generator")
+    again = PromptConditionedLoraGenerator.from_pretrained(tmp_path / "generator")
+    assert again.generate_adapter(PROMPTS).nearest_tasks == own.generate_adapter(PROMPTS).nearest_tasks
+
+
+def test_tasks_whose_names_were_not_kept_are_numbered(tmp_path: Path) -> None:
+    tasks = world(4, seed=0)
+    reference = PromptReference.fit(tasks)
+    assert reference is not None and reference.tasks == tuple(tasks)
+    points = torch.cat([tasks["task 2"][:3], tasks["task 0"][:1]])
+    assert reference.nearest_tasks(points) == {"task 2": 0.75, "task 0": 0.25}
+    tensors = {name: getattr(reference, name) for name in ("points", "distances", "counts")}
+    save_file(tensors, tmp_path / "old.safetensors")
+    assert PromptReference.load(tmp_path / "old.safetensors").tasks == ()
+    assert PromptReference.load(tmp_path / "old.safetensors").nearest_tasks(points) == {"task 2": 0.75, "task 0": 0.25}
+    for wrong in ('["one"]', "[", "{}"):
+        save_file(tensors, tmp_path / "wrong.safetensors", metadata={"tasks": wrong})
+        with pytest.raises(CorruptFileError, match="does not hold the prompts of fitted tasks"):
+            PromptReference.load(tmp_path / "wrong.safetensors")
+
+
 def test_the_reference_is_saved_with_the_generator(own: PromptConditionedLoraGenerator, tmp_path: Path) -> None:
     own.save_pretrained(tmp_path)
     expected = own.generate_adapter(PROMPTS).out_of_distribution

@@ -8,7 +8,11 @@ from .generated_adapter import GeneratedAdapter as GeneratedAdapter
 from .layout import AdapterLayout as AdapterLayout
 from .layout import LoraModule as LoraModule
 from .layout import LoraTensor as LoraTensor
+from .layouts import layout_from_config as layout_from_config
+from .layouts import layout_from_folder as layout_from_folder
+from .layouts import layout_from_model as layout_from_model
 from .matching import BaseModelNameWarning as BaseModelNameWarning
+from .method_layout import MethodLayout as MethodLayout
 from .positions import TokenPositions as TokenPositions
 from .positions import token_positions as token_positions
 from .published_tokenizer import PublishedTokenizer as PublishedTokenizer

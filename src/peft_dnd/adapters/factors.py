@@ -164,6 +164,7 @@ def canonical_state_dict(layout: AdapterLayout, state_dict: Matrices) -> dict[st
 
 def _alike(layout: AdapterLayout) -> Iterator[tuple[list[int], list[LoraModule]]]:
     """The modules in groups of one form, each with its place in the layout."""
+    layout.check_plain_lora("An update B A, and its canonical factors,")
     groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for number, module in enumerate(layout.modules):
         groups.setdefault((module.shape_a, module.shape_b), []).append(number)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
-from peft import LoraConfig
+from peft import PeftConfig
 from torch import nn
 from typing_extensions import Unpack
 
@@ -30,8 +30,11 @@ from ..storage.hub import (
 from ..storage.uploading import UploadOptions, upload
 from .adapter_card import adapter_card
 from .layout import AdapterLayout
+from .layouts import layout_from_folder
 from .loading import MatrixSlot, load_matrices, rescale
 from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
+from .method_layout import MethodLayout
+from .method_loading import load_method_adapter
 
 
 PROVENANCE_NAME = "peft_dnd_provenance.json"
@@ -80,9 +83,9 @@ class GeneratedAdapter:
         return self._layout
 
     @property
-    def peft_config(self) -> LoraConfig:
-        """A new plain LoRA configuration, with `inference_mode=False`, at every access."""
-        return self._layout.lora_config()
+    def peft_config(self) -> PeftConfig:
+        """A new plain PEFT configuration, with `inference_mode=False`, at every access."""
+        return self._layout.peft_config()
 
     @property
     def provenance(self) -> Mapping[str, Any]:
@@ -96,6 +99,15 @@ class GeneratedAdapter:
         See [`PromptReference.score`][peft_dnd.text.PromptReference.score]; `None` if it is not known.
         """
         return self._provenance.get("out_of_distribution")
+
+    @property
+    def nearest_tasks(self) -> dict[str, float]:
+        """What it rests on: the fitted tasks that the prompts lie nearest to, five at most.
+
+        Name -> the share of the prompts whose nearest known prompt is one of the task's, largest first; empty if it is
+        not known. See [`PromptReference.nearest_tasks`][peft_dnd.text.PromptReference.nearest_tasks].
+        """
+        return dict(self._provenance.get("nearest_tasks") or ())
 
     @property
     def num_parameters(self) -> int:
@@ -142,6 +154,8 @@ class GeneratedAdapter:
             BaseModelMismatchError: If the adapter does not fit the base model, which is left untouched.
             LayoutError: If there is an adapter of that name that differs in more than its weights.
         """
+        if isinstance(self._layout, MethodLayout):
+            return load_method_adapter(model, adapter_name, self._layout, self._state_dict)
         return load_matrices(model, adapter_name, self._layout, self._state_dict)
 
     @torch.no_grad()
@@ -195,11 +209,14 @@ class GeneratedAdapter:
             LayoutError: If it is no plain LoRA adapter.
         """
         folder = find_adapter(name_or_path, (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, PROVENANCE_NAME), **hub)
-        layout = AdapterLayout.from_folder(folder)
+        layout = layout_from_folder(folder)
         provenance = folder / PROVENANCE_NAME
+        state_dict = read_safetensors(folder / ADAPTER_WEIGHTS_NAME)
+        if isinstance(layout, MethodLayout):  # what PEFT saves beside, the layout has told apart
+            state_dict = {tensor.key: state_dict[tensor.key] for tensor in layout.tensors}
         return cls(
             layout,
-            read_safetensors(folder / ADAPTER_WEIGHTS_NAME),
+            state_dict,
             read_json(provenance) if provenance.is_file() else None,
         )
 
@@ -251,9 +268,8 @@ class GeneratedAdapter:
 
     def __repr__(self) -> str:
         source = self._provenance.get("generator")
-        return (
-            f"GeneratedAdapter({len(self._layout.modules)} modules, rank up to {self._layout.max_rank}, "
-            f"{self.num_parameters:,} parameters" + (f", from {source!r})" if source else ")")
+        return f"GeneratedAdapter({self._layout.in_words()}, {self.num_parameters:,} parameters" + (
+            f", from {source!r})" if source else ")"
         )
 
     def _saved_config(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from torch import nn
 
 from ..errors import LayoutError, MissingFileError
@@ -243,6 +243,27 @@ class AdapterLayout:
         check_supported(lora_config, "the LoRA configuration")
         return cls.from_model(inject_on_meta(lora_config, base_model))
 
+    @property
+    def method(self) -> str:
+        """PEFT's name of the method."""
+        return "LORA"
+
+    def in_words(self) -> str:
+        """What it is, in a few words."""
+        return f"{len(self.modules)} modules, rank up to {self.max_rank}"
+
+    def check_plain_lora(self, what: str) -> None:
+        """Make sure that these are A and B matrices and nothing else.
+
+        Args:
+            what: What needs them, for the message.
+
+        Raises:
+            LayoutError: Otherwise.
+        """
+        if not self.modules:
+            raise LayoutError(f"{what} is for plain LoRA; this is the layout of a {self.method} adapter.")
+
     @cached_property
     def tensors(self) -> tuple[LoraTensor, ...]:
         """All tensors: module by module, A before B."""
@@ -322,6 +343,10 @@ class AdapterLayout:
             base_model_name_or_path=self.base_model_name_or_path,
             revision=self.base_model_revision,
         )
+
+    def peft_config(self, rename: Mapping[str, str] | None = None) -> PeftConfig:
+        """A new plain PEFT configuration that recreates this layout; see [`lora_config`]."""
+        return self.lora_config(rename)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary from which [`from_dict`][AdapterLayout.from_dict] rebuilds the layout."""

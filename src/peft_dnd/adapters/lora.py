@@ -118,6 +118,15 @@ def check_supported(config: LoraConfig, source: str) -> None:
             f"{source} sets {active[0]}={getattr(config, active[0])!r}. A generator writes the A and B matrices of "
             f"plain LoRA and nothing else: use an adapter without {active[0]}."
         )
+    check_initialisation(config, source)
+
+
+def check_initialisation(config: LoraConfig, source: str) -> None:
+    """Make sure that an adapter was not started in a way that changes the base model's weights.
+
+    Raises:
+        LayoutError: Otherwise.
+    """
     initialisation = str(config.init_lora_weights).lower()
     if initialisation.startswith(_BASE_CHANGING_INITIALISATIONS):
         raise LayoutError(

@@ -89,6 +89,7 @@ def match_modules(model: nn.Module, layout: AdapterLayout) -> dict[str, str]:
     Raises:
         BaseModelMismatchError: If a module is missing, or more than one could be meant.
     """
+    layout.check_plain_lora("Looking for modules of a base")
     available = {name for name, _ in adaptable_modules(model)}
     prefixes = _bare_model_prefixes(base_model_of(model))
     roots = _text_model_roots(available) or prefixes

@@ -11,6 +11,13 @@ from .layout import AdapterLayout
 
 def layout_facts(layout: AdapterLayout) -> dict[str, Any]:
     """How many modules of which kinds and ranks a layout has, and how many parameters."""
+    if not layout.modules:
+        return {
+            "method": layout.method,
+            "tensors": len(layout.tensors),
+            "task_type": layout.task_type,
+            "adapter_parameters": layout.num_parameters,
+        }
     ranks = Counter(module.rank for module in layout.modules)
     kinds = Counter(module.name.rpartition(".")[2] for module in layout.modules)
     return {

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import nn
 
-from ..errors import GeneratorConfigError, LayoutError
+from ..errors import GeneratorConfigError, LayoutError, WeightValueError
 from .layout import AdapterLayout, LoraTensor
 
 
@@ -204,6 +204,24 @@ class WeightNormalization(nn.Module):
             if moved.dtype.itemsize < tensor.dtype.itemsize:
                 setattr(self, name, tensor.to(moved.device))
         return self
+
+    def check(self, source: str) -> None:
+        """Make sure that every scale is a positive number; a wrong one would write adapters of zeros, or turned round.
+
+        Args:
+            source: What holds it, for the error.
+
+        Raises:
+            WeightValueError: If one is not.
+        """
+        wrong = ~(torch.isfinite(self.scale) & (self.scale > 0))
+        if not self.scale.is_meta and wrong.any():
+            place = int(wrong.nonzero()[0])
+            raise WeightValueError(
+                f"The normalisation of {source} has a scale of {self.scale[place].item():g} for the weight token "
+                f"{place}; all must be positive and finite. Its weights were damaged or edited: fit or fetch it "
+                "again, or set the statistics with normalization.set_statistics and save it."
+            )
 
     def normalize(self, grid: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Weights to normalised tokens; any leading batch axes. `out` may be `grid` itself."""

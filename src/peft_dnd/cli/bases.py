@@ -15,17 +15,6 @@ if TYPE_CHECKING:
 
     from peft_dnd.adapters import AdapterLayout
 
-# PEFT's task type -> the class of transformers that loads such a base.
-_AUTO_CLASSES = {
-    None: "AutoModelForCausalLM",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-
 
 def load_base(name: str, task_type: str | None = None, device: str | None = None) -> nn.Module:
     """Load a base model in the dtype that it is stored in, onto a device.
@@ -41,12 +30,18 @@ def load_base(name: str, task_type: str | None = None, device: str | None = None
     import torch
     import transformers
 
+    from peft_dnd.storage.cards import AUTO_CLASSES
+    from peft_dnd.storage.hub import commit_in_cache
+
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    auto: Any = getattr(transformers, _AUTO_CLASSES.get(task_type, "AutoModel"))
+    auto: Any = getattr(transformers, AUTO_CLASSES.get(task_type, "AutoModel"))
     try:
         model = auto.from_pretrained(name, dtype="auto")
     except (OSError, ValueError) as error:
         raise CommandError(_not_there("base model", name, error)) from error
+    # Under this name transformers up to 5.1 noted the commit, and layouts are told it; later versions do not.
+    if getattr(model.config, "_commit_hash", None) is None:
+        model.config._commit_hash = commit_in_cache(name, ("config.json",))
     try:
         moved: nn.Module = model.to(where)
     except (RuntimeError, AssertionError) as error:

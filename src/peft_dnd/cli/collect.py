@@ -133,7 +133,11 @@ def _texts(plan: dict[str, Any]) -> dict[str, tuple[list[str], list[str], list[s
     for name, file in tasks.items():
         rows = read_rows(str(file), column)
         pool = read_prompts(str(pools[name]), column) if name in pools else None
-        found[str(name)] = (texts_of(rows, column, str(file)), texts_of(rows, answer_column, str(file)), pool)
+        found[str(name)] = (
+            texts_of(rows, column, str(file)),
+            texts_of(rows, answer_column, str(file), are_answers=True),
+            pool,
+        )
     return found
 
 

@@ -121,7 +121,8 @@ def _questions(
             raise CommandError(f"{str(folder)!r} holds no file for task {task!r}; it holds {', '.join(files)}.")
         rows = read_rows(str(files[task]), column)[:most]
         source = str(files[task])
-        found[task] = list(zip(texts_of(rows, column, source), texts_of(rows, answer_column, source), strict=True))
+        answers = texts_of(rows, answer_column, source, are_answers=True)
+        found[task] = list(zip(texts_of(rows, column, source), answers, strict=True))
     return found
 
 

@@ -134,7 +134,9 @@ def _generated(
     answers = None
     if generator.config.condition_text != "prompts":
         try:
-            answers = {task: texts_of(of, answer_column, task or "the prompts") for task, of in rows.items()}
+            answers = {
+                task: texts_of(of, answer_column, task or "the prompts", are_answers=True) for task, of in rows.items()
+            }
         except CommandError as error:
             raise CommandError(
                 f'The generator reads answers too. Give a .jsonl, one {{"prompt": "...", "answer": "..."}} a line, '

@@ -37,11 +37,17 @@ def inspect(
     max_rank: Annotated[
         int, typer.Option(min=1, help="With --for: the largest rank that the engine takes, vLLM's max_lora_rank.")
     ] = 16,
+    renew_checksums: Annotated[
+        bool,
+        typer.Option("--renew-checksums", help="Of a generator's folder that was edited on purpose: write them anew."),
+    ] = False,
     revision: Revision = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Say what a generator, an adapter or a pairs folder is: its layout, sizes, base and origin. Loads no weights.
+
+    Of a generator's folder it also says whether it is as it was saved, by its checksums.
 
     Ends with 1 if anything is wrong: it does not fit the base, differs from the other, an engine would be silently
     wrong with it, tasks of a pairs folder are incomplete or differ in their layouts.
@@ -53,6 +59,8 @@ def inspect(
     if served is not None and engine is None:
         raise typer.BadParameter("--served says what an engine calls the base: it goes with --for.")
     kind = what_is(what, revision)
+    if renew_checksums:
+        _renew_checksums(kind, what)
     facts, layout, problems = _LOOKS[kind](what, revision)
     renamed: dict[str, str] = {}
     if layout is not None and base is not None:
@@ -76,6 +84,14 @@ def inspect(
     report(facts, _in_words(facts), as_json=as_json, quiet=quiet and not problems)
     if problems:
         raise typer.Exit(1)
+
+
+def _renew_checksums(kind: Kind, what: str) -> None:
+    from peft_dnd.generator import renew_checksums
+
+    if kind != "generator" or not Path(what).is_dir():
+        raise CommandError(f"--renew-checksums is for the folder of a generator, and {what!r} is none here.")
+    renew_checksums(what)
 
 
 def what_is(name: str, revision: str | None) -> Kind:
@@ -128,6 +144,7 @@ def _look_at_generator(name: str, revision: str | None) -> tuple[dict[str, Any],
 
     from peft_dnd.decoders import check_decoder_type
     from peft_dnd.generator import PromptConditionedLoraGeneratorConfig
+    from peft_dnd.generator.checksums import checksum_differences
     from peft_dnd.generator.summary import SUMMARY_NAME, read_summary
     from peft_dnd.storage.files import read_safetensors_shapes
     from peft_dnd.storage.hub import find_generator
@@ -148,11 +165,14 @@ def _look_at_generator(name: str, revision: str | None) -> tuple[dict[str, Any],
         read_safetensors_shapes(folder / file)
     if commit is None and not weights:
         problems.append("it has a configuration but no weights in safetensors format")
+    differing = checksum_differences(folder) if commit is None and weights else None
+    problems += [f"{what} is not as it was saved: it was damaged or edited" for what in differing or []]
     facts = {
         **_facts_of(layout),
         "commit": commit,
         "decoder": config.decoder_type,
         "weights_bytes": sum(sizes[file] for file in weights) if weights else None,
+        "as_saved": None if differing is None else not differing,
         "text_encoder": "in its folder" if config.text_encoder_in_folder else config.text_encoder,
         "num_prompts": config.num_prompts,
         "max_prompt_length": config.max_prompt_length,
@@ -165,8 +185,8 @@ def _look_at_generator(name: str, revision: str | None) -> tuple[dict[str, Any],
 
 
 def _look_at_adapter(name: str, revision: str | None) -> tuple[dict[str, Any], AdapterLayout | None, list[str]]:
-    from peft_dnd.adapters import AdapterLayout
     from peft_dnd.adapters.generated_adapter import PROVENANCE_NAME
+    from peft_dnd.adapters.layouts import layout_from_folder
     from peft_dnd.adapters.lora import ADAPTER_WEIGHTS_NAME
     from peft_dnd.errors import LayoutError
     from peft_dnd.storage.files import read_json
@@ -175,7 +195,7 @@ def _look_at_adapter(name: str, revision: str | None) -> tuple[dict[str, Any], A
     provenance = folder / PROVENANCE_NAME
     facts: dict[str, Any] = {"provenance": read_json(provenance) if provenance.is_file() else None}
     try:
-        layout = AdapterLayout.from_folder(folder)
+        layout = layout_from_folder(folder)
     except LayoutError as error:  # an adapter, but none that a generator could have written
         return facts, None, [str(error)]
     bytes_ = (folder / ADAPTER_WEIGHTS_NAME).stat().st_size
@@ -236,7 +256,7 @@ def _adapter_folder(name: str, revision: str | None) -> Path:
 def _engine_config(kind: Kind, what: str, revision: str | None, layout: AdapterLayout | None) -> dict[str, Any]:
     """The `adapter_config.json` that an engine would read."""
     if kind != "adapter":
-        return {} if layout is None else layout.lora_config().to_dict()
+        return {} if layout is None else layout.peft_config().to_dict()
     from peft_dnd.adapters.lora import ADAPTER_CONFIG_NAME
     from peft_dnd.storage.files import read_json
 

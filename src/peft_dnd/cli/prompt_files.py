@@ -92,11 +92,11 @@ def read_dataset(name: str, column: str, answer_column: str, *, config: str | No
     return [dict(row) for row in found.select_columns(wanted)]
 
 
-def texts_of(rows: Iterable[Row], column: str, source: str) -> list[str]:
-    """One field of all rows.
+def texts_of(rows: Iterable[Row], column: str, source: str, *, are_answers: bool = False) -> list[str]:
+    """One field of all rows, as text; of answers, a list of chat messages may end with the assistant's.
 
     Raises:
-        CommandError: If a row lacks it, or holds something else than text there.
+        CommandError: If a row lacks it, or holds something else than a text or chat messages there.
     """
     texts = []
     for number, row in enumerate(rows, 1):
@@ -105,10 +105,23 @@ def texts_of(rows: Iterable[Row], column: str, source: str) -> list[str]:
                 f"Row {number} of {source!r} has no {column!r}.{suggestion(column, row)} Name the field with an "
                 "option, or mend the file. " + _SHAPE.format(column)
             )
-        if not isinstance(row[column], str):
-            raise CommandError(f"{column!r} in row {number} of {source!r} must be a text, found {row[column]!r:.60}.")
-        texts.append(row[column])
+        texts.append(_text_of(row[column], f"{column!r} in row {number} of {source!r}", are_answers=are_answers))
     return texts
+
+
+def _text_of(value: Any, what: str, *, are_answers: bool) -> str:
+    """A text as it is, or that of a list of chat messages."""
+    if isinstance(value, list):
+        from peft_dnd.errors import PeftDndError
+        from peft_dnd.text.prompt_shapes import text_of
+
+        try:
+            value = text_of(value, what, are_answers=are_answers)
+        except PeftDndError as error:
+            raise CommandError(str(error)) from error
+    if not isinstance(value, str):
+        raise CommandError(f"{what} must be a text or a list of chat messages, found {value!r:.60}.")
+    return value
 
 
 def files_of_tasks(folder: Path) -> dict[str, Path]:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
+from .gguf import SUPPORTED_ARCHITECTURES as SUPPORTED_ARCHITECTURES
+from .gguf import write_gguf as write_gguf
 from .mending import renamed_modules as renamed_modules
 from .mending import with_one_rank as with_one_rank
 from .problems import vllm_problems as vllm_problems

@@ -31,6 +31,7 @@ def with_one_rank(adapter: GeneratedAdapter) -> GeneratedAdapter:
         The adapter itself if its modules are alike already.
     """
     layout = adapter.layout
+    layout.check_plain_lora("What the engines read")
     rank = layout.max_rank
     scaling = Counter(map(layout.scaling, layout.modules)).most_common(1)[0][0]
     if all(module.rank == rank and layout.scaling(module) == scaling for module in layout.modules):

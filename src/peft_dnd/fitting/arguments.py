@@ -36,6 +36,9 @@ class DnDTrainingArguments(TrainingArguments):
         prompt_pool_size: How many prompts of each training task are used at all, drawn once by the data set's seed; by
             default all. With as many as the configuration's `num_prompts` every item reads the same ones at every
             step, with more that many are drawn of them.
+        task_sampling_exponent: How often a task comes in an epoch, which has as many items as there are checkpoints:
+            in proportion to the number of its own to this power. 1: each checkpoint once; 0: all tasks alike, however
+            few checkpoints some have; between, as languages are sampled for multilingual models.
         prompt_states_dir: A folder where what the text encoder gives for the tasks' prompts is kept, so that a run
             that goes on, or another one on the same tasks, need not read them again. Worth its space where the
             encoder is slow: 4 bytes a number, so 1.5 kB a token of all-MiniLM-L6-v2. By default they are kept in
@@ -82,6 +85,9 @@ class DnDTrainingArguments(TrainingArguments):
     prompt_pool_size: int | None = field(
         default=None, metadata={"help": "How many prompts of each training task are used at all; by default all."}
     )
+    task_sampling_exponent: float = field(
+        default=1.0, metadata={"help": "Tasks come in proportion to their checkpoints to this power, 0 to 1."}
+    )
     prompt_states_dir: str | None = field(
         default=None,
         metadata={"help": "Folder that keeps what the text encoder gives, for other runs; default: none."},
@@ -113,6 +119,10 @@ class DnDTrainingArguments(TrainingArguments):
                 raise GeneratorConfigError(
                     f"{name} is a standard deviation, so at least 0; got {getattr(self, name)}."
                 )
+        if not 0 <= self.task_sampling_exponent <= 1:
+            raise GeneratorConfigError(
+                f"task_sampling_exponent must be from 0 to 1, got {self.task_sampling_exponent}."
+            )
         if self.weight_loss not in WEIGHT_LOSSES:
             raise GeneratorConfigError(f"weight_loss must be one of {WEIGHT_LOSSES}, got {self.weight_loss!r}.")
         for name in ("task_loss_weight", "distillation_weight", "rebuild_steps", "rebuild_weight"):

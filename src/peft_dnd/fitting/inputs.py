@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,10 @@ from ..errors import GeneratorConfigError, PairsFolderError
 from ..generator.modeling import PromptConditionedLoraGenerator
 from ..pairs.dataset import PromptCheckpointDataset
 from .arguments import DnDTrainingArguments
+
+
+# An item that comes again within an epoch is that of an epoch which is never reached.
+_EPOCHS_APART = 2**24
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -44,6 +48,40 @@ class EpochSampler(Sampler[tuple[int, int]]):
         order = torch.Generator().manual_seed(self.seed + self.epoch)
         epoch = self.epoch
         return ((epoch, i) for i in torch.randperm(self.size, generator=order).tolist())
+
+
+class TemperedSampler(EpochSampler):
+    """As many items as the data set has, of each task in proportion to a power of how many it has.
+
+    With exponent 1 that is the data set itself, with 0 all tasks come alike; between them rare tasks come more often
+    than they would, and frequent ones less, as languages do in XLM (arXiv 1901.07291, section 3.1). A task's items
+    come in random order, all of them before one comes again; when it does, it has another seed.
+
+    Args:
+        tasks: The task of each item of the data set.
+        exponent: From 0 to 1.
+        seed: As for [`EpochSampler`].
+    """
+
+    def __init__(self, tasks: Sequence[str], exponent: float, seed: int) -> None:
+        super().__init__(len(tasks), seed)
+        items: dict[str, list[int]] = {}
+        for number, task in enumerate(tasks):
+            items.setdefault(task, []).append(number)
+        self._items = [torch.tensor(numbers) for numbers in items.values()]
+        weights = torch.tensor([float(len(numbers)) for numbers in self._items], dtype=torch.float64) ** exponent
+        self._bounds = torch.cat([torch.zeros(1, dtype=torch.float64), weights.cumsum(0) / weights.sum() * self.size])
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        draw = torch.Generator().manual_seed(self.seed + self.epoch)
+        # Rounded so that in the mean over epochs each task has just its share, and all together are of the size.
+        bounds = (self._bounds + torch.rand((), generator=draw, dtype=torch.float64)).floor().long()
+        drawn = []
+        for items, count in zip(self._items, bounds.diff().tolist(), strict=True):
+            for visit in range(-(-count // len(items))):
+                few = items[torch.randperm(len(items), generator=draw)][: count - visit * len(items)]
+                drawn += [(self.epoch + visit * _EPOCHS_APART, number) for number in few.tolist()]
+        return (drawn[i] for i in torch.randperm(len(drawn), generator=draw).tolist())
 
 
 def check_kinds(model: object, args: object, *datasets: object) -> None:

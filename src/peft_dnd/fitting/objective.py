@@ -326,6 +326,7 @@ def _task_loss(
             f"{name} is {getattr(args, name):g}, so DnDTrainer needs base_model=..., the frozen base "
             "whose loss is taken; or set {name}=0."
         )
+    generator.config.adapter_layout.check_plain_lora("A loss of the base")
     return TaskLoss(
         base_model,
         generator.config.adapter_layout,

@@ -20,7 +20,8 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 from ..adapters.generated_adapter import GeneratedAdapter
 from ..decoders import CenteredDecoder
 from ..evaluation import EvaluationReport, score_generated
-from ..generator.conditioning import TEXT_ENCODER_FOLDER
+from ..generator.checksums import checked_meanwhile
+from ..generator.configuration import TEXT_ENCODER_FOLDER
 from ..generator.model_card import EVALUATION
 from ..generator.modeling import PromptConditionedLoraGenerator
 from ..pairs.collator import DistillationCollator, ExampleCollator, ExamplesBesidePairs, PromptCheckpointCollator
@@ -32,7 +33,7 @@ from ..text.embedding_cache import PromptEmbeddingCache
 from ..text.out_of_distribution import FEWEST_TASKS
 from ..text.sentence_transformer_encoder import SentenceTransformerTextEncoder
 from .arguments import DnDTrainingArguments
-from .inputs import EpochSampler, as_asked, check_kinds, use_one_gpu
+from .inputs import EpochSampler, TemperedSampler, as_asked, check_kinds, use_one_gpu
 from .losses import add_noise
 from .objective import LOSSES, FittingObjective, Supervision, check_dataset
 from .task_loss import LossFunction
@@ -306,7 +307,11 @@ class DnDTrainer(UploadingTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[tuple[int, int]] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochSampler(len(dataset), seed) if isinstance(dataset, PromptCheckpointDataset) else None
+        if not isinstance(dataset, PromptCheckpointDataset):
+            return None
+        if self.args.task_sampling_exponent == 1.0:
+            return EpochSampler(len(dataset), seed)
+        return TemperedSampler(dataset.item_tasks, self.args.task_sampling_exponent, seed)
 
     def _prepare(self) -> None:
         if self.pairs is not None:
@@ -337,7 +342,8 @@ class DnDTrainer(UploadingTrainer):
         write_text(folder / "training_args.json", self.args.to_json_string())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with checked_meanwhile(resume_from_checkpoint, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_text_encoder(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:

@@ -46,6 +46,7 @@ def untrained_statistics(
         Float32 mean of shape `grid_shape`, and float32 scale of shape (N_w,).
     """
     layout = tokenizer.layout
+    layout.check_plain_lora("A start without checkpoints")
     scales = []
     for module in layout.modules:
         a, b = module.tensors

@@ -19,12 +19,12 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import PushInProgress
 
-from ..generator.conditioning import TEXT_ENCODER_FOLDER
-from ..generator.configuration import PromptConditionedLoraGeneratorConfig
+from ..generator.configuration import TEXT_ENCODER_FOLDER, PromptConditionedLoraGeneratorConfig
 from ..generator.model_card import generator_card
 from ..generator.modeling import PromptConditionedLoraGenerator
 from ..generator.summary import SUMMARY_NAME, renew_sizes
 from ..storage.cards import CARD_NAME, may_write_card
+from ..storage.checksums import CHECKSUMS_NAME
 from ..storage.hub import GENERATOR_FILES
 from ..text.out_of_distribution import REFERENCE_NAME
 
@@ -195,7 +195,7 @@ def _of_generator(name: str, config: PromptConditionedLoraGeneratorConfig) -> bo
     if name == TEXT_ENCODER_FOLDER:
         return config.text_encoder_in_folder
     weights = name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
-    return weights or name in (CONFIG_NAME, CARD_NAME, REFERENCE_NAME, SUMMARY_NAME)
+    return weights or name in (CONFIG_NAME, CARD_NAME, CHECKSUMS_NAME, REFERENCE_NAME, SUMMARY_NAME)
 
 
 def _rename(config: PromptConditionedLoraGeneratorConfig, names: Mapping[str, str | None], path: Path) -> None:

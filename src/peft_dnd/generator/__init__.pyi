@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
+from .checksums import renew_checksums as renew_checksums
 from .configuration import PromptConditionedLoraGeneratorConfig as PromptConditionedLoraGeneratorConfig
 from .generation import THRESHOLD as THRESHOLD
 from .modeling import PromptConditionedLoraGenerator as PromptConditionedLoraGenerator

@@ -14,13 +14,14 @@ from ..errors import TextEncoderError
 from ..text.encoder import TextEncoder, check_how_it_reads, condition_size
 from ..text.named_encoder import load_named_encoder
 from ..text.padded_token_states import padded_token_states
+from ..text.prompt_shapes import PromptsLike
 from ..text.prompts import draw_prompt_set, select_prompts
 from ..text.prompts_and_answers import condition_texts
 from ..text.token_states import TokenStates
-from .configuration import PromptConditionedLoraGeneratorConfig
+from .checksums import check_text_encoder_files
+from .configuration import TEXT_ENCODER_FOLDER, PromptConditionedLoraGeneratorConfig
 
 
-TEXT_ENCODER_FOLDER = "text_encoder"
 # The most prompts that a decoder which reads sets is given. More say hardly more, and attention has to hold them all.
 SET_LIMIT = 1024
 
@@ -77,6 +78,7 @@ class PromptReadingMixin(nn.Module):
                     f"The generator is to carry its text encoder in {str(folder)!r}, and that folder is missing. Save "
                     "the generator again with save_pretrained(..., include_text_encoder=True)."
                 )
+            check_text_encoder_files(self._folder)
             name, revision, token = str(folder), None, None
         if name is None:
             raise TextEncoderError(
@@ -93,7 +95,7 @@ class PromptReadingMixin(nn.Module):
         )
 
     def condition_texts(
-        self, prompts: Sequence[str], answers: Sequence[str] | None = None, *, seed: int = 0, what: str = "prompts"
+        self, prompts: PromptsLike, answers: PromptsLike | None = None, *, seed: int = 0, what: str = "prompts"
     ) -> tuple[str, ...]:
         """The texts that the generator reads of a task, in the form that `config.condition_text` asks for.
 

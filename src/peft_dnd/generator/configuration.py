@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from ..adapters.layout import AdapterLayout
+from ..adapters.layouts import layout_from_dict
 from ..adapters.published_tokenizer import PublishedTokenizer
 from ..adapters.tokenizer import WeightTokenizer
 from ..errors import FormatVersionError, GeneratorConfigError, GeneratorNotFoundError, did_you_mean
@@ -26,6 +27,7 @@ from .paper_settings import PaperSettings
 
 
 FORMAT_VERSION = 1
+TEXT_ENCODER_FOLDER = "text_encoder"
 CONDITIONS = ("token_states", "sentence_embeddings", "padded_token_states")
 NORMALIZATIONS = ("per_tensor", "none")
 TOKEN_FORMATS = ("chunks", "published")
@@ -326,7 +328,7 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
                 "The configuration has no adapter layout. Build it with "
                 "PromptConditionedLoraGeneratorConfig.from_adapters(pairs, text_encoder=...)."
             )
-        return AdapterLayout.from_dict(self.layout)
+        return layout_from_dict(self.layout)
 
     @property
     def base_model_name_or_path(self) -> str | None:

@@ -27,15 +27,18 @@ from ..text.out_of_distribution import (
     read_points,
     shrinkage,
 )
-from ..text.prompts import prompts_digest, select_prompts
+from ..text.prompt_shapes import PromptsLike
+from ..text.prompts import check_prompts, prompts_digest, select_prompts
 from ..version import __version__
 from .conditioning import PromptReadingMixin
 from .configuration import PromptedAdapters
 
 
 # Task name -> its prompts, or their answers.
-Pools = Mapping[str, Sequence[str]]
+Pools = Mapping[str, PromptsLike]
 THRESHOLD = 0.95
+# How many of the fitted tasks that an adapter's prompts are near to its provenance names.
+_TASKS_NAMED = 5
 
 
 class AdapterWritingMixin(PromptReadingMixin):
@@ -49,10 +52,10 @@ class AdapterWritingMixin(PromptReadingMixin):
     @overload
     def generate_adapter(
         self,
-        prompts: Sequence[str],
+        prompts: PromptsLike,
         *,
         seed: int = 0,
-        answers: Sequence[str] | None = None,
+        answers: PromptsLike | None = None,
         out_of_distribution: str = "ignore",
         threshold: float = THRESHOLD,
     ) -> GeneratedAdapter: ...
@@ -70,7 +73,7 @@ class AdapterWritingMixin(PromptReadingMixin):
 
     def generate_adapter(
         self,
-        prompts: Sequence[str] | Pools,
+        prompts: PromptsLike | Pools,
         *,
         seed: int = 0,
         answers: Any = None,
@@ -158,7 +161,10 @@ class AdapterWritingMixin(PromptReadingMixin):
         """
         pools = prompts if isinstance(prompts, Mapping) else {task: prompts.prompts(task) for task in prompts.tasks}
         with _evaluating(self):
-            points = {task: self._points(task, lines, len(pools), embeddings) for task, lines in pools.items()}
+            points = {
+                task: self._points(task, check_prompts(lines, f"the prompts of task {task!r}"), len(pools), embeddings)
+                for task, lines in pools.items()
+            }
         self.prompt_reference = PromptReference.fit(points)
         if self.prompt_reference is None:
             raise NotFittedError(
@@ -198,7 +204,9 @@ class AdapterWritingMixin(PromptReadingMixin):
     ) -> GeneratedAdapter:
         with _evaluating(self):
             states, mask = self.encode_prompts(prompts, seed=seed)
-            score = None if self.prompt_reference is None else self.prompt_reference.score(read_points(states, mask))
+            known = self.prompt_reference
+            points = None if known is None else read_points(states, mask)
+            score = None if known is None or points is None else known.score(points)
             factor = 1.0 if score is None else _act(score, *action, what=what)
             device = cast(torch.device, self.device)
             tokens = self(states[None].to(device), mask[None].to(device))[0] * factor
@@ -209,8 +217,9 @@ class AdapterWritingMixin(PromptReadingMixin):
                 "float32 or bfloat16."
             )
         provenance = self._provenance(prompts, seed)
-        if score is not None:
+        if known is not None and points is not None:
             provenance["out_of_distribution"] = score
+            provenance["nearest_tasks"] = list(known.nearest_tasks(points).items())[:_TASKS_NAMED]
         if factor < 1:
             provenance["shrunk_by"] = factor
         return GeneratedAdapter(self.config.adapter_layout, self.weight_tokenizer.decode(grid), provenance)

@@ -89,8 +89,7 @@ def generator_card(
         "base model": (f"`{named_base}`" + (f" at `{revision}`" if revision else ""))
         if named_base
         else "not recorded",
-        "adapter": f"LoRA, {len(layout.modules)} modules, rank up to {layout.max_rank}, "
-        f"{layout.num_parameters:,} parameters",
+        "adapter": f"{layout.in_words()}, {layout.num_parameters:,} parameters",
         "decoder": f"{config.decoder_type}, {num_parameters:,} parameters",
         "text encoder": _encoder_name(config),
         "reads": f"{config.num_prompts} {_texts_read(config)} of up to {config.max_prompt_length} tokens at once "

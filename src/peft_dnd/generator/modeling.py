@@ -18,8 +18,8 @@ from typing_extensions import Unpack
 
 from ..adapters.positions import token_positions
 from ..adapters.tokenizer import WeightNormalization, WeightTokenizer
-from ..decoders import Decoder, build_decoder
-from ..errors import CorruptFileError, GeneratorNotFoundError
+from ..decoders import Decoder, PartialDecoder, build_decoder
+from ..errors import CorruptFileError, GeneratorConfigError, GeneratorNotFoundError
 from ..storage.cards import CARD_NAME, may_write_card
 from ..storage.files import PathLike, staged_directory, write_json
 from ..storage.hub import (
@@ -39,8 +39,8 @@ from ..storage.stored_weights import floating_dtype
 from ..storage.uploading import UploadOptions, upload
 from ..text.encoder import TextEncoder, check_text_encoder
 from ..text.out_of_distribution import REFERENCE_NAME, PromptReference
-from .conditioning import TEXT_ENCODER_FOLDER
-from .configuration import PromptConditionedLoraGeneratorConfig
+from .checksums import checked_meanwhile, write_checksums
+from .configuration import TEXT_ENCODER_FOLDER, PromptConditionedLoraGeneratorConfig
 from .generation import AdapterWritingMixin
 from .model_card import generator_card
 from .summary import SUMMARY_NAME, generator_summary
@@ -83,6 +83,11 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         decoder = build_decoder(
             config.decoder_type, config.condition_shape, token_shape, config.decoder_config, positions
         )
+        if isinstance(decoder, PartialDecoder) and not config.adapter_layout.modules:
+            raise GeneratorConfigError(
+                f"The decoder {config.decoder_type!r} writes one of LoRA's two matrices, and a "
+                f"{config.adapter_layout.method} adapter has others. Use decoder_type='set_transformer'."
+            )
         self.decoder = decoder
         self.normalization = WeightNormalization(token_shape)
         # A rule may change between versions, a fitted generator may not: what was derived is written down.
@@ -172,7 +177,8 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         Raises:
             GeneratorNotFoundError: If there is no generator there.
             FormatVersionError: If it was saved by a newer version of the library.
-            CorruptFileError: If a file is cut short, or weights are missing.
+            CorruptFileError: If a file is cut short, weights are missing, or they are not what was saved.
+            WeightValueError: If a scale of the normalisation is not positive.
             GeneratorConfigError: If there is no floating-point type of the name `dtype`.
             TextEncoderError: If `text_encoder` is none.
         """
@@ -187,7 +193,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         kwargs.pop("ignore_mismatched_sizes", None)
         config = kwargs.pop("config", None) or PromptConditionedLoraGeneratorConfig.from_pretrained(folder)
         try:
-            with short_bars_hidden():
+            with checked_meanwhile(name, folder), short_bars_hidden():
                 loaded: Any = super().from_pretrained(
                     folder,
                     *model_args,
@@ -198,6 +204,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
                     ignore_mismatched_sizes=True,  # check_loading_info refuses them by name
                     **kwargs,
                 )
+                check_loading_info(name, loaded[1])
         except OSError as error:
             raise GeneratorNotFoundError(
                 f"The generator {name!r} has a configuration but no weights in safetensors format ({error}). Save it "
@@ -209,7 +216,6 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
                 "downloading: save it again, or fetch it again with force_download=True."
             ) from error
         model, info = loaded
-        check_loading_info(name, info)
         model._loaded_from(name, folder, commit, hub.get("token"), text_encoder)
         return (model, info) if wants_info else model
 
@@ -219,6 +225,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         """Note where the weights came from, and take up what lies beside them."""
         self.name_or_path = self.config.name_or_path = name
         self._folder, self._commit, self._token, self._text_encoder = folder, commit, token, text_encoder
+        self.normalization.check(f"the generator {name!r}")
         self.load_prompt_reference(folder)
         if not self.config.freeze_text_encoder:
             self.load_text_encoder()
@@ -272,14 +279,17 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
                         self.prompt_reference.save(staged / REFERENCE_NAME)
                     if encoder is not None:
                         encoder.save_pretrained(staged / TEXT_ENCODER_FOLDER)
+                    write_checksums(staged)
                     write_json(staged / SUMMARY_NAME, self._summary(staged, weights))
                     if may_write_card(Path(save_directory)):
                         (staged / CARD_NAME).write_text(self.model_card(), encoding="utf-8")
-                written = {path.name for path in staged.glob("model*.safetensors*")}
-            # transformers reads a single file before shards: what an earlier save left must not win over this one.
-            for path in Path(save_directory).glob("model*.safetensors*"):
-                if path.name not in written:
-                    path.unlink()
+                written = {path.name for path in staged.iterdir()}
+            # transformers reads a single file before shards: what an earlier save left must not win over this one. Nor
+            # is what another generator knew of its tasks' prompts this one's.
+            for pattern in ("model*.safetensors*", REFERENCE_NAME):
+                for path in Path(save_directory).glob(pattern):
+                    if path.name not in written:
+                        path.unlink()
         if push_to_hub and is_main_process:
             if "max_shard_size" in kwargs:
                 commit["max_shard_size"] = kwargs["max_shard_size"]

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from typing_extensions import Unpack
 
 from ..errors import GeneratorConfigError, GeneratorNotFoundError, WeightValueError
+from ..storage.checksums import RunningChecksum
 from ..storage.files import PathLike
 from ..storage.hub import (
     HubOptions,
@@ -24,6 +25,7 @@ from ..storage.hub import (
 )
 from ..storage.stored_weights import StoredTensor, floating_dtype, stored_tensors
 from ..text.encoder import TextEncoder, check_text_encoder
+from .checksums import check_all_but_tensors, refuse
 from .configuration import PromptConditionedLoraGeneratorConfig
 from .modeling import PromptConditionedLoraGenerator
 
@@ -41,18 +43,29 @@ class StreamedWeight:
         dtype: The type that slices are given in.
         device: Where slices are put.
         on_read: Called with the number of bytes of each slice that has not been read since `restart`.
+        checksum: What its checksum must be, if that is known; checked when it has been read once from its first row to
+            its last.
+
+    Raises:
+        CorruptFileError: By the slice that ends it, if the checksum is another.
     """
 
     requires_grad = False
 
     def __init__(
-        self, stored: StoredTensor, dtype: torch.dtype, device: torch.device, on_read: Callable[[int], Any]
+        self,
+        stored: StoredTensor,
+        dtype: torch.dtype,
+        device: torch.device,
+        on_read: Callable[[int], Any],
+        checksum: RunningChecksum | None = None,
     ) -> None:
         self.shape = stored.shape
         self.dtype = dtype
         self.device = device
         self.num_bytes = stored.num_bytes
         self._stored, self._on_read, self._rows_read = stored, on_read, 0
+        self._checksum = checksum
 
     def restart(self) -> None:
         """Count what is read from the beginning again."""
@@ -65,7 +78,10 @@ class StreamedWeight:
         if isinstance(rows, int):
             return self[rows : rows + 1][0]
         start, stop, _ = rows.indices(len(self))
-        found = self._stored.read((start, stop)).to(self.device, self.dtype)
+        read = self._stored.read((start, stop))
+        if self._checksum is not None:
+            self._checksum.take(start, read)
+        found = read.to(self.device, self.dtype)
         if stop > self._rows_read:
             self._on_read((stop - max(start, self._rows_read)) * self._stored.row_bytes)
             self._rows_read = stop
@@ -118,7 +134,9 @@ class StreamedLoraGenerator(PromptConditionedLoraGenerator):
         Raises:
             GeneratorNotFoundError: If there is no generator there.
             FormatVersionError: If it was saved by a newer version of the library.
-            CorruptFileError: If a file is cut short, or weights are missing.
+            CorruptFileError: If a file is cut short, weights are missing, or those that are read now are not what was
+                saved; of the others that is seen when they are first read.
+            WeightValueError: If a scale of the normalisation is not positive.
             GeneratorConfigError: If there is no such floating-point type, or no such device.
             TextEncoderError: If `text_encoder` is none.
         """
@@ -138,8 +156,16 @@ class StreamedLoraGenerator(PromptConditionedLoraGenerator):
         with torch.device("meta"):
             model = cls(config)
         check_loading_info(name, _differences(model, stored))
+        checksums = check_all_but_tensors(name, folder)
         model._execution_device = torch.device(device)
-        model._stream_from(stored, dtype or _saved_dtype(config, stored))
+
+        def differs(what: str) -> None:
+            refuse(name, folder, [what])
+
+        def checksum_of(key: str) -> RunningChecksum | None:
+            return RunningChecksum(key, stored[key], checksums.get(key, ""), differs) if checksums else None
+
+        model._stream_from(stored, dtype or _saved_dtype(config, stored), checksum_of)
         model._loaded_from(name, folder, commit, hub.get("token"), text_encoder)
         return model.eval()
 
@@ -165,7 +191,12 @@ class StreamedLoraGenerator(PromptConditionedLoraGenerator):
             f"{str(self._folder)!r}, or load it with PromptConditionedLoraGenerator.from_pretrained."
         )
 
-    def _stream_from(self, stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> None:
+    def _stream_from(
+        self,
+        stored: Mapping[str, StoredTensor],
+        dtype: torch.dtype,
+        checksum_of: Callable[[str], RunningChecksum | None],
+    ) -> None:
         """Set up every module: small parameters and buffers are read now, the rest is left to be read."""
         self._streamed: list[StreamedWeight] = []
         self._bar: Any = None
@@ -181,16 +212,16 @@ class StreamedLoraGenerator(PromptConditionedLoraGenerator):
             for name in names:
                 key = f"{prefix}.{name}"
                 if key in stored:
-                    self._place(module, name, stored[key])
+                    self._place(module, name, stored[key], checksum_of(key))
 
-    def _place(self, module: nn.Module, name: str, stored: StoredTensor) -> None:
+    def _place(self, module: nn.Module, name: str, stored: StoredTensor, checksum: RunningChecksum | None) -> None:
         dtype, device = getattr(module, name).dtype, self._execution_device
         if name in module._buffers:
-            module._buffers[name] = stored.read().to(device, dtype)
+            module._buffers[name] = _read(stored, checksum).to(device, dtype)
         elif stored.num_bytes <= _HELD_BYTES or isinstance(module, nn.Embedding):  # others may look into a table
-            module._parameters[name] = nn.Parameter(stored.read().to(device, dtype), requires_grad=False)
+            module._parameters[name] = nn.Parameter(_read(stored, checksum).to(device, dtype), requires_grad=False)
         else:
-            weight = StreamedWeight(stored, dtype, device, self._count)
+            weight = StreamedWeight(stored, dtype, device, self._count, checksum)
             self._streamed.append(weight)
             if name in getattr(module, "reads_in_slices", ()):
                 module.__dict__[name] = weight
@@ -213,6 +244,13 @@ class StreamedLoraGenerator(PromptConditionedLoraGenerator):
                 yield
             finally:
                 self._bar = None
+
+
+def _read(stored: StoredTensor, checksum: RunningChecksum | None) -> torch.Tensor:
+    found = stored.read()
+    if checksum is not None:
+        checksum.take(0, found if stored.shape else found[None])
+    return found
 
 
 def _check_device(device: torch.device | str) -> None:

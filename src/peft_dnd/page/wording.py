@@ -22,7 +22,7 @@ def title_of(by: PageGenerator) -> str:
     known = "" if by.map is None else f", fitted on {len(by.map.tasks)} tasks"
     missing = "" if by.base is not None else " **Its base is not here: adapters can be made and taken, not tried.**"
     return (
-        f"Writes adapters for `{short_name(base)}`: {len(layout.modules)} modules, rank up to {layout.max_rank}, "
+        f"Writes adapters for `{short_name(base)}`: {layout.in_words()}, "
         f"{layout.num_parameters:,} parameters{known}.{missing}"
     )
 

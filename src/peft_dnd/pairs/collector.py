@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..adapters.layout import AdapterLayout
+from ..adapters.layouts import layout_from_model
 from ..errors import GeneratorConfigError, PairsFolderError
 from ..storage.files import PathLike
 from ..text.prompts import check_prompts
@@ -109,7 +109,7 @@ class CheckpointCollector(TrainerCallback):
     ) -> None:
         """Check all that can be checked, start the adapter from the common initialisation, lay out the folder."""
         model, optimizer = _adapted_part(kwargs["model"]), kwargs.get("optimizer")
-        layout = AdapterLayout.from_model(model, self.adapter_name)
+        layout = layout_from_model(model, self.adapter_name)
         writer = None
         if state.is_world_process_zero:
             writer = PairWriter(
@@ -201,7 +201,7 @@ def _adapted_part(model: nn.Module) -> nn.Module:
 
 def _check_untrained(model: nn.Module, adapter_name: str) -> None:
     matrices = whole_matrices(model, adapter_name)
-    for module in AdapterLayout.from_model(model, adapter_name).modules:
+    for module in layout_from_model(model, adapter_name).modules:  # of other methods it cannot be told
         if all(bool(matrices[tensor.key].any()) for tensor in module.tensors):
             raise PairsFolderError(
                 f"Adapter {adapter_name!r} is not fresh: neither A nor B of {module.name!r} is zero. The common "

@@ -298,6 +298,11 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         """Set the epoch, on which the items' seeds depend."""
         self._epoch.fill_(epoch)
 
+    @property
+    def item_tasks(self) -> tuple[str, ...]:
+        """The task of each item."""
+        return tuple(task.name for task, _ in self._items)
+
     def __len__(self) -> int:
         return len(self._items)
 

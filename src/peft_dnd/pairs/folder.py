@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from ..adapters.layout import AdapterLayout, natural_key
-from ..adapters.lora import ADAPTER_CONFIG_NAME, read_lora_config
+from ..adapters.layouts import layout_from_shapes
 from ..errors import CorruptFileError, FormatVersionError, LayoutError, PairsFolderError
 from ..storage.files import PathLike, read_json, read_safetensors_shapes, write_json, write_safetensors
 from ..text.prompts import check_prompts
@@ -317,14 +317,13 @@ def _folders_in(pairs: PathLike) -> list[Path]:
 
 
 def _shared_layout(folder: Path, checkpoints: Sequence[Path]) -> AdapterLayout:
-    config = read_lora_config(folder / ADAPTER_CONFIG_NAME)
     shapes = read_safetensors_shapes(checkpoints[0])
-    layout = AdapterLayout.from_shapes(shapes, config, source=str(checkpoints[0]))
+    layout = layout_from_shapes(shapes, folder, str(checkpoints[0]))
     for path in checkpoints[1:]:
         other_shapes = read_safetensors_shapes(path)
         if other_shapes != shapes:
             try:
-                other = AdapterLayout.from_shapes(other_shapes, config, source=str(path))
+                other = layout_from_shapes(other_shapes, folder, str(path))
             except LayoutError as error:
                 raise LayoutError(f"{str(path)!r}: {error} Collect the task again.") from error
             raise LayoutError(

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ..adapters.layout import AdapterLayout
-from ..adapters.lora import ADAPTER_WEIGHTS_NAME, live_state_dict
+from ..adapters.layouts import layout_from_folder, layout_from_model, live_tensors
+from ..adapters.lora import ADAPTER_WEIGHTS_NAME
 from ..errors import LayoutError
 from ..storage.files import PathLike, errors_of_writing_below, read_safetensors, staged_directory
 from ..storage.processes import is_share
@@ -44,7 +45,7 @@ def use_common_initialization(model: nn.Module, pairs: PathLike, adapter_name: s
         FileNotFoundError: If its folder lacks one of its files.
         CorruptFileError: If one of them is unreadable.
     """
-    layout = AdapterLayout.from_model(model, adapter_name)
+    layout = layout_from_model(model, adapter_name)
     matrices = whole_matrices(model, adapter_name)
     folder = Path(pairs) / INITIALIZATION_FOLDER
     if not folder.exists():
@@ -61,7 +62,7 @@ def has_common_initialization(model: nn.Module, pairs: PathLike, adapter_name: s
     folder = Path(pairs) / INITIALIZATION_FOLDER
     if not folder.exists():
         return False
-    initial = _read_initialization(folder, AdapterLayout.from_model(model, adapter_name))
+    initial = _read_initialization(folder, layout_from_model(model, adapter_name))
     return all(
         torch.equal(matrix.detach().cpu(), initial[key].to(matrix.dtype))
         for key, matrix in whole_matrices(model, adapter_name).items()
@@ -74,7 +75,7 @@ def whole_matrices(model: nn.Module, adapter_name: str) -> dict[str, torch.Tenso
     Raises:
         LayoutError: If this process has only a share of one of them.
     """
-    matrices = live_state_dict(model, adapter_name)
+    matrices = dict(live_tensors(model, adapter_name))
     for key, matrix in matrices.items():
         if is_share(matrix):
             raise LayoutError(
@@ -91,7 +92,7 @@ def _create_initialization(folder: Path, layout: AdapterLayout, matrices: Mappin
         with errors_of_writing_below(mine, folder):
             with staged_directory(mine) as staged:
                 write_matrices(staged / ADAPTER_WEIGHTS_NAME, matrices)
-                layout.lora_config().save_pretrained(str(staged))
+                layout.peft_config().save_pretrained(str(staged))
             # Renaming a folder over one that holds files fails: that is how only the first process gets through.
             os.rename(mine, folder)
         logger.info("Created the common initialisation in %s.", folder)
@@ -103,7 +104,7 @@ def _create_initialization(folder: Path, layout: AdapterLayout, matrices: Mappin
 
 
 def _read_initialization(folder: Path, layout: AdapterLayout) -> dict[str, torch.Tensor]:
-    difference = AdapterLayout.from_folder(folder).difference(layout)
+    difference = layout_from_folder(folder).difference(layout)
     if difference is not None:
         raise LayoutError(
             f"The adapter does not have the layout of the common initialisation in {str(folder)!r}: {difference} (the "

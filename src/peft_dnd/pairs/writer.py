@@ -122,7 +122,7 @@ class PairWriter:
         elif self._last_kept_step == 0:
             (self.folder / EXAMPLES_NAME).unlink(missing_ok=True)
         with staged_directory(self.folder) as staged:
-            self.layout.lora_config().save_pretrained(str(staged))
+            self.layout.peft_config().save_pretrained(str(staged))
 
     def add(self, adapter: nn.Module | Mapping[str, torch.Tensor], step: int) -> None:
         """Keep the adapter as it is after a training step, in float32.

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from transformers.utils import CONFIG_NAME
 
 from ..adapters.layout import AdapterLayout
+from ..adapters.method_layout import MethodLayout
 from ..errors import GeneratorConfigError
 from ..generator.configuration import PromptConditionedLoraGeneratorConfig
 from ..generator.generation import THRESHOLD
@@ -59,6 +60,7 @@ _FREE_FIELDS = (
     "modules_to_save",
     "runtime_config",
 )
+_FREE_OF_METHODS = ("task_type", "base_model_name_or_path", "revision", "inference_mode")
 _PEFT_OWN_FIELDS = ("peft_type", "auto_mapping", "peft_version")
 # What cannot be among generator_kwargs.
 _REFUSED_OPTIONS = ("revision", "config", "text_encoder", "output_loading_info")
@@ -120,7 +122,8 @@ class DnDConfig(LoraConfig):
 
         model = get_peft_model(base, DnDConfig(generator="org/generator", prompts=prompts))
 
-    What the model then holds, saves and shows is a plain `LoraConfig`; this one stays as it is and may be used again.
+    What the model then holds, saves and shows is a plain `LoraConfig`, or where the generator writes adapters of
+    another method that method's configuration; this one stays as it is and may be used again.
     Rank, targets and the rest of the adapter's form are the generator's: its `config.json` is read at once, its
     weights when the adapter is made. `lora_dropout`, `modules_to_save`, `task_type`, `inference_mode` and `revision`
     (of the base model) mean what they mean in PEFT; where no `task_type` is given it is that of the adapters which the
@@ -192,6 +195,9 @@ class DnDConfig(LoraConfig):
         # The texts themselves are formed when they are read; here what they lack is said, before a model is touched.
         condition_texts(self.prompts, self.answers, config.condition_text, answer_ratio=config.answer_ratio)
         self._layout = config.adapter_layout
+        if isinstance(self._layout, MethodLayout):
+            self._become(self._layout)
+            return
         self._adopt(self._layout.lora_config())
         if self.task_type is None:
             self.task_type = self._layout.task_type
@@ -233,26 +239,50 @@ class DnDConfig(LoraConfig):
         Raises:
             GeneratorConfigError: If a field has been changed since to something that contradicts the generator.
         """
+        if isinstance(self._layout, MethodLayout):
+            return {name: copy.deepcopy(getattr(self, name)) for name in _FREE_OF_METHODS}
         self._refuse_what_no_generator_writes()
         self._adopt(self._layout.lora_config())
         settings = {name: copy.deepcopy(getattr(self, name)) for name in _FREE_FIELDS}
         return {**settings, "lora_alpha": self.lora_alpha}
 
-    def to_lora_config(self) -> LoraConfig:
+    def to_plain_config(self) -> PeftConfig:
         """The plain configuration of the adapter: what a model shows and saves once the adapter is in it."""
-        config = self._layout.lora_config()
+        config = self._layout.peft_config()
         for name, value in self.settings().items():
             setattr(config, name, value)
         return config
 
     def to_dict(self) -> dict[str, Any]:
         """The plain configuration as a dictionary; nothing of the generator or the prompts is in it."""
-        return self.to_lora_config().to_dict()
+        return self.to_plain_config().to_dict()
 
-    def follow_with(self, stored: LoraConfig) -> None:
+    def follow_with(self, stored: PeftConfig) -> None:
         """From now on, what is done to `modules_to_save` here is done to a plain configuration that a model stores."""
+        if not hasattr(stored, "modules_to_save"):
+            return
         self.__dict__["modules_to_save"] = stored.modules_to_save  # the very list: PEFT also extends it in place
         self.__dict__["_stored"] = weakref.ref(stored)
+
+    def _become(self, layout: MethodLayout) -> None:
+        """Take the form of another method's configuration, so that PEFT does with it what it does with that."""
+        config = layout.peft_config()
+        if config.is_prompt_learning:
+            raise GeneratorConfigError(
+                f"The generator writes {layout.method} adapters, which PEFT does not inject into a model. Use "
+                "generator.generate_adapter(prompts).load_into(model)."
+            )
+        given = [name for name in _WRITTEN_FIELDS if getattr(self, name) not in (None, {})]
+        if given:
+            raise GeneratorConfigError(
+                f"DnDConfig got {given[0]}={getattr(self, given[0])!r}; the generator writes {layout.method} "
+                f"adapters, whose form it decides. Leave {given[0]} out."
+            )
+        kept = {name: getattr(self, name) for name in _FREE_OF_METHODS}
+        vars(self).update(vars(config))
+        for name, value in kept.items():
+            if value is not None:
+                setattr(self, name, value)
 
     def _refuse_what_no_generator_writes(self) -> None:
         if self.init_lora_weights not in (True, SENTINEL):

@@ -23,6 +23,8 @@ from ..adapters.generated_adapter import GeneratedAdapter
 from ..adapters.loading import fill_adapter, real_parameters
 from ..adapters.lora import KEY_PREFIX
 from ..adapters.matching import check_fits, lora_config_for, match_modules, warn_if_other_base
+from ..adapters.method_layout import MethodLayout, trained_tensors
+from ..adapters.method_loading import check_method_fits, fill_method_adapter
 from ..errors import GeneratorConfigError
 from ..generator.modeling import PromptConditionedLoraGenerator
 from .config import DnDConfig, LiveGenerator
@@ -73,6 +75,9 @@ def _inject_generated(
     inject: Callable[[], None], config: DnDConfig, tuner: BaseTuner, model: nn.Module, adapter_name: str
 ) -> None:
     base = tuner.model  # `model` may be a PeftMixedModel around it
+    if isinstance(config.layout, MethodLayout):
+        _inject_method(inject, config, config.layout, tuner, adapter_name)
+        return
     try:
         names = match_modules(base, config.layout)
         check_fits(base, config.layout, names)
@@ -90,6 +95,22 @@ def _inject_generated(
         config.follow_with(stored)
         inject()
         fill_adapter(base, adapter_name, config.layout, adapter.state_dict(), names)
+    except BaseException:
+        _withdraw(tuner, adapter_name)
+        raise
+
+
+def _inject_method(
+    inject: Callable[[], None], config: DnDConfig, layout: MethodLayout, tuner: BaseTuner, adapter_name: str
+) -> None:
+    """The same for an adapter of another method than plain LoRA."""
+    try:
+        check_method_fits(tuner.model, layout)
+        adapter = _generate(config)
+        tuner.peft_config[adapter_name] = stored = config.to_plain_config()
+        config.follow_with(stored)
+        inject()
+        fill_method_adapter(trained_tensors(tuner, adapter_name), adapter.state_dict())
     except BaseException:
         _withdraw(tuner, adapter_name)
         raise

@@ -18,12 +18,15 @@ PLACE = "path-or-hub-id"
 
 # What only its author can say of a generator; the rest of a card's metadata is known.
 _AUTHORS_METADATA = ("license", "license_name", "license_link", "datasets", "language", "tags")
-_AUTO_CLASSES = {
+# PEFT's task type -> the class of transformers that loads such a base.
+AUTO_CLASSES = {
+    None: "AutoModelForCausalLM",
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
 }
 
 
@@ -63,6 +66,6 @@ def loading_the_base(base: str, revision: str | None, task_type: str | None) -> 
     >>> loading_the_base("org/base", None, "CAUSAL_LM")[1]
     'base_model = AutoModelForCausalLM.from_pretrained("org/base")'
     """
-    kind = _AUTO_CLASSES.get(str(task_type), "AutoModel")
+    kind = AUTO_CLASSES.get(task_type, "AutoModel")
     at = f', revision="{revision}"' if revision else ""
     return f"from transformers import {kind}", f'base_model = {kind}.from_pretrained("{base}"{at})'

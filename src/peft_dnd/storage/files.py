@@ -145,11 +145,16 @@ def read_json(path: PathLike) -> Any:
         ) from error
 
 
-def write_safetensors(path: PathLike, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors to a safetensors file that stock PEFT and transformers read, whole or not at all."""
+def write_safetensors(
+    path: PathLike, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors, and texts in the file's header, to a safetensors file that stock PEFT and transformers read.
+
+    The file appears whole or not at all.
+    """
     contiguous = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     with staged_file(path) as staged:
-        save_file(contiguous, staged, metadata={"format": "pt"})
+        save_file(contiguous, staged, metadata={**(metadata or {}), "format": "pt"})
 
 
 def read_safetensors(path: PathLike) -> dict[str, torch.Tensor]:
@@ -161,6 +166,17 @@ def read_safetensors(path: PathLike) -> dict[str, torch.Tensor]:
     """
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+
+
+def read_safetensors_metadata(path: PathLike) -> dict[str, str]:
+    """Read the texts in a safetensors file's header.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CorruptFileError: If the file is truncated or no safetensors file.
+    """
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
 
 
 def read_safetensors_shapes(path: PathLike) -> dict[str, tuple[int, ...]]:

@@ -28,6 +28,7 @@ from ..errors import (
     TextEncoderError,
     did_you_mean,
 )
+from .checksums import CHECKSUMS_NAME
 from .files import PathLike
 from .hub_errors import FETCHING_ERRORS, why_not_fetched
 
@@ -36,7 +37,13 @@ _P = ParamSpec("_P")
 _Result = TypeVar("_Result")
 
 # All that is read of a generator; what else lies in its repository is not downloaded.
-GENERATOR_FILES = (CONFIG_NAME, "model*.safetensors*", "prompt_reference.safetensors", "text_encoder/*")
+GENERATOR_FILES = (
+    CONFIG_NAME,
+    "model*.safetensors*",
+    CHECKSUMS_NAME,
+    "prompt_reference.safetensors",
+    "text_encoder/*",
+)
 
 
 class _Kind(NamedTuple):

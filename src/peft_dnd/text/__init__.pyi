@@ -7,6 +7,7 @@ from .hidden_states_encoder import HiddenStatesTextEncoder as HiddenStatesTextEn
 from .out_of_distribution import OutOfDistributionWarning as OutOfDistributionWarning
 from .out_of_distribution import PromptReference as PromptReference
 from .prompts import ConditionText as ConditionText
+from .prompts import prompt_texts as prompt_texts
 from .prompts_and_answers import condition_texts as condition_texts
 from .representative import select_representative as select_representative
 from .sentence_transformer_encoder import SentenceTransformerTextEncoder as SentenceTransformerTextEncoder

@@ -8,7 +8,9 @@ leaving out each fitted task in turn and measuring it against all others, as if 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import sqrt
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CorruptFileError, GeneratorConfigError
-from ..storage.files import PathLike, read_safetensors, write_safetensors
+from ..storage.files import PathLike, read_safetensors, read_safetensors_metadata, write_safetensors
 from .token_states import TokenStates
 
 
@@ -26,6 +28,7 @@ FEWEST_TASKS = 3
 _MOST_PER_TASK = 128
 _MOST_ALTOGETHER = 8192
 _ROWS_AT_ONCE = 1024
+_TASKS = "tasks"
 
 
 class OutOfDistributionWarning(UserWarning):
@@ -55,11 +58,13 @@ class PromptReference:
         points: Where the fitted tasks' prompts lie, float16 (n, C), at most 128 of each task and 8192 altogether.
         distances: How far each is from the nearest prompt of another task, float32 (n,).
         counts: How many there are of each task, int64 (T,).
+        tasks: The tasks' names; empty where an earlier version of the library has kept none.
     """
 
     points: Tensor
     distances: Tensor
     counts: Tensor
+    tasks: tuple[str, ...] = ()
 
     @classmethod
     def fit(cls, points: Mapping[str, Tensor]) -> PromptReference | None:
@@ -81,7 +86,7 @@ class PromptReference:
             _nearest(rows, joined, own[:, None] == task)
             for rows, own in zip(joined.split(_ROWS_AT_ONCE), task.split(_ROWS_AT_ONCE), strict=True)
         ]
-        return cls(joined.half(), torch.cat(distances), counts)
+        return cls(joined.half(), torch.cat(distances), counts, tuple(points))
 
     def strangeness(self, points: Tensor) -> float:
         """The mean distance of prompts to the nearest prompt of a fitted task, from 0 to 2.
@@ -89,14 +94,34 @@ class PromptReference:
         Args:
             points: Where the prompts lie, (n, C), of length 1.
         """
+        rows, known = self._checked(points), self.points.float()
+        return float(torch.cat([_nearest(part, known) for part in rows.split(_ROWS_AT_ONCE)]).mean())
+
+    def nearest_tasks(self, points: Tensor) -> dict[str, float]:
+        """The fitted tasks that prompts lie nearest to.
+
+        Args:
+            points: Where the prompts lie, (n, C), of length 1.
+
+        Returns:
+            Name of a task, `"task 7"` where no name is known -> the share of the prompts whose nearest known prompt is
+            one of its; the largest share first, together 1.
+        """
+        rows, known = self._checked(points), self.points.float()
+        nearest = torch.cat([(part @ known.T).argmax(1) for part in rows.split(_ROWS_AT_ONCE)])
+        task = torch.repeat_interleave(torch.arange(len(self.counts)), self.counts)[nearest]
+        found = torch.bincount(task, minlength=len(self.counts))
+        order = found.argsort(descending=True, stable=True)[: int((found > 0).sum())].tolist()
+        return {self.tasks[i] if self.tasks else f"task {i}": int(found[i]) / len(rows) for i in order}
+
+    def _checked(self, points: Tensor) -> Tensor:
         rows = points.detach().float().cpu()
         if rows.shape[1] != self.points.shape[1]:
             raise GeneratorConfigError(
                 f"The prompts' states have width {rows.shape[1]}, those of the fitted tasks {self.points.shape[1]}. "
                 "Use the text encoder that the generator was fitted with."
             )
-        known = self.points.float()
-        return float(torch.cat([_nearest(part, known) for part in rows.split(_ROWS_AT_ONCE)]).mean())
+        return rows
 
     def score(self, points: Tensor) -> float:
         """How strange prompts are, as a probability: with which a new task of the fitted tasks' kind would be less so.
@@ -126,7 +151,8 @@ class PromptReference:
 
     def save(self, path: PathLike) -> None:
         """Write it to a safetensors file."""
-        write_safetensors(path, {"points": self.points, "distances": self.distances, "counts": self.counts})
+        tensors = {"points": self.points, "distances": self.distances, "counts": self.counts}
+        write_safetensors(path, tensors, {_TASKS: json.dumps(self.tasks)})
 
     @classmethod
     def load(cls, path: PathLike) -> PromptReference:
@@ -136,12 +162,15 @@ class PromptReference:
             CorruptFileError: If the file is unreadable or something else.
         """
         found = read_safetensors(path)
-        if set(found) != {"points", "distances", "counts"} or int(found["counts"].sum()) != len(found["points"]):
-            raise CorruptFileError(
-                f"{str(path)!r} does not hold the prompts of fitted tasks. Remove it, and fit them again with "
-                "generator.fit_out_of_distribution(pairs)."
-            )
-        return cls(**found)
+        if set(found) == {"points", "distances", "counts"} and int(found["counts"].sum()) == len(found["points"]):
+            with suppress(ValueError):
+                tasks = json.loads(read_safetensors_metadata(path).get(_TASKS, "[]"))
+                if isinstance(tasks, list) and len(tasks) in (0, len(found["counts"])):
+                    return cls(**found, tasks=tuple(map(str, tasks)))
+        raise CorruptFileError(
+            f"{str(path)!r} does not hold the prompts of fitted tasks. Remove it, and fit them again with "
+            "generator.fit_out_of_distribution(pairs)."
+        )
 
 
 def prompts_kept(tasks: int) -> int:

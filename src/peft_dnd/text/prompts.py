@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts: checking them, hashing them, and choosing the N that a decoder reads.
+"""Prompts: bringing them to strings, checking and hashing them, and choosing the N that a decoder reads.
 
 How a pool of prompts becomes a condition:
 
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import numbers
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..errors import GeneratorConfigError, PromptError, PromptTypeError
 from ..storage.digests import texts_digest
+from .prompt_shapes import PromptsLike, column_of, text_of
 
 
 class ConditionText(str):
@@ -31,36 +33,92 @@ class ConditionText(str):
     __slots__ = ()
 
 
-def check_prompts(prompts: Sequence[str], what: str = "prompts") -> tuple[str, ...]:
-    """Check that `prompts` is a non-empty sequence of usable strings, and return it as a tuple.
+def check_prompts(prompts: PromptsLike, what: str = "prompts", *, are_answers: bool = False) -> tuple[str, ...]:
+    """Bring prompts to strings and check them, as [`prompt_texts`] does without its options.
+
+    Args:
+        prompts: As there.
+        what: What the error messages call them.
+        are_answers: Whether they are answers rather than prompts: conversations may end with the assistant then.
+
+    Returns:
+        As there.
+
+    Raises:
+        PromptTypeError: As there.
+        PromptError: As there.
+
+    Example:
+        >>> check_prompts(["which metal is liquid ?", "what floats ?"])
+        ('which metal is liquid ?', 'what floats ?')
+    """
+    return _texts(column_of(prompts, None, what), what, partial(text_of, are_answers=are_answers))
+
+
+def prompt_texts(
+    prompts: PromptsLike, *, column: str | None = None, tokenizer: Any = None, what: str = "prompts"
+) -> tuple[str, ...]:
+    """Bring prompts in any of the shapes in which people have them to strings.
+
+    Everything that takes prompts takes these shapes, by way of this function; call it yourself for a column of another
+    name or for a chat template. A prompt may be
+
+    - a string;
+    - a conversation: a list of messages `{"role": ..., "content": ...}` that ends before the answer. Its text is that
+      of its messages, joined by line breaks;
+    - a row that has one of both under `column`, as those of TRL's prompt-only data sets have.
 
     Prompts are neither stripped, deduplicated, normalised nor limited in number or length.
 
     Args:
-        prompts: A list or tuple of strings, or another one-dimensional ordered collection of them (a column of a data
-            set, an array, a pandas Series).
+        prompts: A list or tuple of prompts; another one-dimensional ordered collection of them (a column of a data
+            set, an array, a pandas Series); or a `datasets.Dataset` or pandas DataFrame with a column of them.
+        column: The column's name; `None` is `"prompt"`.
+        tokenizer: The base's tokenizer, to have each prompt in its chat template, up to where the answer begins; a
+            string becomes the user's message. `None` takes the text alone. A generator should be given what it was
+            fitted with.
         what: What the error messages call them.
 
     Returns:
         The prompts, in order, each a plain `str`, or a [`ConditionText`] if it was one.
 
     Raises:
-        PromptTypeError: If `prompts` is no sequence (a bare string, a mapping, a set, a generator, `None`, ...) or
-            holds something that is not a string.
-        PromptError: If there are none, or one is empty, all white space, or cannot be encoded in UTF-8.
+        PromptTypeError: If `prompts` is no sequence (a bare string, a mapping, a set, a generator, `None`, ...), holds
+            something that is no prompt, or lacks the column.
+        PromptError: If there are none; one is empty, all white space, or cannot be encoded in UTF-8; or a conversation
+            holds images, ends with an answer, or does not suit the chat template.
 
     Example:
-        >>> check_prompts(["which metal is liquid ?", "what floats ?"])
-        ('which metal is liquid ?', 'what floats ?')
+        >>> prompt_texts([[{"role": "user", "content": "what floats ?"}]])
+        ('what floats ?',)
+        >>> prompt_texts([{"question": "which metal is liquid ?"}], column="question")
+        ('which metal is liquid ?',)
     """
+    render = None if tokenizer is None else partial(_in_chat_template, tokenizer, what)
+    return _texts(column_of(prompts, column, what), what, partial(text_of, column=column, render=render))
+
+
+def _texts(prompts: Any, what: str, read: Callable[[Any, str], Any]) -> tuple[str, ...]:
     _check_container(prompts, what)
-    checked = tuple(_check_prompt(prompt, f"{what}[{index}]") for index, prompt in enumerate(prompts))
+    names = (f"{what}[{index}]" for index in range(len(prompts)))
+    checked = tuple(_check_prompt(read(prompt, name), name) for prompt, name in zip(prompts, names, strict=True))
     if not checked:
         raise PromptError(
             f"{what} is empty: expected at least one string. Pass some prompts of the task, without answers; "
             'for instance ["What is the boiling point of water?", ...].'
         )
     return checked
+
+
+def _in_chat_template(tokenizer: Any, what: str, messages: list[dict[str, Any]]) -> str:
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template raises what it likes: for roles that it does not know, for one
+        raise PromptError(
+            f"{what} cannot be brought into the tokenizer's chat template ({error}). Use the tokenizer of a chat "
+            "model and roles that it knows, or leave the tokenizer out: the texts are then read as they are."
+        ) from error
+    return text
 
 
 def _check_container(prompts: Any, what: str) -> None:
@@ -84,10 +142,14 @@ def _check_container(prompts: Any, what: str) -> None:
 
 def _check_prompt(prompt: Any, name: str) -> str:
     if not isinstance(prompt, str):
-        raise PromptTypeError(
-            f"{name} must be a string, not {type(prompt).__name__} ({_shortened(prompt)}). "
-            "Pass the text of each prompt; of a chat message, its 'content'."
-        )
+        mend = "Pass the text of each prompt, or for a chat a list of its messages."
+        if isinstance(prompt, Mapping) and "role" in prompt:
+            mend = "A chat message alone is no prompt: a list of messages is, [{'role': 'user', 'content': '...'}]."
+        elif isinstance(prompt, Mapping):
+            mend = (
+                "Of rows, name the field that holds the prompts: peft_dnd.text.prompt_texts(rows, column='question')."
+            )
+        raise PromptTypeError(f"{name} must be a string, not {type(prompt).__name__} ({_shortened(prompt)}). {mend}")
     if not prompt.strip():
         raise PromptError(
             f"{name} is {'empty' if not prompt else 'only white space'} ({_shortened(prompt)}): it says nothing about "
@@ -110,7 +172,7 @@ def _shortened(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def prompts_digest(prompts: Sequence[str]) -> str:
+def prompts_digest(prompts: PromptsLike) -> str:
     """Hash prompts, for provenance and caching.
 
     The hash is SHA-256 over each prompt's length in bytes (8 bytes, little-endian) followed by its UTF-8. The lengths

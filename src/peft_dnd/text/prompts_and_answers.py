@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import GeneratorConfigError, PromptError
+from .prompt_shapes import PromptsLike
 from .prompts import ConditionText, check_prompts, select_prompts
 
 
@@ -19,8 +20,8 @@ _IN_WORDS = {
 
 
 def condition_texts(
-    prompts: Sequence[str],
-    answers: Sequence[str] | None,
+    prompts: PromptsLike,
+    answers: PromptsLike | None,
     condition_text: str,
     *,
     answer_ratio: float = 0.2,
@@ -105,14 +106,14 @@ def check_condition_text(condition_text: Any, answer_ratio: Any) -> None:
         )
 
 
-def check_answers(prompts: Sequence[str], answers: Sequence[str], what: str = "prompts") -> tuple[str, ...]:
+def check_answers(prompts: Sequence[str], answers: PromptsLike, what: str = "prompts") -> tuple[str, ...]:
     """Check that there is a usable answer for each prompt.
 
     Raises:
         PromptError: If their numbers differ, or an answer is empty.
         PromptTypeError: If they are no sequence of strings.
     """
-    checked = check_prompts(answers, f"the answers to {what}")
+    checked = check_prompts(answers, f"the answers to {what}", are_answers=True)
     if len(checked) != len(prompts):
         raise PromptError(
             f"There are {len(checked)} answers to {len(prompts)} {what}. Pass one answer for each, in the same order."

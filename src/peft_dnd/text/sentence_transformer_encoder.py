@@ -159,8 +159,8 @@ class SentenceTransformerTextEncoder(BlockwiseTextEncoder):
             os.fspath(name_or_path),
             [Path(subfolder, file).as_posix() for file in ("modules.json", "config.json")],
             revision=hub.get("revision"),
-            cache_dir=hub.get("cache_dir")
-            or os.environ.get("SENTENCE_TRANSFORMERS_HOME"),  # as sentence-transformers has it
+            # As sentence-transformers has it.
+            cache_dir=hub.get("cache_dir") or os.environ.get("SENTENCE_TRANSFORMERS_HOME"),
         )
         return encoder
 

@@ -108,7 +108,7 @@ class TokenStates:
         positions = torch.arange(max_length, device=indices.device)
         mask = positions < self.lengths[indices, None]
         rows = (self.offsets[indices, None] + positions)[mask]
-        states = torch.zeros(*mask.shape, self.embedding_size, device=self.flat.device)
+        states = torch.zeros(*mask.shape, self.embedding_size, dtype=torch.float32, device=self.flat.device)
         states[mask] = self.flat[rows].float()
         return states, mask
 

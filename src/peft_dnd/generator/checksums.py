@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a generator's folder is as it was saved, and how its checksums are renewed after an edit on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import CONFIG_NAME
+
+from ..errors import CorruptFileError
+from ..storage.checksums import CHECKSUMS_NAME, Checksums
+from ..storage.files import PathLike, read_json
+from ..storage.hub import generator_name
+from ..text.out_of_distribution import REFERENCE_NAME
+from .configuration import TEXT_ENCODER_FOLDER, PromptConditionedLoraGeneratorConfig
+
+
+# What of the configuration the weights were fitted for. Not names: those of the base and the text encoder differ from
+# machine to machine.
+_FITTED_SETTINGS = (
+    "layout",
+    "text_encoder_layer",
+    "text_encoder_layers",
+    "condition",
+    "num_prompts",
+    "max_prompt_length",
+    "window_tokens",
+    "condition_text",
+    "answer_ratio",
+    "condition_size",
+    "chunk_width",
+    "token_format",
+    "normalization",
+    "decoder_type",
+    "decoder_config",
+)
+# Beside the model's own files, these hold weights.
+_OTHER_FILES = (REFERENCE_NAME, f"{TEXT_ENCODER_FOLDER}/**/*.safetensors")
+_NAMES_IN_LAYOUT = ("base_model_name_or_path", "task_type")
+
+
+def renew_checksums(folder: PathLike) -> Path:
+    """Take the checksums of a generator's folder anew, after its weights or settings were edited on purpose.
+
+    Args:
+        folder: The folder. What is in it now counts as right from then on.
+
+    Returns:
+        The file of checksums.
+
+    Raises:
+        GeneratorNotFoundError: If it holds no generator.
+        MissingFileError: If it has no weights in safetensors format.
+        CorruptFileError: If a file cannot be read.
+    """
+    PromptConditionedLoraGeneratorConfig.get_config_dict(generator_name(folder))  # refuses what is no generator
+    return write_checksums(Path(folder))
+
+
+def write_checksums(folder: Path) -> Path:
+    """Write the checksums of a folder into which a generator was just saved."""
+    files = [path for pattern in _OTHER_FILES for path in folder.glob(pattern)]
+    names = [path.relative_to(folder).as_posix() for path in files]
+    return Checksums.of(folder, names, _fitted_settings(folder)).write(folder)
+
+
+@contextmanager
+def checked_meanwhile(name: str, folder: Path) -> Iterator[None]:
+    """While the block loads a generator, make sure that its folder is as it was saved. One without checksums may be.
+
+    Args:
+        name: What the caller calls the generator.
+        folder: Its folder.
+
+    Raises:
+        CorruptFileError: If it is not; the first difference is named. An error of the block's own comes first.
+    """
+    checksums = Checksums.read(folder)
+    if checksums is None:
+        yield
+        return
+    with checksums.tensors_compared(folder) as differing:
+        yield
+    refuse(name, folder, differing + _small_differences(checksums, folder))
+
+
+def check_all_but_tensors(name: str, folder: Path) -> Mapping[str, str]:
+    """Check what [`checked_meanwhile`] does but for the tensors, whose checksums by name are given back instead.
+
+    Raises:
+        CorruptFileError: As there.
+    """
+    checksums = Checksums.read(folder)
+    if checksums is None:
+        return {}
+    refuse(name, folder, _small_differences(checksums, folder))
+    return checksums.tensors
+
+
+def check_text_encoder_files(folder: Path) -> None:
+    """Check the weights of the text encoder that lies in a generator's folder.
+
+    Args:
+        folder: The generator's folder.
+
+    Raises:
+        CorruptFileError: If they are not as they were saved.
+    """
+    checksums = Checksums.read(folder)
+    if checksums is not None:
+        refuse(str(folder), folder, checksums.file_differences(folder, f"{TEXT_ENCODER_FOLDER}/"))
+
+
+def checksum_differences(folder: Path) -> list[str] | None:
+    """What in a generator's folder is not as it was saved, in words; `None` if it has no checksums."""
+    checksums = Checksums.read(folder)
+    if checksums is None:
+        return None
+    with checksums.tensors_compared(folder) as differing:
+        pass
+    return differing + checksums.file_differences(folder) + checksums.setting_differences(_fitted_settings(folder))
+
+
+def _small_differences(checksums: Checksums, folder: Path) -> list[str]:
+    files = checksums.file_differences(folder, REFERENCE_NAME)
+    return files + checksums.setting_differences(_fitted_settings(folder))
+
+
+def refuse(name: str, folder: Path, problems: list[str]) -> None:
+    """Refuse a generator with problems, the first of which is named.
+
+    Raises:
+        CorruptFileError: If there are any.
+    """
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise CorruptFileError(
+            f"The generator {name!r} is not as it was saved: {problems[0]}{more} differs from its checksum in "
+            f"{CHECKSUMS_NAME}. It was damaged or edited: save the generator again, or fetch it again with "
+            "force_download=True. If it was edited on purpose, renew its checksums: "
+            f"peft_dnd.generator.renew_checksums({str(folder)!r}), or peft-dnd inspect {str(folder)!r} "
+            "--renew-checksums"
+        )
+
+
+def _fitted_settings(folder: Path) -> dict[str, Any]:
+    content = read_json(folder / CONFIG_NAME)
+    settings = {name: content[name] for name in _FITTED_SETTINGS if name in content}
+    if isinstance(settings.get("layout"), dict):
+        settings["layout"] = {key: value for key, value in settings["layout"].items() if key not in _NAMES_IN_LAYOUT}
+    return settings

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checksums of a model's folder, which find the damage that names and shapes cannot show.
+
+A flipped byte, two tensors of one shape exchanged, a scale set to zero: all of it loads. So CRC-32 values of the
+tensors, of the other safetensors files and of the settings that belong to the weights stand beside them, in
+`checksums.json`. They tell damage, not forgery: whoever edits a folder on purpose can write them anew.
+
+CRC-32 because it is in Python's library, runs without Python's lock at several gigabytes a second, can be taken of a
+tensor slice by slice, and misses no damage of up to four bytes in a row, and of other damage one in four billion.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CorruptFileError, FormatVersionError
+from .files import read_json, write_json
+from .stored_weights import StoredTensor, stored_tensors
+
+
+CHECKSUMS_NAME = "checksums.json"
+FORMAT_VERSION = 1
+ALGORITHM = "crc32"
+
+_MOST_THREADS = 4
+_BUFFER_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """What a folder's parts were when it was saved: eight hexadecimal digits for each.
+
+    Attributes:
+        tensors: The model's tensors, whichever file they lie in: of type, shape and bytes.
+        files: Other files with weights, by their path in the folder: of all bytes.
+        settings: What of the configuration belongs to the weights: of each value as JSON.
+    """
+
+    tensors: Mapping[str, str]
+    files: Mapping[str, str]
+    settings: Mapping[str, str]
+
+    @classmethod
+    def of(cls, folder: Path, files: Iterable[str], settings: Mapping[str, Any]) -> Checksums:
+        """Take the checksums of a folder as it is.
+
+        Args:
+            folder: The folder.
+            files: Which other files with weights there are, by their path in the folder.
+            settings: What of its configuration belongs to the weights.
+
+        Raises:
+            FileNotFoundError: If there are no weights in safetensors format, or a shard is missing.
+            CorruptFileError: If a file is cut short or is no safetensors file.
+        """
+        with _Workers() as workers:
+            tensors = {name: workers.start(tensor_checksum, of) for name, of in sorted(stored_tensors(folder).items())}
+            others = {name: workers.start(file_checksum, folder / name) for name in sorted(files)}
+            return cls(
+                tensors={name: found.result() for name, found in tensors.items()},
+                files={name: found.result() for name, found in others.items()},
+                settings=setting_checksums(settings),
+            )
+
+    @classmethod
+    def read(cls, folder: Path) -> Checksums | None:
+        """Read a folder's checksums; `None` if it has none, as those of earlier versions.
+
+        Raises:
+            CorruptFileError: If the file is not what [`write`] writes.
+            FormatVersionError: If it is of a newer format.
+        """
+        path = folder / CHECKSUMS_NAME
+        if not path.is_file():
+            return None
+        content = read_json(path)
+        try:
+            version = content["format_version"]
+            if isinstance(version, int) and version > FORMAT_VERSION:
+                raise FormatVersionError(
+                    f"{str(path)!r} is of format version {version}; this version of peft_dnd reads up to "
+                    f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade peft-dnd"
+                )
+            parts = {part: dict(content[part]) for part in ("tensors", "files", "settings")}
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, FormatVersionError):
+                raise
+            raise CorruptFileError(
+                f"{str(path)!r} does not have the form of a folder's checksums ({error!r}). It was damaged or edited: "
+                "fetch the generator again, or write it anew with peft_dnd.generator.renew_checksums."
+            ) from error
+        return cls(**parts)
+
+    def write(self, folder: Path) -> Path:
+        """Write them into a folder, whole or not at all."""
+        path = folder / CHECKSUMS_NAME
+        write_json(path, {"format_version": FORMAT_VERSION, "algorithm": ALGORITHM, **asdict(self)})
+        return path
+
+    @contextmanager
+    def tensors_compared(self, folder: Path) -> Iterator[list[str]]:
+        """Compare a folder's tensors with these checksums, in threads of their own while the block runs.
+
+        What is missing the block has to find, and an error of its own comes first.
+
+        Args:
+            folder: The folder.
+
+        Yields:
+            A list that holds, when the context has ended, what differs, in words; empty if nothing does.
+
+        Raises:
+            FileNotFoundError: As in [`of`].
+            CorruptFileError: As there.
+        """
+        differing: list[str] = []
+        with _Workers() as workers:
+            listing = workers.start(self._begun, folder, workers)
+            yield differing
+            stored, found = listing.result()
+            for name, checksum in found.items():
+                if checksum.result() != self.tensors.get(name):
+                    differing.append(_in_words(name, stored[name]))
+
+    def _begun(self, folder: Path, workers: _Workers) -> tuple[dict[str, StoredTensor], dict[str, Future[str]]]:
+        stored = stored_tensors(folder)
+        return stored, {name: workers.start(tensor_checksum, tensor) for name, tensor in stored.items()}
+
+    def file_differences(self, folder: Path, start: str = "") -> list[str]:
+        """Which of the other files differ, in words: of those that are there and whose path begins with `start`."""
+        paths = {name: folder / name for name in self.files if name.startswith(start)}
+        return [
+            f"the file {name!r}"
+            for name, path in paths.items()
+            if path.is_file() and file_checksum(path) != self.files[name]
+        ]
+
+    def setting_differences(self, settings: Mapping[str, Any]) -> list[str]:
+        """Which settings differ, in words."""
+        found = setting_checksums(settings)
+        names = sorted(found.keys() | self.settings.keys())
+        return [f"the setting {name!r}" for name in names if found.get(name) != self.settings.get(name)]
+
+
+class RunningChecksum:
+    """The checksum of a stored tensor that is read by slices of its first axis, compared when all have come by.
+
+    Args:
+        name: The tensor's name.
+        stored: The tensor.
+        expected: What its checksum must be.
+        on_difference: Called with what differs, in words, if it is another.
+    """
+
+    def __init__(self, name: str, stored: StoredTensor, expected: str, on_difference: Callable[[str], Any]) -> None:
+        self._name, self._stored, self._expected, self._on_difference = name, stored, expected, on_difference
+        self._found, self._next_row = checksum_of_form(stored), 0
+
+    def take(self, start: int, rows: torch.Tensor) -> None:
+        """Take note of rows that were read, from `start` on. Rows that came by before count once."""
+        stop = start + len(rows)
+        if not start <= self._next_row < stop:
+            return
+        new = rows[self._next_row - start :].contiguous().view(-1).view(torch.uint8)
+        self._found, self._next_row = zlib.crc32(new.numpy().data, self._found), stop
+        if stop == (self._stored.shape or (1,))[0] and as_text(self._found) != self._expected:
+            self._on_difference(_in_words(self._name, self._stored))
+
+
+class _Workers:
+    """A few threads, which end with the context, and drop what waits if it ends in an error."""
+
+    def __enter__(self) -> _Workers:
+        self._pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "peft_dnd_checksums")
+        self.start = self._pool.submit
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=kind is not None)
+
+
+def _in_words(name: str, stored: StoredTensor) -> str:
+    return f"the tensor {name!r} in {stored.path.name!r}"
+
+
+def tensor_checksum(tensor: StoredTensor) -> str:
+    """CRC-32 of a stored tensor: of its type and shape, as text, then its bytes."""
+    found = checksum_of_form(tensor)
+    if tensor.num_bytes:
+        with (
+            tensor.path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            memoryview(mapped) as view,
+            view[tensor.offset : tensor.offset + tensor.num_bytes] as part,
+        ):
+            found = zlib.crc32(part, found)
+    return as_text(found)
+
+
+def checksum_of_form(tensor: StoredTensor) -> int:
+    """What a tensor's checksum begins with."""
+    return zlib.crc32(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} ".encode())
+
+
+def file_checksum(path: Path) -> str:
+    """CRC-32 of a whole file."""
+    found, buffer = 0, bytearray(_BUFFER_BYTES)
+    with path.open("rb", buffering=0) as file, memoryview(buffer) as view:
+        while count := file.readinto(buffer):
+            found = zlib.crc32(view[:count], found)
+    return as_text(found)
+
+
+def setting_checksums(settings: Mapping[str, Any]) -> dict[str, str]:
+    """CRC-32 of each value, as JSON with sorted keys."""
+    return {name: as_text(zlib.crc32(json.dumps(value, sort_keys=True).encode())) for name, value in settings.items()}
+
+
+def as_text(checksum: int) -> str:
+    """Eight hexadecimal digits."""
+    return f"{checksum:08x}"
