@@ -95,6 +95,7 @@ def make(prompt: str) -> str:
 
 def load(requests: int, connections: int, seed: str, known: list[str]) -> dict[str, Any]:
     """Have wrk send so many requests over so many connections at once."""
+    wait_until_idle()  # what the load before left behind is not of this one
     command = ["wrk", "--threads", "1", "--connections", str(connections), "--duration", "1h", "--timeout", "60s"]
     command += ["--script", str(LOAD), URL, "--", str(requests), seed, *known]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as wrk:
@@ -159,6 +160,12 @@ def served(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
             sys.exit("It did not stop as it should.")
     finally:
         process.kill()
+
+
+def wait_until_idle() -> None:
+    """Wait until the service works on nothing but the question whether it does."""
+    while not re.search(r"^peft_dnd_requests_in_work 1\.0$", httpx2.get(f"{URL}/metrics").text, flags=re.MULTILINE):
+        time.sleep(0.1)
 
 
 def wait_until_ready(process: subprocess.Popen[bytes]) -> None:
