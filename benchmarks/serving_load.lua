@@ -34,9 +34,10 @@ end
 function response(status)
   answered = answered + 1
   count[status] = (count[status] or 0) + 1
-  if answered >= most then
+  if answered == most then
     for value, times in pairs(count) do statuses = statuses .. value .. "=" .. times .. " " end
     wrk.thread:stop()
+    io.stderr:write("ALL ANSWERED\n")
   end
 end
 
