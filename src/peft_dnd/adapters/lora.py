@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import LayoutError, MissingFileError, WeightValueError
 from ..storage.files import PathLike, read_json
+from .patterns import check_pattern, check_targets
 
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -101,7 +102,35 @@ def read_lora_config(path: PathLike) -> LoraConfig:
     active = sorted(name for name in _UNSUPPORTED_FIELDS if name not in known and data.get(name))
     if active:
         raise LayoutError(f"{str(path)!r} sets {active[0]}={data[active[0]]!r}, which a generator cannot write.")
-    return LoraConfig(**{name: value for name, value in data.items() if name in known})
+    try:
+        config = LoraConfig(**{name: value for name, value in data.items() if name in known})
+        _check_values(config)
+    except Exception as error:  # PEFT takes every value for good, and fails wherever it happens to use it
+        raise LayoutError(
+            f"{str(path)!r} holds what is no value of a LoRA configuration ({type(error).__name__}: {error!s:.200}). "
+            "Save the adapter again with PEFT's save_pretrained."
+        ) from error
+    return config
+
+
+def _check_values(config: LoraConfig) -> None:
+    check_targets(config.target_modules)
+    check_targets(config.exclude_modules)
+    for name in ("base_model_name_or_path", "revision"):
+        if not isinstance(getattr(config, name), str | None):
+            raise TypeError(f"{name} must be a text, found {getattr(config, name)!r:.80}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = getattr(config, name) or {}
+        for key, value in pattern.items():
+            check_pattern(key)
+            _check_number(f"{name}[{key!r}]", value)
+    _check_number("lora_alpha", config.lora_alpha)
+    _check_number("r", config.r)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**62:
+        raise TypeError(f"{name} must be a number, found {value!r:.80}")
 
 
 def check_supported(config: LoraConfig, source: str) -> None:
@@ -138,7 +167,13 @@ def check_tensor(tensor: torch.Tensor, key: str, shape: tuple[int, ...], source:
         raise LayoutError(f"{source} holds {key!r} with shape {tuple(tensor.shape)}; expected {shape}.")
     if tensor.is_meta:
         raise WeightValueError(f"{source} holds {key!r} on the meta device, without values. Load real weights first.")
-    finite = torch.isfinite(tensor)
+    if not tensor.is_floating_point():
+        raise WeightValueError(
+            f"{source} holds {key!r} as {tensor.dtype}; expected floating-point numbers. Save the adapter again in "
+            "one of torch's floating-point types."
+        )
+    # The types of 8 bits and fewer have no such test.
+    finite = torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float())
     if not finite.all():
         count = int((~finite).sum())
         raise WeightValueError(
