@@ -41,13 +41,13 @@ pytest_plugins = ("support.adapter_fixtures",)
 # Over what the process has when it begins, and for one file.
 _MEMORY, _SECONDS = 3 * 2**30, 60
 QUICK = settings(
-    max_examples=int(os.environ.get("PEFT_DND_FUZZ_EXAMPLES", 25)),
+    max_examples=12,
     derandomize=True,
     database=None,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-LONG = settings(QUICK, max_examples=2000, derandomize=False, print_blob=True)
+LONG = settings(QUICK, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "1000")), derandomize=False, print_blob=True)
 
 
 @contextmanager

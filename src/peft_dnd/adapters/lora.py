@@ -95,13 +95,15 @@ def read_lora_config(path: PathLike) -> LoraConfig:
     data = read_json(path)
     if not isinstance(data, dict) or data.get("peft_type") != "LORA":
         found = data.get("peft_type") if isinstance(data, dict) else type(data).__name__
-        raise LayoutError(f"{str(path)!r} has peft_type {found!r}; expected 'LORA'. Only LoRA adapters can be used.")
+        raise LayoutError(
+            f"{str(path)!r} has peft_type {found!r:.100}; expected 'LORA'. Only LoRA adapters can be used."
+        )
     # Other PEFT versions write fields that this one does not know; none of those changes the matrices' meaning as
     # long as the unsupported ones are refused below.
     known = {field.name for field in fields(LoraConfig) if field.init} - {"peft_type", "auto_mapping"}
     active = sorted(name for name in _UNSUPPORTED_FIELDS if name not in known and data.get(name))
     if active:
-        raise LayoutError(f"{str(path)!r} sets {active[0]}={data[active[0]]!r}, which a generator cannot write.")
+        raise LayoutError(f"{str(path)!r} sets {active[0]}={data[active[0]]!r:.100}, which a generator cannot write.")
     try:
         config = LoraConfig(**{name: value for name, value in data.items() if name in known})
         _check_values(config)
@@ -144,13 +146,13 @@ def check_supported(config: LoraConfig, source: str) -> None:
         active.append("bias")
     if active:
         raise LayoutError(
-            f"{source} sets {active[0]}={getattr(config, active[0])!r}. A generator writes the A and B matrices of "
+            f"{source} sets {active[0]}={getattr(config, active[0])!r:.100}. A generator writes the A and B matrices of "
             f"plain LoRA and nothing else: use an adapter without {active[0]}."
         )
     initialisation = str(config.init_lora_weights).lower()
     if initialisation.startswith(_BASE_CHANGING_INITIALISATIONS):
         raise LayoutError(
-            f"{source} was initialised with init_lora_weights={config.init_lora_weights!r}, which changes the base "
+            f"{source} was initialised with init_lora_weights={config.init_lora_weights!r:.100}, which changes the base "
             "model's weights too, so its matrices mean nothing on the base alone. Convert it when saving "
             "(save_pretrained(..., path_initial_model_for_weight_conversion=...)) or train with the default."
         )
