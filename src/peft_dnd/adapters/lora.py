@@ -146,14 +146,14 @@ def check_supported(config: LoraConfig, source: str) -> None:
         active.append("bias")
     if active:
         raise LayoutError(
-            f"{source} sets {active[0]}={getattr(config, active[0])!r:.100}. A generator writes the A and B matrices of "
-            f"plain LoRA and nothing else: use an adapter without {active[0]}."
+            f"{source} sets {active[0]}={getattr(config, active[0])!r:.100}. A generator writes the A and B matrices "
+            f"of plain LoRA and nothing else: use an adapter without {active[0]}."
         )
     initialisation = str(config.init_lora_weights).lower()
     if initialisation.startswith(_BASE_CHANGING_INITIALISATIONS):
         raise LayoutError(
-            f"{source} was initialised with init_lora_weights={config.init_lora_weights!r:.100}, which changes the base "
-            "model's weights too, so its matrices mean nothing on the base alone. Convert it when saving "
+            f"{source} was initialised with init_lora_weights={config.init_lora_weights!r:.100}, which changes the "
+            "base model's weights too, so its matrices mean nothing on the base alone. Convert it when saving "
             "(save_pretrained(..., path_initial_model_for_weight_conversion=...)) or train with the default."
         )
 
