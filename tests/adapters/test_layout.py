@@ -21,8 +21,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from peft_dnd.adapters.layout import AdapterLayout, LoraModule, natural_key
+from peft_dnd.adapters.layout import AdapterLayout, LoraModule
 from peft_dnd.adapters.lora import inject_on_meta, live_state_dict, lora_layers
+from peft_dnd.adapters.names import natural_key
 from peft_dnd.errors import CorruptFileError, LayoutError, WeightValueError
 
 

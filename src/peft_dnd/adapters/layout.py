@@ -31,6 +31,12 @@ from .lora import (
     parse_key,
     read_lora_config,
 )
+from .names import natural_key
+from .patterns import check_targets
+
+
+# Beyond all sense, and what arithmetic in 64 bits can hold: a file that says so is damaged, or lies.
+_TOO_LARGE = 2**62
 
 
 @dataclass(frozen=True)
@@ -138,10 +144,13 @@ class AdapterLayout:
     def __post_init__(self) -> None:
         if not self.modules:
             raise LayoutError("An adapter layout needs at least one adapted module, and got none.")
+        for module in self.modules:
+            _check_module(module)
         ordered = tuple(sorted(self.modules, key=lambda module: natural_key(module.name)))
         object.__setattr__(self, "modules", ordered)
-        for module in ordered:
-            _check_module(module)
+        for name in ("task_type", "base_model_name_or_path", "base_model_revision"):
+            if not isinstance(getattr(self, name), str | None):
+                raise LayoutError(f"{name} must be a text or None, got {getattr(self, name)!r:.80}.")
 
     @classmethod
     def from_folder(cls, folder: PathLike) -> AdapterLayout:
@@ -377,23 +386,28 @@ class AdapterLayout:
                 for name, kind, shape_a, shape_b, alpha in fields.pop("modules")
             )
             targets = fields.pop("target_modules")
+            check_targets(targets)
             return cls(modules, tuple(targets) if isinstance(targets, list) else targets, **fields)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             if isinstance(error, LayoutError):
                 raise
-            raise LayoutError(f"This is no adapter layout as to_dict writes it: {error!r}.") from error
-
-
-def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
-    """Sort key under which numbers inside a name count as numbers.
-
-    >>> sorted(["layers.10.q", "layers.2.q"], key=natural_key)
-    ['layers.2.q', 'layers.10.q']
-    """
-    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part)
+            raise LayoutError(f"This is no adapter layout as to_dict writes it: {error!r:.200}.") from error
 
 
 def _check_module(module: LoraModule) -> None:
+    sizes = (*module.shape_a, *module.shape_b)
+    whole = all(isinstance(size, int) and not isinstance(size, bool) and 0 <= size < _TOO_LARGE for size in sizes)
+    if not isinstance(module.name, str) or not whole or math.prod(sizes) > _TOO_LARGE:
+        raise LayoutError(
+            f"This is no LoRA module: name {module.name!r:.80}, A {module.shape_a!r:.80}, B {module.shape_b!r:.80}. "
+            "Expected a text and two shapes of integers."
+        )
+    if (
+        isinstance(module.alpha, bool)
+        or not isinstance(module.alpha, int | float)
+        or not abs(module.alpha) < _TOO_LARGE
+    ):
+        raise LayoutError(f"Module {module.name!r} has alpha {module.alpha!r:.80}; expected a finite number.")
     rank_of_b = module.shape_b[1] if len(module.shape_b) > 1 else 0
     if module.kind not in ("linear", "embedding") or len(module.shape_a) < 2 or rank_of_b != module.rank:
         raise LayoutError(

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import LayoutError, MissingFileError, WeightValueError
 from ..storage.files import PathLike, read_json
+from .patterns import check_pattern, check_targets
 
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -94,14 +95,44 @@ def read_lora_config(path: PathLike) -> LoraConfig:
     data = read_json(path)
     if not isinstance(data, dict) or data.get("peft_type") != "LORA":
         found = data.get("peft_type") if isinstance(data, dict) else type(data).__name__
-        raise LayoutError(f"{str(path)!r} has peft_type {found!r}; expected 'LORA'. Only LoRA adapters can be used.")
+        raise LayoutError(
+            f"{str(path)!r} has peft_type {found!r:.100}; expected 'LORA'. Only LoRA adapters can be used."
+        )
     # Other PEFT versions write fields that this one does not know; none of those changes the matrices' meaning as
     # long as the unsupported ones are refused below.
     known = {field.name for field in fields(LoraConfig) if field.init} - {"peft_type", "auto_mapping"}
     active = sorted(name for name in _UNSUPPORTED_FIELDS if name not in known and data.get(name))
     if active:
-        raise LayoutError(f"{str(path)!r} sets {active[0]}={data[active[0]]!r}, which a generator cannot write.")
-    return LoraConfig(**{name: value for name, value in data.items() if name in known})
+        raise LayoutError(f"{str(path)!r} sets {active[0]}={data[active[0]]!r:.100}, which a generator cannot write.")
+    try:
+        config = LoraConfig(**{name: value for name, value in data.items() if name in known})
+        _check_values(config)
+    except Exception as error:  # PEFT takes every value for good, and fails wherever it happens to use it
+        raise LayoutError(
+            f"{str(path)!r} holds what is no value of a LoRA configuration ({type(error).__name__}: {error!s:.200}). "
+            "Save the adapter again with PEFT's save_pretrained."
+        ) from error
+    return config
+
+
+def _check_values(config: LoraConfig) -> None:
+    check_targets(config.target_modules)
+    check_targets(config.exclude_modules)
+    for name in ("base_model_name_or_path", "revision"):
+        if not isinstance(getattr(config, name), str | None):
+            raise TypeError(f"{name} must be a text, found {getattr(config, name)!r:.80}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = getattr(config, name) or {}
+        for key, value in pattern.items():
+            check_pattern(key)
+            _check_number(f"{name}[{key!r}]", value)
+    _check_number("lora_alpha", config.lora_alpha)
+    _check_number("r", config.r)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**62:
+        raise TypeError(f"{name} must be a number, found {value!r:.80}")
 
 
 def check_supported(config: LoraConfig, source: str) -> None:
@@ -115,8 +146,8 @@ def check_supported(config: LoraConfig, source: str) -> None:
         active.append("bias")
     if active:
         raise LayoutError(
-            f"{source} sets {active[0]}={getattr(config, active[0])!r}. A generator writes the A and B matrices of "
-            f"plain LoRA and nothing else: use an adapter without {active[0]}."
+            f"{source} sets {active[0]}={getattr(config, active[0])!r:.100}. A generator writes the A and B matrices "
+            f"of plain LoRA and nothing else: use an adapter without {active[0]}."
         )
     check_initialisation(config, source)
 
@@ -130,8 +161,8 @@ def check_initialisation(config: LoraConfig, source: str) -> None:
     initialisation = str(config.init_lora_weights).lower()
     if initialisation.startswith(_BASE_CHANGING_INITIALISATIONS):
         raise LayoutError(
-            f"{source} was initialised with init_lora_weights={config.init_lora_weights!r}, which changes the base "
-            "model's weights too, so its matrices mean nothing on the base alone. Convert it when saving "
+            f"{source} was initialised with init_lora_weights={config.init_lora_weights!r:.100}, which changes the "
+            "base model's weights too, so its matrices mean nothing on the base alone. Convert it when saving "
             "(save_pretrained(..., path_initial_model_for_weight_conversion=...)) or train with the default."
         )
 
@@ -147,7 +178,13 @@ def check_tensor(tensor: torch.Tensor, key: str, shape: tuple[int, ...], source:
         raise LayoutError(f"{source} holds {key!r} with shape {tuple(tensor.shape)}; expected {shape}.")
     if tensor.is_meta:
         raise WeightValueError(f"{source} holds {key!r} on the meta device, without values. Load real weights first.")
-    finite = torch.isfinite(tensor)
+    if not tensor.is_floating_point():
+        raise WeightValueError(
+            f"{source} holds {key!r} as {tensor.dtype}; expected floating-point numbers. Save the adapter again in "
+            "one of torch's floating-point types."
+        )
+    # The types of 8 bits and fewer have no such test.
+    finite = torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float())
     if not finite.all():
         count = int((~finite).sum())
         raise WeightValueError(

@@ -24,8 +24,9 @@ from torch import nn
 
 from ..errors import LayoutError
 from ..storage.files import PathLike, read_json, read_safetensors, read_safetensors_shapes
-from .layout import AdapterLayout, LoraTensor, natural_key
+from .layout import AdapterLayout, LoraTensor
 from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, KEY_PREFIX, check_initialisation
+from .names import natural_key
 
 
 _NAME = "default"

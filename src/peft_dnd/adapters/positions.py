@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 from .layout import LoraTensor
+from .names import is_number
 from .tokenizer import WeightTokenizer
 
 
@@ -63,7 +64,7 @@ def token_positions(tokenizer: WeightTokenizer) -> TokenPositions:
 def _parse(tensor: LoraTensor) -> tuple[int, str]:
     """A tensor's layer, and its module's path without it."""
     parts = tensor.module.split(".")
-    numbers = [part for part in parts if part.isdigit()]
+    numbers = [part for part in parts if is_number(part)]
     if not numbers:
         return 0, tensor.module
     parts.remove(numbers[0])

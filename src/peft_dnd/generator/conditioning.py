@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import TextEncoderError
+from ..storage.hub import may_be_hub_id
 from ..text.encoder import TextEncoder, check_how_it_reads, condition_size
 from ..text.named_encoder import load_named_encoder
 from ..text.padded_token_states import padded_token_states
@@ -37,6 +38,7 @@ class PromptReadingMixin(nn.Module):
     decoder: Any
     _text_encoder: TextEncoder | None
     _folder: Path | None
+    _commit: str | None
     _token: str | bool | None
 
     @property
@@ -84,6 +86,11 @@ class PromptReadingMixin(nn.Module):
             raise TextEncoderError(
                 "The configuration names no text encoder. Set config.text_encoder to a sentence-transformers model, "
                 "or pass PromptConditionedLoraGenerator(config, text_encoder=...)."
+            )
+        if self._commit is not None and not config.text_encoder_in_folder and not may_be_hub_id(name):
+            raise TextEncoderError(
+                f"The generator is from the Hub and names the text encoder {name!r}, a folder of whoever uploaded it. "
+                "Pass the text encoder itself: from_pretrained(..., text_encoder=encoder)."
             )
         return load_named_encoder(
             name,

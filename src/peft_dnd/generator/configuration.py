@@ -16,21 +16,25 @@ from ..adapters.layout import AdapterLayout
 from ..adapters.layouts import layout_from_dict
 from ..adapters.published_tokenizer import PublishedTokenizer
 from ..adapters.tokenizer import WeightTokenizer
-from ..errors import FormatVersionError, GeneratorConfigError, GeneratorNotFoundError, did_you_mean
+from ..errors import (
+    CorruptFileError,
+    FormatVersionError,
+    GeneratorConfigError,
+    GeneratorNotFoundError,
+    PeftDndError,
+    did_you_mean,
+)
 from ..storage.cards import check_card_metadata
 from ..storage.files import PathLike, read_json
 from ..storage.hub import generator_name, what_it_is_instead
 from ..text.encoder import TextEncoder, check_how_it_reads, check_text_encoder, condition_size, longest_prompt
 from ..text.named_encoder import load_named_encoder
-from ..text.prompts_and_answers import check_condition_text
+from .configuration_checks import as_dict, as_list, check_values, refuse_misspelt
 from .paper_settings import PaperSettings
 
 
 FORMAT_VERSION = 1
 TEXT_ENCODER_FOLDER = "text_encoder"
-CONDITIONS = ("token_states", "sentence_embeddings", "padded_token_states")
-NORMALIZATIONS = ("per_tensor", "none")
-TOKEN_FORMATS = ("chunks", "published")
 
 
 @runtime_checkable
@@ -138,7 +142,7 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         self.text_encoder = text_encoder
         self.text_encoder_revision = text_encoder_revision
         self.text_encoder_layer = text_encoder_layer
-        self.text_encoder_layers = None if text_encoder_layers is None else list(text_encoder_layers)
+        self.text_encoder_layers = None if text_encoder_layers is None else as_list(text_encoder_layers)
         self.text_encoder_in_folder = text_encoder_in_folder
         self.freeze_text_encoder = freeze_text_encoder
         self.condition = condition
@@ -152,12 +156,12 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         self.token_format = token_format
         self.normalization = normalization
         self.decoder_type = decoder_type
-        self.decoder_config = _as_dict("decoder_config", decoder_config)
-        self.measured = _as_dict("measured", measured)
+        self.decoder_config = as_dict("decoder_config", decoder_config)
+        self.measured = as_dict("measured", measured)
         self.card_metadata = check_card_metadata(card_metadata or {})
         self.format_version = format_version
-        self._check_values()
-        _refuse_misspelt(kwargs, own=[name for name in vars(self) if not name.startswith("_")])
+        check_values(self)
+        refuse_misspelt(kwargs, own=[name for name in vars(self) if not name.startswith("_")])
         super().__init__(**kwargs)
 
     @classmethod
@@ -295,14 +299,16 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
             CorruptFileError: If it is no JSON, for instance cut short.
         """
         name = generator_name(pretrained_model_name_or_path)
+        file = Path(name, kwargs.get("subfolder") or "", CONFIG_NAME)
+        # Says what is wrong with the file: of a damaged one transformers says that there is none, or stumbles over it.
+        content = read_json(file) if file.is_file() else {}
+        if not isinstance(content, dict):
+            raise GeneratorNotFoundError(
+                f"{name!r} is no generator; expected a {CONFIG_NAME} with a JSON object.{what_it_is_instead(name)}"
+            )
         try:
             config_dict, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        except (OSError, TypeError) as error:
-            file = Path(name, kwargs.get("subfolder") or "", CONFIG_NAME)
-            # Says what is wrong with the file; of a damaged one transformers says that there is none.
-            content = read_json(file) if file.is_file() else None
-            if isinstance(error, TypeError) and not isinstance(content, list):  # 5.1 takes a list for a dictionary
-                raise
+        except OSError as error:
             raise GeneratorNotFoundError(
                 f"There is no generator at {name!r}: expected a folder that "
                 "PromptConditionedLoraGenerator.save_pretrained has written, or a Hub id. Check the spelling, the "
@@ -315,6 +321,24 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
                 f"{name!r} is {what}; expected a {CONFIG_NAME} of type {cls.model_type!r}.{what_it_is_instead(name)}"
             )
         return config_dict, rest
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a configuration of a dictionary; called by `from_pretrained`.
+
+        Raises:
+            GeneratorConfigError: If a value is impossible.
+            CorruptFileError: If it is of another kind than any configuration's.
+        """
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except PeftDndError:
+            raise
+        except Exception as error:  # transformers takes every value for good, and fails wherever it happens to use it
+            raise CorruptFileError(
+                f"A generator's {CONFIG_NAME} holds what is no value of a configuration ({type(error).__name__}: "
+                f"{error!s:.200}). It was edited or damaged: save or fetch the generator again."
+            ) from error
 
     @property
     def adapter_layout(self) -> AdapterLayout:
@@ -333,7 +357,7 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
     @property
     def base_model_name_or_path(self) -> str | None:
         """The base model that the adapters are for, if known."""
-        return self.layout["base_model_name_or_path"] if self.layout else None
+        return self.layout.get("base_model_name_or_path") if self.layout else None
 
     @base_model_name_or_path.setter
     def base_model_name_or_path(self, name: str | None) -> None:
@@ -366,46 +390,3 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         """The tokenizer of the layout in this configuration's token format, at its chunk width."""
         tokenizer = PublishedTokenizer if self.token_format == "published" else WeightTokenizer
         return tokenizer(self.adapter_layout, self.chunk_width)
-
-    def _check_values(self) -> None:
-        for name in ("num_prompts", "max_prompt_length", "condition_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise GeneratorConfigError(f"{name} must be a positive integer, got {value!r}.")
-        for name, least in (("text_encoder_layer", 0), ("window_tokens", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise GeneratorConfigError(
-                    f"{name} must be an integer of at least {least}, or None, got {value!r}. "
-                    "PromptConditionedLoraGeneratorConfig.from_adapters takes a layer counted from the end."
-                )
-        check_condition_text(self.condition_text, self.answer_ratio)
-        named = {"condition": CONDITIONS, "normalization": NORMALIZATIONS, "token_format": TOKEN_FORMATS}
-        for name, choices in named.items():
-            if getattr(self, name) not in choices:
-                raise GeneratorConfigError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
-        if self.condition == "sentence_embeddings" and self.max_prompt_length != 1:
-            raise GeneratorConfigError(
-                f"With condition='sentence_embeddings' each prompt is one vector, so max_prompt_length must be 1, got "
-                f"{self.max_prompt_length}."
-            )
-        if self.token_format == "published" and self.normalization != "none":
-            raise GeneratorConfigError(
-                "Tokens of the format 'published' carry their own scales: set normalization='none', not "
-                f"{self.normalization!r}, or use token_format='chunks'."
-            )
-
-
-def _as_dict(name: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
-    if value is not None and not isinstance(value, Mapping):
-        raise GeneratorConfigError(f"{name} must be a dictionary, got {value!r}.")
-    return dict(value or {})
-
-
-def _refuse_misspelt(kwargs: Mapping[str, Any], own: list[str]) -> None:
-    # transformers keeps unknown keywords as attributes, so that configurations of other versions load; a near miss of
-    # one of our own names is a typo, though, and would silently leave the default in force.
-    for name in kwargs:
-        meant = did_you_mean(name, own, cutoff=0.85)
-        if meant:
-            raise GeneratorConfigError(f"Unknown setting {name!r}.{meant}")

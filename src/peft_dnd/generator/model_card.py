@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -86,9 +87,7 @@ def generator_card(
         **authors,
     )
     facts = {
-        "base model": (f"`{named_base}`" + (f" at `{revision}`" if revision else ""))
-        if named_base
-        else "not recorded",
+        "base model": _base_in_words(layout),
         "adapter": f"{layout.in_words()}, {layout.num_parameters:,} parameters",
         "decoder": f"{config.decoder_type}, {num_parameters:,} parameters",
         "text encoder": _encoder_name(config),
@@ -109,6 +108,14 @@ def public_base(layout: AdapterLayout) -> tuple[str | None, str | None]:
     """The base model's Hub id and revision, as far as they are known and mean anything to others."""
     base = hub_id(layout.base_model_name_or_path)
     return base, layout.base_model_revision if base else None
+
+
+def _base_in_words(layout: AdapterLayout) -> str:
+    base, revision = public_base(layout)
+    if base is not None:
+        return f"`{base}`" + (f" at `{revision}`" if revision else "")
+    name = layout.base_model_name_or_path
+    return f"`{Path(name).name}`, a folder where it was fitted" if name else "not recorded"
 
 
 def _snippet(config: PromptConditionedLoraGeneratorConfig, base: str | None, revision: str | None, name: str) -> str:

@@ -43,6 +43,7 @@ from .checksums import checked_meanwhile, write_checksums
 from .configuration import TEXT_ENCODER_FOLDER, PromptConditionedLoraGeneratorConfig
 from .generation import AdapterWritingMixin
 from .model_card import generator_card
+from .stored import check_stored
 from .summary import SUMMARY_NAME, generator_summary
 
 
@@ -192,6 +193,8 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.pop("ignore_mismatched_sizes", None)
         config = kwargs.pop("config", None) or PromptConditionedLoraGeneratorConfig.from_pretrained(folder)
+        if not {"variant", "state_dict", "gguf_file"} & set(kwargs):
+            check_stored(name, cls, config, folder)
         try:
             with checked_meanwhile(name, folder), short_bars_hidden():
                 loaded: Any = super().from_pretrained(

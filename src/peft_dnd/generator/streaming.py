@@ -12,22 +12,22 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 from typing_extensions import Unpack
 
-from ..errors import GeneratorConfigError, GeneratorNotFoundError, WeightValueError
+from ..errors import GeneratorConfigError, WeightValueError
 from ..storage.checksums import RunningChecksum
 from ..storage.files import PathLike
 from ..storage.hub import (
     HubOptions,
-    check_loading_info,
     find_folder,
     find_generator,
     generator_name,
     takes_keywords_of,
 )
-from ..storage.stored_weights import StoredTensor, floating_dtype, stored_tensors
+from ..storage.stored_weights import StoredTensor, floating_dtype
 from ..text.encoder import TextEncoder, check_text_encoder
 from .checksums import check_all_but_tensors, refuse
 from .configuration import PromptConditionedLoraGeneratorConfig
 from .modeling import PromptConditionedLoraGenerator
+from .stored import check_stored
 
 
 # Parameters up to this size are held all the time: reading each of them anew would take longer than it is worth.
@@ -146,16 +146,8 @@ class StreamedLoraGenerator(PromptConditionedLoraGenerator):
         _check_device(device)
         folder, commit = find_generator(name, **hub)
         config = PromptConditionedLoraGeneratorConfig.from_pretrained(folder)
-        try:
-            stored = stored_tensors(folder)
-        except FileNotFoundError as error:
-            raise GeneratorNotFoundError(
-                f"The generator {name!r} has a configuration but no weights in safetensors format, or not all of them "
-                f"({error}). Save it again, or fetch it again with force_download=True."
-            ) from error
-        with torch.device("meta"):
-            model = cls(config)
-        check_loading_info(name, _differences(model, stored))
+        model, stored = check_stored(name, cls, config, folder)
+        assert isinstance(model, cls)
         checksums = check_all_but_tensors(name, folder)
         model._execution_device = torch.device(device)
 
@@ -273,16 +265,6 @@ def _read_around_forward(module: nn.Module, name: str, weight: StreamedWeight) -
 
     module.register_forward_pre_hook(read)
     module.register_forward_hook(drop, always_call=True)
-
-
-def _differences(model: nn.Module, stored: Mapping[str, StoredTensor]) -> dict[str, list[str]]:
-    """How stored tensors differ from a model's, under the names that transformers has for it."""
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    return {
-        "missing_keys": sorted(set(expected) - set(stored)),
-        "unexpected_keys": sorted(set(stored) - set(expected)),
-        "mismatched_keys": [name for name in expected if name in stored and expected[name] != stored[name].shape],
-    }
 
 
 def _saved_dtype(config: PromptConditionedLoraGeneratorConfig, stored: Mapping[str, StoredTensor]) -> torch.dtype:

@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 from typing_extensions import Unpack
 
 from ..adapters.factors import canonical_state_dict
-from ..adapters.layout import AdapterLayout, natural_key
+from ..adapters.layout import AdapterLayout
 from ..adapters.lora import ADAPTER_CONFIG_NAME
+from ..adapters.names import natural_key
 from ..errors import GeneratorConfigError, LayoutError, PairsFolderError
 from ..storage.files import PathLike, read_safetensors
 from ..storage.hub import PAIRS, HubOptions, find_folder, takes_keywords_of

@@ -81,7 +81,7 @@ def read_record(folder: PathLike) -> DistillationRecord | None:
             complete=data["complete"] is True,
             peft_dnd_version=str(data.get("peft_dnd_version", "unknown")),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, FormatVersionError):
             raise
         raise CorruptFileError(

@@ -91,7 +91,7 @@ class TaskExamples:
             row = json.loads(file.read(end - start))
             if not isinstance(row, dict) or not row:
                 raise ValueError(f"found {type(row).__name__} {str(row)[:40]!r}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CorruptFileError(
                 f"Row {number} of {str(self.path)!r} (from byte {start}) is no JSON object of what the base's forward "
                 f"takes ({error}). The file may have been cut short or edited by hand: write it again."

@@ -28,8 +28,9 @@ from typing import Any
 
 import torch
 
-from ..adapters.layout import AdapterLayout, natural_key
+from ..adapters.layout import AdapterLayout
 from ..adapters.layouts import layout_from_shapes
+from ..adapters.names import natural_key
 from ..errors import CorruptFileError, FormatVersionError, LayoutError, PairsFolderError
 from ..storage.files import PathLike, read_json, read_safetensors_shapes, write_json, write_safetensors
 from ..text.prompts import check_prompts
@@ -265,14 +266,14 @@ def read_task(folder: PathLike) -> TaskRecord:
         return TaskRecord(
             task=_typed(data["task"], str),
             complete=_typed(data["complete"], bool),
-            steps=tuple(sorted(_typed(step, int) for step in data["steps"])),
-            initialization=data.get("initialization"),
+            steps=tuple(sorted(_step(step) for step in data["steps"])),
+            initialization=_typed(data.get("initialization"), str | None),
             resume_points={int(step): digest for step, digest in data.get("resume_points", {}).items()},
-            peft_dnd_version=data.get("peft_dnd_version", "unknown"),
+            peft_dnd_version=str(data.get("peft_dnd_version", "unknown")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptFileError(
-            f"{str(path)!r} does not describe a task of a pairs folder: {error!r}. Collect the task again."
+            f"{str(path)!r} does not describe a task of a pairs folder: {error!r:.200}. Collect the task again."
         ) from error
 
 
@@ -349,7 +350,13 @@ def _check_format_version(data: Any, path: Path) -> None:
         )
 
 
-def _typed(value: Any, kind: type) -> Any:
+def _typed(value: Any, kind: Any) -> Any:
     if not isinstance(value, kind):
-        raise TypeError(f"expected {kind.__name__}, found {value!r}")
+        raise TypeError(f"expected {getattr(kind, '__name__', kind)}, found {value!r:.100}")
+    return value
+
+
+def _step(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**62:
+        raise TypeError(f"expected a training step, found {value!r:.100}")
     return value

@@ -77,8 +77,8 @@ def _text_of(line: bytes, field: str, number: int, path: Path) -> str:
         if not isinstance(text, str):
             raise TypeError(f"expected str, found {text!r}")
         return text
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptFileError(
-            f'Line {number} of {str(path)!r} is not {{"{field}": "..."}} ({error!r}). The file may have been cut '
+            f'Line {number} of {str(path)!r} is not {{"{field}": "..."}} ({error!r:.200}). The file may have been cut '
             "short or edited by hand: mend that line, or collect the task again."
         ) from error

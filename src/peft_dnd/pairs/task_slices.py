@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
-from ..adapters.layout import natural_key
+from ..adapters.names import natural_key
 from ..errors import GeneratorConfigError
 from ..storage.files import PathLike
 from .folder import TASK_NAME, read_task

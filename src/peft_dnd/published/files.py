@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..adapters.layout import natural_key
+from ..adapters.names import natural_key
 from ..errors import CorruptFileError, MissingFileError, PromptError
 from ..storage.files import PathLike, read_json, read_safetensors
 

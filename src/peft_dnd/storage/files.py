@@ -138,7 +138,7 @@ def read_json(path: PathLike) -> Any:
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON or no UTF-8; numbers or nesting beyond what Python takes
         raise CorruptFileError(
             f"{str(path)!r} is not readable JSON ({error}). It may have been cut short or edited by hand: "
             "restore it, or write the folder again."

@@ -264,6 +264,15 @@ def hub_id(name_or_path: str | None) -> str | None:
     return name_or_path
 
 
+def may_be_hub_id(name: str) -> bool:
+    """Whether a name has the form of a Hub id, whatever folders there are."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def name_for_others(name_or_path: str | None, what: str, mend: str) -> str | None:
     """The name as it goes to the Hub: folders of this machine are left out, with a warning.
 

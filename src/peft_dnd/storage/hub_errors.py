@@ -9,7 +9,6 @@ from huggingface_hub import constants, errors
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
-    HFValidationError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -22,7 +21,8 @@ _CONNECTION_ERRORS: tuple[type[Exception], ...] = (
     HfHubHTTPError.__bases__[0],
     *filter(None, [getattr(errors, "XetDownloadError", None)]),
 )
-FETCHING_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError, HFValidationError, OSError, *_CONNECTION_ERRORS)
+# A ValueError is what it raises for a repository whose files' names would lead out of the cache.
+FETCHING_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError, ValueError, OSError, *_CONNECTION_ERRORS)
 # An upload of a large file that fails in a thread is a RuntimeError, whatever the cause.
 UPLOADING_ERRORS: tuple[type[Exception], ...] = (RuntimeError, *_CONNECTION_ERRORS)
 
@@ -52,6 +52,8 @@ def why_not_fetched(name: str, revision: str | None, error: BaseException) -> st
     refused = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
     if refused is not None:
         return _why_refused(refused, at)
+    if isinstance(error, ValueError):
+        return f"huggingface_hub refuses it ({_in_words(error)})."
     if not isinstance(error, OSError) or any(isinstance(cause, _CONNECTION_ERRORS) for cause in causes):
         return (
             f"The connection to the Hub failed. Check the network and try again: what has arrived whole is kept. "

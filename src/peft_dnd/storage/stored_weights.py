@@ -37,6 +37,8 @@ _DTYPES = {
 }
 # The file begins with the header's length, in this many bytes; the header is JSON, and the numbers follow.
 _LENGTH_BYTES = 8
+# As the safetensors library has it.
+_MOST_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -103,38 +105,57 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
     if single.is_file() or not index.is_file():
         return _tensors_of_file(single)
-    places = read_json(index).get("weight_map", {})
     found: dict[str, StoredTensor] = {}
-    for shard in sorted(set(places.values())):
+    for shard in _shards(index):
         found.update(_tensors_of_file(folder / shard))
     return found
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names, all of them beside it."""
+    data = read_json(index)
+    places = data.get("weight_map") if isinstance(data, dict) else None
+    shards: list[Any] = list(places.values()) if isinstance(places, dict) else [None]
+    for shard in shards:
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or {"/", "\\", "\x00"} & set(shard):
+            raise CorruptFileError(
+                f"{str(index)!r} is no index of a model's weights: expected in its weight_map the name of a "
+                f".safetensors file beside it for each tensor, found {shard!r:.80}. Save or fetch the model again."
+            )
+    return sorted(set(shards))
 
 
 def _tensors_of_file(path: Path) -> dict[str, StoredTensor]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         size = path.stat().st_size
-        if length > size - _LENGTH_BYTES:
+        if length > min(size - _LENGTH_BYTES, _MOST_HEADER_BYTES):
             raise CorruptFileError(_cut_short(path))
         text = file.read(length)
     begin = _LENGTH_BYTES + length
     try:
         header: Mapping[str, Any] = json.loads(text)
-        tensors = {
-            name: StoredTensor(
-                path, begin + entry["data_offsets"][0], torch.Size(entry["shape"]), _DTYPES[entry["dtype"]]
-            )
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        tensors = {name: _stored(path, begin, entry) for name, entry in header.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise CorruptFileError(
-            f"{str(path)!r} is not a safetensors file that can be read here ({type(error).__name__}: {error}). It may "
-            "have been damaged in copying, or hold numbers of an unknown type: save or fetch the model again."
+            f"{str(path)!r} is not a safetensors file that can be read here ({type(error).__name__}: {error!s:.200}). "
+            "It may have been damaged in copying, or hold numbers of an unknown type: save or fetch the model again."
         ) from error
     if any(tensor.offset + tensor.num_bytes > size for tensor in tensors.values()):
         raise CorruptFileError(_cut_short(path))
     return tensors
+
+
+def _stored(path: Path, begin: int, entry: Mapping[str, Any]) -> StoredTensor:
+    """What an entry of the header says, if it can be so."""
+    first, last = entry["data_offsets"]
+    sizes = [*entry["shape"], first, last]
+    if not all(isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 2**62 for size in sizes):
+        raise ValueError(f"expected a shape and places in the file, found {dict(entry)!r:.100}")
+    tensor = StoredTensor(path, begin + first, torch.Size(entry["shape"]), _DTYPES[entry["dtype"]])
+    if tensor.num_bytes != last - first:
+        raise ValueError(f"a tensor of {tensor.num_bytes} bytes has a place of {last - first}")
+    return tensor
 
 
 def _cut_short(path: Path) -> str:

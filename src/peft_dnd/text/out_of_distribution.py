@@ -162,7 +162,7 @@ class PromptReference:
             CorruptFileError: If the file is unreadable or something else.
         """
         found = read_safetensors(path)
-        if set(found) == {"points", "distances", "counts"} and int(found["counts"].sum()) == len(found["points"]):
+        if set(found) == {"points", "distances", "counts"} and _belong_together(**found):
             with suppress(ValueError):
                 tasks = json.loads(read_safetensors_metadata(path).get(_TASKS, "[]"))
                 if isinstance(tasks, list) and len(tasks) in (0, len(found["counts"])):
@@ -171,6 +171,16 @@ class PromptReference:
             f"{str(path)!r} does not hold the prompts of fitted tasks. Remove it, and fit them again with "
             "generator.fit_out_of_distribution(pairs)."
         )
+
+
+def _belong_together(points: Tensor, distances: Tensor, counts: Tensor) -> bool:
+    shaped = points.dim() == 2 and distances.dim() == counts.dim() == 1 and len(points) == len(distances)
+    if not shaped or counts.dtype != torch.int64 or not (points.is_floating_point() and distances.is_floating_point()):
+        return False
+    finite = bool(torch.isfinite(points.float()).all() and torch.isfinite(distances.float()).all())
+    # Each count by itself, since their sum may overflow.
+    counted = len(counts) >= FEWEST_TASKS and bool(((counts > 0) & (counts <= len(points))).all())
+    return finite and counted and int(counts.sum()) == len(points)
 
 
 def prompts_kept(tasks: int) -> int:
