@@ -28,7 +28,7 @@ from ..text.out_of_distribution import (
     shrinkage,
 )
 from ..text.prompt_shapes import PromptsLike
-from ..text.prompts import prompts_digest, select_prompts
+from ..text.prompts import check_prompts, prompts_digest, select_prompts
 from ..version import __version__
 from .conditioning import PromptReadingMixin
 from .configuration import PromptedAdapters
@@ -157,7 +157,8 @@ class AdapterWritingMixin(PromptReadingMixin):
         Raises:
             NotFittedError: If there are fewer than three tasks.
         """
-        pools = prompts if isinstance(prompts, Mapping) else {task: prompts.prompts(task) for task in prompts.tasks}
+        given = prompts if isinstance(prompts, Mapping) else {task: prompts.prompts(task) for task in prompts.tasks}
+        pools = {task: check_prompts(lines, f"the prompts of task {task!r}") for task, lines in given.items()}
         with _evaluating(self):
             points = {task: self._points(task, lines, len(pools), embeddings) for task, lines in pools.items()}
         self.prompt_reference = PromptReference.fit(points)
