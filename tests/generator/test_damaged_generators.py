@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from peft_dnd import DnDConfig, PromptCheckpointDataset, PromptConditionedLoraGe
 from peft_dnd.cli.app import main
 from peft_dnd.errors import BaseModelMismatchError, CorruptFileError, PeftDndError
 from peft_dnd.generator import renew_checksums
+from peft_dnd.storage import checksums
 from peft_dnd.storage.files import read_json, read_safetensors, write_json, write_safetensors
 
 
@@ -329,6 +331,26 @@ def test_streamed_weights_are_checked_when_they_are_read(damaged: Path, monkeypa
 def last_number(tensors: Tensors) -> None:
     name = max((name for name in tensors if name.startswith("decoder")), key=lambda name: tensors[name].numel())
     tensors[name].view(-1)[-1] += 1
+
+
+def test_what_was_found_alike_is_read_again_only_when_it_changes(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    taken = checksums.tensor_checksum
+    monkeypatch.setattr(checksums, "tensor_checksum", lambda tensor: read.append(tensor.path.name) or taken(tensor))
+    use(damaged, PromptConditionedLoraGenerator)
+    count = len(read)
+    use(damaged, PromptConditionedLoraGenerator)
+    assert len(read) == 2 * count > 0, "just written: another change might not tell"
+    monkeypatch.setattr(checksums, "_SETTLED_NANOSECONDS", 0)
+    for _ in range(3):
+        use(damaged, PromptConditionedLoraGenerator)
+    assert len(read) == 3 * count
+    time.sleep(0.02)
+    flip(shards(damaged)[-1], 0.9)
+    with pytest.raises(CorruptFileError):
+        use(damaged, PromptConditionedLoraGenerator)
 
 
 def test_inspect_says_so_and_renews(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:

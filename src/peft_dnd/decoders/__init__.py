@@ -22,6 +22,7 @@ from .cascade import derive_cascade
 from .core import CoreDecoder
 from .hyper_convolution import HyperConvolutionDecoder, HyperConvolutionLayer
 from .set_transformer import SetTransformerDecoder
+from .text_to_lora import TextToLoraDecoder
 
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "HyperConvolutionLayer",
     "PartialDecoder",
     "SetTransformerDecoder",
+    "TextToLoraDecoder",
     "TokenPositions",
     "build_decoder",
     "check_decoder_type",
@@ -77,6 +79,7 @@ DECODERS: dict[str, type[nn.Module]] = {
     "core": CoreDecoder,
     "hyper_convolution": HyperConvolutionDecoder,
     "set_transformer": SetTransformerDecoder,
+    "text_to_lora": TextToLoraDecoder,
 }
 
 

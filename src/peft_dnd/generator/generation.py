@@ -159,7 +159,8 @@ class AdapterWritingMixin(PromptReadingMixin):
         Raises:
             NotFittedError: If there are fewer than three tasks.
         """
-        pools = prompts if isinstance(prompts, Mapping) else {task: prompts.prompts(task) for task in prompts.tasks}
+        given = prompts if isinstance(prompts, Mapping) else {task: prompts.prompts(task) for task in prompts.tasks}
+        pools = {task: check_prompts(lines, f"the prompts of task {task!r}") for task, lines in given.items()}
         with _evaluating(self):
             points = {
                 task: self._points(task, check_prompts(lines, f"the prompts of task {task!r}"), len(pools), embeddings)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +36,12 @@ ALGORITHM = "crc32"
 
 _MOST_THREADS = 4
 _BUFFER_BYTES = 2**20
+
+# What the system says of a folder's files: device, number, size and times of change of each.
+_State = frozenset[tuple[str, int, int, int, int, int]]
+# A file may change twice within one tick of the system's clock, so that nothing tells. Older ones can be told.
+_SETTLED_NANOSECONDS = 2 * 10**9
+_FOUND_ALIKE: set[_State] = set()
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,10 @@ class Checksums:
             CorruptFileError: If a file is cut short or is no safetensors file.
         """
         with _Workers() as workers:
-            tensors = {name: workers.start(tensor_checksum, of) for name, of in sorted(stored_tensors(folder).items())}
+            tensors = workers.start_on_tensors(stored_tensors(folder))
             others = {name: workers.start(file_checksum, folder / name) for name in sorted(files)}
             return cls(
-                tensors={name: found.result() for name, found in tensors.items()},
+                tensors=dict(sorted(workers.results(tensors).items())),
                 files={name: found.result() for name, found in others.items()},
                 settings=setting_checksums(settings),
             )
@@ -112,7 +119,8 @@ class Checksums:
     def tensors_compared(self, folder: Path) -> Iterator[list[str]]:
         """Compare a folder's tensors with these checksums, in threads of their own while the block runs.
 
-        What is missing the block has to find, and an error of its own comes first.
+        What is missing the block has to find, and an error of its own comes first. What this process compared before
+        and found alike is not read again as long as the system says that its files are the same.
 
         Args:
             folder: The folder.
@@ -125,17 +133,23 @@ class Checksums:
             CorruptFileError: As there.
         """
         differing: list[str] = []
+        state = _state_of_files(folder)
+        if state in _FOUND_ALIKE:
+            yield differing
+            return
         with _Workers() as workers:
             listing = workers.start(self._begun, folder, workers)
             yield differing
             stored, found = listing.result()
-            for name, checksum in found.items():
-                if checksum.result() != self.tensors.get(name):
+            for name, checksum in workers.results(found).items():
+                if checksum != self.tensors.get(name):
                     differing.append(_in_words(name, stored[name]))
+        if not differing and state is not None and state == _state_of_files(folder):
+            _FOUND_ALIKE.add(state)
 
-    def _begun(self, folder: Path, workers: _Workers) -> tuple[dict[str, StoredTensor], dict[str, Future[str]]]:
+    def _begun(self, folder: Path, workers: _Workers) -> tuple[dict[str, StoredTensor], list[Future[dict[str, str]]]]:
         stored = stored_tensors(folder)
-        return stored, {name: workers.start(tensor_checksum, tensor) for name, tensor in stored.items()}
+        return stored, workers.start_on_tensors(stored)
 
     def file_differences(self, folder: Path, start: str = "") -> list[str]:
         """Which of the other files differ, in words: of those that are there and whose path begins with `start`."""
@@ -182,12 +196,39 @@ class _Workers:
     """A few threads, which end with the context, and drop what waits if it ends in an error."""
 
     def __enter__(self) -> _Workers:
-        self._pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "peft_dnd_checksums")
+        self._count = min(_MOST_THREADS, os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(self._count, "peft_dnd_checksums")
         self.start = self._pool.submit
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pool.shutdown(cancel_futures=kind is not None)
+
+    def start_on_tensors(self, stored: Mapping[str, StoredTensor]) -> list[Future[dict[str, str]]]:
+        """Begin to take checksums, each thread of its share of the bytes."""
+        largest_first = sorted(stored.items(), key=lambda item: item[1].num_bytes, reverse=True)
+        shares = [dict(largest_first[thread :: self._count]) for thread in range(self._count)]
+        return [self.start(_tensor_checksums, share) for share in shares]
+
+    @staticmethod
+    def results(started: list[Future[dict[str, str]]]) -> dict[str, str]:
+        """What they are, by name."""
+        return {name: checksum for share in started for name, checksum in share.result().items()}
+
+
+def _tensor_checksums(stored: Mapping[str, StoredTensor]) -> dict[str, str]:
+    return {name: tensor_checksum(tensor) for name, tensor in stored.items()}
+
+
+def _state_of_files(folder: Path) -> _State | None:
+    """What would be another after any change of a folder's weights or checksums; `None` if that cannot be told yet."""
+    found = []
+    for path in (folder / CHECKSUMS_NAME, *folder.glob("model*.safetensors*")):
+        stat = path.stat()
+        if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) < _SETTLED_NANOSECONDS:
+            return None
+        found.append((str(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    return frozenset(found)
 
 
 def _in_words(name: str, stored: StoredTensor) -> str:
