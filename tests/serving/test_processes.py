@@ -98,6 +98,23 @@ def test_two_processes_with_one_folder_make_nothing_twice(generator_folder: Path
 
 
 @pytest.mark.slow
+def test_a_stop_in_the_midst_of_requests_ends_those_that_are_there(generator_folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with serving(generator_folder, cache) as service:
+        service.wait_until_ready()
+        with ThreadPoolExecutor(12) as pool:
+            asked = [pool.submit(post, service, seed) for seed in range(12)]
+            while not list((cache / "adapters").iterdir()):
+                time.sleep(0.002)
+            assert service.stop() == 0
+            answers = [answer.result() for answer in asked]
+    # What came too late to be accepted found nobody; nothing that was accepted was dropped or refused.
+    assert {answer.status_code for answer in answers if answer is not None} == {201}
+    assert len({answer.json()["id"] for answer in answers if answer}) == len(list((cache / "adapters").iterdir()))
+    assert not list((cache / "work").iterdir())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [5, 60])
 def test_a_kill_in_the_midst_of_100_requests_leaves_no_half(
     generator_folder: Path, tmp_path: Path, after: int
