@@ -11,8 +11,17 @@ import difflib
 from collections.abc import Iterable
 
 
+# Of what a file holds an error may quote anything, but nobody reads more of it.
+_LONGEST = 4000
+
+
 class PeftDndError(Exception):
     """Base of every error that the library raises on purpose."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        half = _LONGEST // 2
+        return text if len(text) <= _LONGEST else f"{text[:half]} [...] {text[-half:]}"
 
 
 class LayoutError(PeftDndError, ValueError):

@@ -168,7 +168,7 @@ def _rows_of_text(text: str, kind: Format, column: str, name: str, delimiter: st
 def _json_row(line: str, number: int, column: str, name: str) -> Row:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         row = error
     if not isinstance(row, dict):
         what = f"it is not JSON ({row})" if isinstance(row, Exception) else f"found {line!r:.60}"

@@ -114,7 +114,8 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 def _shards(index: Path) -> list[str]:
     """The files that an index names, all of them beside it."""
     data = read_json(index)
-    places = data.get("weight_map") if isinstance(data, dict) else None
+    whole = isinstance(data, dict) and isinstance(data.get("metadata"), dict)
+    places = data.get("weight_map") if whole else None
     shards: list[Any] = list(places.values()) if isinstance(places, dict) else [None]
     for shard in shards:
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or {"/", "\\", "\x00"} & set(shard):
