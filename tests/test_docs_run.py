@@ -95,9 +95,23 @@ def without_pairs(names: dict[str, Any], base: nn.Module, layout: AdapterLayout)
     shutil.rmtree("pairs")
 
 
+def for_existing_adapters(names: dict[str, Any], base: nn.Module, layout: AdapterLayout) -> None:
+    shutil.rmtree("pairs")
+    for task in ("law", "med"):
+        names["generator"].generate_adapter(TASK_PROMPTS[task]).save_pretrained(f"org/{task}-lora")
+    card = "---\nwidget:\n- text: what is the medicine of a doctor ?\n---\n# An adapter\n"
+    Path("org", "med-lora", "README.md").write_text(card, encoding="utf-8")
+
+
+def for_sharing(names: dict[str, Any], base: nn.Module, layout: AdapterLayout) -> None:
+    shutil.copytree("org/generator", "me/generator")
+
+
 # What a page takes for granted besides; it may give names that each block finds as they were.
 PREPARED: dict[str, Callable[[dict[str, Any], nn.Module, AdapterLayout], dict[str, Any] | None]] = {
     "docs/how-to/collect-pairs.md": without_pairs,
+    "docs/how-to/pairs-from-adapters-that-exist.md": for_existing_adapters,
+    "docs/how-to/share-a-generator.md": for_sharing,
     "docs/how-to/choose-a-condition.md": for_conditions,
     "docs/how-to/fit-on-task-loss.md": for_task_loss,
     "docs/how-to/evaluate-a-generator.md": for_evaluation,
@@ -158,7 +172,7 @@ def test_recipes_on_a_page_are_read_as_the_recipes_that_they_are(tmp_path: Path)
     for name, fields in yaml.safe_load(data_set).items():
         assert module.parse(module.DataSet, fields, name).hub_id
     others = [code for page in PAGES for code in blocks(page, "yaml")]
-    assert len(others) == 3 and all(isinstance(yaml.safe_load(code), dict) for code in others)
+    assert all(isinstance(yaml.safe_load(code), dict) for code in others)
 
 
 def test_what_stands_in_place_of_large_numbers_is_still_on_the_pages() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -96,6 +97,7 @@ def names_for(fresh_base: Callable[[], nn.Module], tokenizer: PreTrainedTokenize
     return {
         "torch": torch,
         "generator": generator,
+        "adapter": adapter,
         "peft_model": adapter.load_into(fresh_base()),
         "model": adapter.load_into(fresh_base()),
         "tokenizer": tokenizer,
@@ -105,7 +107,8 @@ def names_for(fresh_base: Callable[[], nn.Module], tokenizer: PreTrainedTokenize
         "questions": law,
         "answers": ["court"] * len(law),
         "pool": [f"what is the law of w{number} ?" for number in range(99)],
-        "dataset": {"question": law, "answer": ["court"] * len(law)},
+        "dataset": Dataset.from_dict({"question": law, "answer": ["court"] * len(law)}),
+        "conversations": [[{"role": "user", "content": prompt}] for prompt in law],
         "inputs": {"input_ids": TOKENS[:1], "pad_token_id": 0, "max_new_tokens": 2},
         "batch": {"input_ids": TOKENS[:1].repeat(3, 1), "pad_token_id": 0, "max_new_tokens": 2},
         "pairs": pairs,
@@ -116,6 +119,7 @@ def names_for(fresh_base: Callable[[], nn.Module], tokenizer: PreTrainedTokenize
         "arguments": None,
         "token": "a token",
         "SFTTrainer": Stranger,
+        "Trainer": Stranger,
     }
 
 
