@@ -76,7 +76,7 @@ def test_a_folder_of_adapters_and_one_alone(run, loras: Path, tmp_path: Path) ->
     ran = run("import-adapters", loras / "law", tmp_path / "one", *given, "--like", tmp_path / "pairs", "-q")
     assert ran.code == 0 and ran.out == ""
     assert PromptCheckpointDataset.from_folder(tmp_path / "one").layout.difference(pairs.layout) is None
-    ran = run("import-adapters", loras / "law", tmp_path / "kept", *given, "--keep-factors")
+    ran = run("import-adapters", loras / "law", tmp_path / "kept", *given, "--factors", "kept")
     assert PromptCheckpointDataset.from_folder(tmp_path / "kept").layout.max_rank == 3
     assert AdapterLayout.from_folder(loras / "law").difference(pairs.layout) is not None
 

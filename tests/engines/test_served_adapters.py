@@ -63,7 +63,7 @@ def test_what_the_service_does_not_know(adapters, service) -> None:
 @pytest.mark.parametrize(
     ("status", "body", "words"),
     [
-        (401, {"detail": "no token"}, "401.*no token.*PEFT_DND_SERVICE_TOKEN"),
+        (401, {"detail": "no token"}, "401.*no token.*Check the token"),
         (429, {"detail": "busy"}, "429.*busy"),
         (500, b"<html>", "500"),
         (200, b"<html>", "no JSON"),

@@ -83,8 +83,10 @@ def serving(base: Path, name: str, log: Path, variables: Mapping[str, str], *opt
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--served-model-name", name, "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "64", "--max-num-seqs", "8", "--enable-lora", "--max-loras", "3", *options]
-    command += ["--kv-cache-memory-bytes", str(64 << 20)]
+    command += ["--max-model-len", "64", "--max-num-seqs", "8", "--enable-lora", *options]
+    # One slot more than there are adapters: vLLM's code for processors takes -1, which stands for no adapter, as an
+    # index, so that a request for the base in a batch with others gets what is in the last slot.
+    command += ["--kv-cache-memory-bytes", str(64 << 20), "--max-loras", "4"]
     few = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     allowed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true", "VLLM_PLUGINS": "peft_dnd", "VLLM_NO_USAGE_STATS": "1"}
     environment = {**os.environ, **few, **allowed, **variables}

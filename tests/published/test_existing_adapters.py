@@ -32,7 +32,8 @@ import peft_dnd.published.existing
 import peft_dnd.storage.hub
 from peft_dnd import ExistingAdapter, PromptCheckpointDataset, import_adapters
 from peft_dnd.adapters.factors import canonical_state_dict
-from peft_dnd.adapters.layout import AdapterLayout
+from peft_dnd.adapters.layout import AdapterLayout, LoraModule
+from peft_dnd.adapters.shared_factors import SharedInputs
 from peft_dnd.errors import (
     CorruptFileError,
     GeneratorConfigError,
@@ -107,7 +108,7 @@ def test_stock_peft_makes_the_same_of_them(three: dict[str, Path], tmp_path: Pat
 
 def test_factors_can_be_kept_and_powers_of_two_are_exact(make: Make, tmp_path: Path) -> None:
     adapters = {"law": make("law", r=2, lora_alpha=16), "tax": make("tax", 1, r=4, lora_alpha=4)}
-    import_adapters(adapters, tmp_path / "pairs", prompts={t: PROMPTS[t] for t in adapters}, canonical=False)
+    import_adapters(adapters, tmp_path / "pairs", prompts={t: PROMPTS[t] for t in adapters}, factors="kept")
     own = load_file(adapters["law"] / WEIGHTS)
     for key, found in PromptCheckpointDataset.from_folder(tmp_path / "pairs").state_dict("law").items():
         rank_first = found if "lora_A" in key else found.T
@@ -131,6 +132,71 @@ def test_a_higher_rank_is_cut_to_the_nearest_update_and_what_is_lost_is_said(mak
     assert of_law["lost_share_there"] == pytest.approx(max(shares.values()), rel=1e-6)
     assert of_tax["lost_share"] == 0.0
     assert_same(updates_of_task(tmp_path / "pairs" / "tax"), updates_of(adapters["tax"]))
+
+
+def test_one_a_for_all(make: Make, tmp_path: Path) -> None:
+    """Adapters that agree in some inputs: a shared A of as many finds just these, and of more loses nothing."""
+    adapters = {task: make(task, seed, r=4, lora_alpha=4 * 2**seed) for seed, task in enumerate(("law", "tax", "med"))}
+    common, draw = load_file(adapters["law"] / WEIGHTS), torch.Generator().manual_seed(0)
+
+    def agree(state: dict[str, torch.Tensor]) -> None:
+        for key, matrix in state.items():
+            if "lora_A" in key:
+                matrix[:3] = torch.randn(3, 3, generator=draw) @ common[key][:3]
+                matrix[3:] *= 0.03
+
+    for folder in adapters.values():
+        rewrite(folder, agree)
+    pairs = tmp_path / "pairs"
+    done = import_adapters(adapters, pairs, prompts=PROMPTS, factors="shared", rank=3)
+    data = PromptCheckpointDataset.from_folder(pairs)
+    start = load_file(pairs / "initialization" / WEIGHTS)
+    for task, folder in adapters.items():
+        state, expected = data.state_dict(task), updates_of(folder)
+        found = updates_of_task(pairs / task)
+        kept, whole = 0.0, 0.0
+        for key, matrix in state.items():
+            if "lora_A" in key:
+                assert torch.equal(matrix, start[key])
+                torch.testing.assert_close(matrix @ matrix.T, torch.eye(3), rtol=0, atol=1e-5)
+            else:
+                assert not start[key].any()
+        for name, update in expected.items():
+            a = start[f"base_model.model.{name}.lora_A.weight"].double()
+            torch.testing.assert_close(found[name], update @ a.T @ a, rtol=0, atol=1e-4)
+            kept, whole = kept + (update @ a.T).square().sum().item(), whole + update.square().sum().item()
+        (origin,) = next(task_.adapters for task_ in done if task_.name == task)
+        assert 1e-5 < origin["lost_share"] < 0.01
+        assert origin["lost_share"] == pytest.approx(1 - kept / whole, rel=0.02)
+    assert len({data._tasks[task].initialization for task in data.tasks}) == 1
+    assert data._tasks["law"].initialization is not None
+    again = import_adapters({"law": adapters["law"]}, pairs, prompts={"law": PROMPTS["law"]}, factors="shared")
+    assert not again[0].written
+    more = {"geo": make("geo", 7, target_modules=["q_proj"])}
+    (geo,) = import_adapters(
+        more, pairs, prompts={"geo": ["river ?"]}, factors="shared", layout=data.layout, missing_modules="zeros"
+    )
+    assert geo.adapters[0]["lost_share"] > 0.3 and len(geo.adapters[0]["zero_modules"]) == 12
+    state = PromptCheckpointDataset.from_folder(pairs).state_dict("geo")
+    assert all(torch.equal(matrix, start[key]) for key, matrix in state.items() if "lora_A" in key)
+    import_adapters(adapters, tmp_path / "whole", prompts=PROMPTS, factors="shared", rank=24)
+    assert_same(updates_of_task(tmp_path / "whole" / "tax"), updates_of(adapters["tax"]))
+    with pytest.raises(LayoutError, match="rank 24 in the first and 5 in the second"):
+        import_adapters({"art": adapters["law"]}, tmp_path / "whole", prompts={"art": ["x"]}, factors="shared", rank=5)
+
+
+def test_the_shared_a_of_many_adapters_takes_bounded_memory() -> None:
+    layout = AdapterLayout((LoraModule("q", "linear", (2, 30), (20, 2), 2),))
+    basis = torch.linalg.qr(torch.randn(30, 2, generator=torch.Generator().manual_seed(0))).Q.T
+    inputs = SharedInputs(2)
+    for seed in range(50):
+        draw = torch.Generator().manual_seed(seed)
+        a = torch.randn(2, 2, generator=draw) @ basis + 0.01 * torch.randn(2, 30, generator=draw)
+        key_a, key_b = (tensor.key for tensor in layout.tensors)
+        inputs.add(layout, {key_a: a, key_b: torch.randn(20, 2, generator=draw)})
+        assert len(inputs._rows["q"]) <= 32
+    found = inputs.matrices(layout)[key_a]
+    torch.testing.assert_close(found @ basis.T @ basis @ found.T, torch.eye(2), rtol=0, atol=0.02)
 
 
 RENAMINGS: dict[str, Callable[[str], str]] = {
@@ -242,7 +308,7 @@ def test_an_interrupted_import_goes_on(
 def test_what_is_there_is_not_replaced_unasked(three: dict[str, Path], tmp_path: Path) -> None:
     pairs = tmp_path / "pairs"
     import_adapters(three, pairs, prompts=PROMPTS)
-    for change in ({"prompts": {**PROMPTS, "law": ["other ?"]}}, {"canonical": False}):
+    for change in ({"prompts": {**PROMPTS, "law": ["other ?"]}}, {"factors": "kept"}):
         with pytest.raises(PairsFolderError, match=r"'law'.*overwrite=True"):
             import_adapters(three, pairs, **{"prompts": PROMPTS, **change})
     rewrite(three["tax"], lambda state: {key: 2 * matrix for key, matrix in state.items()})
@@ -357,6 +423,7 @@ def test_wrong_use_is_named(three: dict[str, Path], tmp_path: Path) -> None:
         (law, {"prompts": ask, "answers": {"law": ["a", "b"]}}, PromptError, "answers"),
         (law, {"prompts": ask, "rank": 0}, GeneratorConfigError, "rank"),
         (law, {"prompts": ask, "rank": 2, "layout": layout}, GeneratorConfigError, "not both"),
+        (law, {"prompts": ask, "factors": "common"}, GeneratorConfigError, "'common'"),
         (law, {"prompts": ask, "missing_modules": "zero"}, GeneratorConfigError, "'zero'"),
         ({"law": tmp_path / "typo"}, {"prompts": ask}, MissingFileError, "typo"),
         ({"law": tmp_path}, {"prompts": ask}, MissingFileError, "adapter_config.json"),

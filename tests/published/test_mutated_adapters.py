@@ -225,8 +225,8 @@ def test_a_flipped_bit_is_refused_or_read_as_peft_reads_it(sound: Path, hurt: Pa
     digests = {name: hashlib.sha256((hurt / name).read_bytes()).hexdigest() for name in (WEIGHTS, CONFIG)}
     weights, config = ((hurt / name).read_bytes() for name in (WEIGHTS, CONFIG))
     header = 8 + int.from_bytes(weights[:8], "little")
-    cases = [(CONFIG, flipped(config, range(len(config)), 70, 0)), (WEIGHTS, flipped(weights, range(header), 70, 1))]
-    cases.append((WEIGHTS, flipped(weights, range(header, len(weights)), 20, 2)))
+    cases = [(CONFIG, flipped(config, range(len(config)), 50, 0)), (WEIGHTS, flipped(weights, range(header), 50, 1))]
+    cases.append((WEIGHTS, flipped(weights, range(header, len(weights)), 12, 2)))
     known = ExistingAdapter(hurt, sha256=digests[WEIGHTS], config_sha256=digests[CONFIG])
     refused = 0
     for name, copies in cases:
@@ -244,7 +244,7 @@ def test_a_flipped_bit_is_refused_or_read_as_peft_reads_it(sound: Path, hurt: Pa
             with pytest.raises(CorruptFileError, match="SHA-256"):
                 read(sound, hurt, known)
         (hurt / name).write_bytes(content)
-    assert refused > 80
+    assert refused > 60
     assert same(read(sound, hurt, known), updates_of(hurt))
 
 

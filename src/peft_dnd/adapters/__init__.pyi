@@ -19,6 +19,7 @@ from .one_layout import convert_adapter as convert_adapter
 from .positions import TokenPositions as TokenPositions
 from .positions import token_positions as token_positions
 from .published_tokenizer import PublishedTokenizer as PublishedTokenizer
+from .shared_factors import SharedInputs as SharedInputs
 from .tokenizer import WeightNormalization as WeightNormalization
 from .tokenizer import WeightTokenizer as WeightTokenizer
 from .tokenizer import choose_chunk_width as choose_chunk_width

@@ -15,6 +15,9 @@ from .factors import canonical_factors
 from .layout import AdapterLayout, LoraModule, LoraTensor
 
 
+_ROUNDING = 1e-12
+
+
 @dataclass(frozen=True)
 class Conversion:
     """What became of an adapter that was brought to another layout.
@@ -23,7 +26,8 @@ class Conversion:
         ranks: Its own ranks, each once, in rising order.
         scalings: Its own scalings, alpha / r or alpha / sqrt(r), each once, in rising order.
         zero_modules: The modules that it lacks and got zeros for.
-        lost_share: The share of its update, by squared Frobenius norm, that was cut off with the rank; 0 to 1.
+        lost_share: The share of its update, by squared Frobenius norm, that the layout's rank, or the shared A, could
+            not hold; 0 to 1.
         lost_most: The module that lost the largest share of its own update; `None` if nothing was lost.
         lost_share_there: That share.
     """
@@ -81,7 +85,12 @@ def common_layout(layouts: Mapping[str, AdapterLayout], rank: int | None = None)
 
 
 def convert_adapter(
-    state_dict: Mapping[str, torch.Tensor], layout: AdapterLayout, target: AdapterLayout, *, canonical: bool = True
+    state_dict: Mapping[str, torch.Tensor],
+    layout: AdapterLayout,
+    target: AdapterLayout,
+    *,
+    canonical: bool = True,
+    shared: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[dict[str, torch.Tensor], Conversion]:
     """Bring an adapter to another layout: the same update ΔW = s B A, but for what a smaller rank cannot hold.
 
@@ -94,7 +103,10 @@ def convert_adapter(
         layout: Its own layout.
         target: The other.
         canonical: Whether all factors become canonical, as [`canonical_factors`] makes them, or only those that are
-            cut. Factors of adapters that share no initialisation can be compared in canonical form alone.
+            cut.
+        shared: A's on-disk key -> the A that all adapters are to have, instead, as
+            [`SharedInputs`][peft_dnd.adapters.shared_factors.SharedInputs] finds it. B becomes what comes nearest to
+            the update with it.
 
     Returns:
         The adapter in float32, of the target's layout and in its order; and what became of it.
@@ -115,12 +127,20 @@ def convert_adapter(
     whole, lost = 0.0, 0.0
     worst: tuple[float, str | None] = (0.0, None)
     for name, module in wanted.items():
+        given = None if shared is None else shared[module.tensors[0].key].double().reshape(module.rank, -1)
         if name not in own:
             converted.update({tensor.key: torch.zeros(tensor.shape) for tensor in module.tensors})
+            if shared is not None:
+                converted[module.tensors[0].key] = shared[module.tensors[0].key].float()
             continue
         a, b = (_matrix(tensor, state_dict) for tensor in own[name].tensors)
         b = b * (layout.scaling(own[name]) / target.scaling(module))
-        a, b, size, cut = _of_rank(a, b, module.rank, canonical=canonical)
+        size = _squared_norm(a, b)
+        a, b = _of_rank(a, b, module.rank, canonical=canonical) if given is None else _with_shared(a, b, given)
+        # What is cut is orthogonal to what is kept, so that their squares add up.
+        exact = given is None and own[name].rank <= module.rank
+        cut = 0.0 if exact else size - _squared_norm(a, b)
+        cut = cut if cut > _ROUNDING * size else 0.0
         size, cut = size * target.scaling(module) ** 2, cut * target.scaling(module) ** 2
         whole, lost = whole + size, lost + cut
         worst = max(worst, (cut / size if size else 0.0, name), key=lambda share: share[0])
@@ -137,21 +157,23 @@ def convert_adapter(
     return converted, conversion
 
 
-def _of_rank(
-    a: torch.Tensor, b: torch.Tensor, rank: int, *, canonical: bool
-) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-    """Factors of another rank, the squared norm of their update, and how much of that was cut off."""
-    own_rank = a.shape[0]
-    if canonical or own_rank > rank:
+def _of_rank(a: torch.Tensor, b: torch.Tensor, rank: int, *, canonical: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of another rank."""
+    if canonical or a.shape[0] > rank:
         a, b = canonical_factors(a, b)
-    # ||B A||² = <Bᵀ B, A Aᵀ>: the update is never formed.
-    size = ((b.mT @ b) * (a @ a.mT)).sum().item()
-    cut = 0.0
-    if own_rank > rank:
-        cut = (a[rank:].square().sum(1) * b[:, rank:].square().sum(0)).sum().item()
-        a, b = a[:rank], b[:, :rank]
+    a, b = a[:rank], b[:, :rank]
     missing = rank - a.shape[0]
-    return F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing)), size, cut
+    return F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
+
+
+def _with_shared(a: torch.Tensor, b: torch.Tensor, shared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors with a given A whose update comes nearest to B A: B' = B A A'⁺."""
+    return shared, b @ (a @ torch.linalg.pinv(shared))
+
+
+def _squared_norm(a: torch.Tensor, b: torch.Tensor) -> float:
+    """||B A||² = <Bᵀ B, A Aᵀ>: the update is never formed."""
+    return ((b.mT @ b) * (a @ a.mT)).sum().item()
 
 
 def _matrix(tensor: LoraTensor, state_dict: Mapping[str, torch.Tensor]) -> torch.Tensor:

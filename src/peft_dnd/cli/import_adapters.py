@@ -41,7 +41,10 @@ def import_adapters(
         str | None, typer.Option(help="Field or column of their answers, if they are to be kept.")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Rank to bring all to. [default: the largest, which loses nothing]")
+        int | None,
+        typer.Option(
+            min=1, help="Rank to bring all to. [default: the largest, which loses nothing; shared: twice that]"
+        ),
     ] = None,
     like: Annotated[
         str | None, typer.Option(help="Generator, adapter or pairs folder whose layout to bring them to.")
@@ -52,9 +55,10 @@ def import_adapters(
     missing_modules: Annotated[
         Literal["refuse", "zeros"], typer.Option(help="What becomes of modules that some adapters lack.")
     ] = "refuse",
-    keep_factors: Annotated[
-        bool, typer.Option("--keep-factors", help="Keep A and B as they are: adapters from one initialisation.")
-    ] = False,
+    factors: Annotated[
+        Literal["canonical", "shared", "kept"],
+        typer.Option(help="Factors that follow from each update; one A for all adapters; A and B as they are."),
+    ] = "canonical",
     pickles: Annotated[
         bool, typer.Option("--pickles", help="Read adapter_model.bin, tensors alone, where there is nothing else.")
     ] = False,
@@ -85,7 +89,7 @@ def import_adapters(
     files = _files_of(prompts)
     if settings is not None:
         own = {"--rank": rank, "--like": like, "--base": base, "--prompts-from-card": from_card, "--pickles": pickles}
-        own.update({"--answer-column": answer_column, "--keep-factors": keep_factors, "--overwrite": overwrite})
+        own.update({"--answer-column": answer_column, "--factors": factors != "canonical", "--overwrite": overwrite})
         _of_the_release(adapters, pairs, settings, files, column, own, as_json=as_json, quiet=quiet)
         return
     if rank is not None and like is not None:
@@ -95,7 +99,7 @@ def import_adapters(
         wanted.add_prompts(task, file, column, answer_column)
     if from_card:
         wanted.prompts = {**dict.fromkeys(wanted.adapters, "card"), **wanted.prompts}
-    options: dict[str, Any] = {"rank": rank, "missing_modules": missing_modules, "canonical": not keep_factors}
+    options: dict[str, Any] = {"rank": rank, "missing_modules": missing_modules, "factors": factors}
     options.update({"pickles": pickles, "overwrite": overwrite, "base_model": base or None})
     with progress(quiet):
         tasks = _import(wanted, pairs, like, options)
@@ -130,7 +134,9 @@ def in_words(pairs: str, tasks: Sequence[ImportedTask]) -> str:
             f"{name} {share:.2%} (most in {each['lost_most']}: {each['lost_share_there']:.2%})"
             for share, name, each in lost[:_SHOWN]
         )
-        lines.append(f"Lost with the rank, as a share of the update's squared norm, by {len(lost)} of them: {most}.")
+        lines.append(
+            f"Lost to rank or shared A, as a share of the update's squared norm, by {len(lost)} of them: {most}."
+        )
     else:
         lines.append("Nothing of any update was lost.")
     zeros = [(name, len(each["zero_modules"])) for name, each in adapters if each["zero_modules"]]

@@ -3,30 +3,22 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException
 from pathlib import Path
-from typing import IO, Any
-from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from typing import IO
 
 from ..adapters.lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from ..errors import CorruptFileError, EngineError
 from ..storage.files import PathLike, staged_directory
+from .http_client import HttpClient
 from .kept_adapters import KeptAdapters, parse_name
 
 
-# Generating may have to wait for others in the service's queue.
-_TIMEOUT_SECONDS = 300.0
 _CHUNK = 1 << 20
-_MOST_JSON = 1 << 20
 # Several times the adapter of the largest rank that engines take on a model of 70B parameters.
-_MOST_BYTES = {ADAPTER_CONFIG_NAME: _MOST_JSON, ADAPTER_WEIGHTS_NAME: 32 << 30}
-_NOT_THERE = (404, 410)
+_MOST_BYTES = {ADAPTER_CONFIG_NAME: 1 << 20, ADAPTER_WEIGHTS_NAME: 32 << 30}
+_MEND = "Check PEFT_DND_SERVICE_URL, and whether `peft-dnd serve` runs there."
 
 
 class ServedAdapters:
@@ -42,15 +34,8 @@ class ServedAdapters:
     """
 
     def __init__(self, url: str, token: str | None, cache: PathLike) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise EngineError(f"The service's URL must be like 'http://host:8000', got {url!r}.")
-        if parts.username or parts.password:
-            raise EngineError("The service's URL holds a user or password. Give the token apart from it.")
-        self._url, self._token = url.rstrip("/"), token
+        self._client = HttpClient(url, token, what="The service", mend=_MEND)
         self._kept = KeptAdapters(cache)
-        # The token must not go wherever the service, or who is in between, would like it to go.
-        self._opener = build_opener(_NoRedirects)
 
     def find(self, name: str) -> Path | None:
         """The folder of an adapter, fetched where it is not here yet.
@@ -73,18 +58,17 @@ class ServedAdapters:
         return self._kept.folder_of(adapter_id) or self._fetch(adapter_id)
 
     def _id_of_task(self, task: str) -> str | None:
-        body = json.dumps({"task": task}).encode()
-        with self._asked("/v1/adapters", body) as response:
+        with self._client.ask("/v1/adapters", {"task": task}) as response:
             if response is None:
                 return None
-            facts = _json_of(response)
+            facts = self._client.facts_in(response)
         found = parse_name(f"dnd:{facts.get('id')}")
         if found is None or found.adapter_id is None:
-            raise EngineError(f"The service at {self._url!r} gave no id for {task!r}, but {facts.get('id')!r:.80}.")
+            raise EngineError(f"{self._client.name} gave no id for {task!r}, but {facts.get('id')!r:.80}. {_MEND}")
         return found.adapter_id
 
     def _fetch(self, adapter_id: str) -> Path | None:
-        with self._asked(f"/v1/adapters/{adapter_id}") as response:
+        with self._client.ask(f"/v1/adapters/{adapter_id}") as response:
             if response is None:
                 return None
             place = self._kept.place_of(adapter_id)
@@ -94,66 +78,10 @@ class ServedAdapters:
                     self._kept.make_servable(staged)
             except (tarfile.TarError, CorruptFileError, FileNotFoundError, HTTPException) as error:
                 raise EngineError(
-                    f"The service at {self._url!r} sent no whole adapter for {adapter_id!r} ({error}). Ask again, and "
+                    f"{self._client.name} sent no whole adapter for {adapter_id!r} ({error}). Ask again, and "
                     "look whether it and this library are of one version."
                 ) from error
         return place
-
-    @contextmanager
-    def _asked(self, path: str, body: bytes | None = None) -> Iterator[HTTPResponse | None]:
-        headers = {"Accept": "*/*"} if body is None else {"Content-Type": "application/json"}
-        if self._token:
-            headers["Authorization"] = f"Bearer {self._token}"
-        request = Request(self._url + path, data=body, headers=headers)
-        try:
-            response = self._opener.open(request, timeout=_TIMEOUT_SECONDS)
-        except HTTPError as error:
-            with error:
-                if error.code in _NOT_THERE:
-                    response = None
-                else:
-                    raise self._refused(error) from error
-        except (URLError, OSError, HTTPException) as error:
-            raise self._unreachable(error) from error
-        if response is None:
-            yield None
-            return
-        with response:
-            try:
-                yield response
-            except (TimeoutError, ConnectionError) as error:
-                raise self._unreachable(error) from error
-
-    def _refused(self, error: HTTPError) -> EngineError:
-        try:
-            detail = json.loads(error.read(_MOST_JSON)).get("detail")
-        except (OSError, ValueError, AttributeError, HTTPException):
-            detail = None
-        said = f": {detail!s:.300}" if detail else ""
-        mend = " Check PEFT_DND_SERVICE_TOKEN." if error.code in (401, 403) else ""
-        return EngineError(f"The service at {self._url!r} answered {error.code} {error.reason}{said}.{mend}")
-
-    def _unreachable(self, error: Exception) -> EngineError:
-        reason = getattr(error, "reason", error)
-        return EngineError(
-            f"The service at {self._url!r} cannot be reached ({reason}). Check PEFT_DND_SERVICE_URL, and whether "
-            "`peft-dnd serve` runs there."
-        )
-
-
-class _NoRedirects(HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        """Follow none: the answer itself becomes the error."""
-
-
-def _json_of(response: HTTPResponse) -> dict[str, Any]:
-    try:
-        facts = json.loads(response.read(_MOST_JSON))
-    except (ValueError, RecursionError, HTTPException) as error:
-        raise EngineError(f"The service's answer is no JSON ({error}). Is it `peft-dnd serve`?") from error
-    if not isinstance(facts, dict):
-        raise EngineError(f"The service's answer is no JSON object, but {facts!r:.80}. Is it `peft-dnd serve`?")
-    return facts
 
 
 def _unpack(response: IO[bytes], folder: Path) -> None:

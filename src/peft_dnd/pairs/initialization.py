@@ -49,8 +49,8 @@ def use_common_initialization(model: nn.Module, pairs: PathLike, adapter_name: s
     matrices = whole_matrices(model, adapter_name)
     folder = Path(pairs) / INITIALIZATION_FOLDER
     if not folder.exists():
-        _create_initialization(folder, layout, matrices)
-    initial = _read_initialization(folder, layout)
+        create_initialization(folder, layout, matrices)
+    initial = read_initialization(folder, layout)
     with torch.no_grad():
         for key, matrix in matrices.items():
             matrix.copy_(initial[key])
@@ -62,7 +62,7 @@ def has_common_initialization(model: nn.Module, pairs: PathLike, adapter_name: s
     folder = Path(pairs) / INITIALIZATION_FOLDER
     if not folder.exists():
         return False
-    initial = _read_initialization(folder, layout_from_model(model, adapter_name))
+    initial = read_initialization(folder, layout_from_model(model, adapter_name))
     return all(
         torch.equal(matrix.detach().cpu(), initial[key].to(matrix.dtype))
         for key, matrix in whole_matrices(model, adapter_name).items()
@@ -85,7 +85,18 @@ def whole_matrices(model: nn.Module, adapter_name: str) -> dict[str, torch.Tenso
     return matrices
 
 
-def _create_initialization(folder: Path, layout: AdapterLayout, matrices: Mapping[str, torch.Tensor]) -> None:
+def create_initialization(folder: Path, layout: AdapterLayout, matrices: Mapping[str, torch.Tensor]) -> None:
+    """Write the common initialisation of a pairs folder, unless another process has done so meanwhile.
+
+    Args:
+        folder: The initialisation's folder inside the pairs folder.
+        layout: Its layout.
+        matrices: PEFT on-disk key -> matrix.
+
+    Raises:
+        LayoutError: If they do not have the layout.
+        WeightValueError: If they hold NaN or infinity.
+    """
     layout.check_state_dict(matrices, source="The adapter that is to be the common initialisation")
     mine = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     try:
@@ -103,7 +114,8 @@ def _create_initialization(folder: Path, layout: AdapterLayout, matrices: Mappin
         shutil.rmtree(mine, ignore_errors=True)
 
 
-def _read_initialization(folder: Path, layout: AdapterLayout) -> dict[str, torch.Tensor]:
+def read_initialization(folder: Path, layout: AdapterLayout) -> dict[str, torch.Tensor]:
+    """Read the common initialisation of a pairs folder; errors as for using it."""
     difference = layout_from_folder(folder).difference(layout)
     if difference is not None:
         raise LayoutError(

@@ -11,10 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from ..adapters.layout import AdapterLayout
 from ..adapters.one_layout import Conversion, common_layout, convert_adapter
+from ..adapters.shared_factors import SharedInputs
 from ..errors import GeneratorConfigError, LayoutError, PairsFolderError, PromptError, did_you_mean
-from ..pairs.folder import INITIALIZATION_FOLDER, TASK_NAME, load_task, may_be_task
+from ..pairs.folder import INITIALIZATION_FOLDER, TASK_NAME, adapter_digest, load_task, may_be_task
+from ..pairs.initialization import create_initialization, read_initialization
 from ..pairs.writer import PairWriter, task_record
 from ..storage.files import PathLike, read_json, staged_directory, write_json
 from ..storage.progress import with_progress
@@ -28,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 ORIGIN_NAME = "origin.json"
 FROM_CARD = "card"
+FACTORS = _CANONICAL, _SHARED, _KEPT = ("canonical", "shared", "kept")
 _REFUSE, _ZEROS = "refuse", "zeros"
 
 OneOrMore = PathLike | ExistingAdapter | Sequence[PathLike | ExistingAdapter]
@@ -70,7 +75,7 @@ def import_adapters(
     layout: AdapterLayout | None = None,
     base_model: str | Sequence[str] | None = None,
     missing_modules: Literal["refuse", "zeros"] = "refuse",
-    canonical: bool = True,
+    factors: Literal["canonical", "shared", "kept"] = "canonical",
     pickles: bool = False,
     overwrite: bool = False,
 ) -> tuple[ImportedTask, ...]:
@@ -89,14 +94,18 @@ def import_adapters(
         prompts: Task -> its pool of unlabelled prompts; or `"card"`, to take what the card of its first adapter says
             in their place.
         answers: Task -> the answers to its prompts, one each.
-        rank: The rank to bring all to; by default the largest of any, at which nothing is lost.
+        rank: The rank to bring all to; by default the largest of any, at which nothing is lost; with a shared A twice
+            that.
         layout: The layout to bring them to, in place of the one that is worked out: that of a generator, say.
         base_model: The name of the base that all adapters are for, or several names that it goes by, of which the
             first is kept. By default they must all name the same.
         missing_modules: What becomes of a module that some adapters have and others lack: an error (`"refuse"`), or a
             zero update (`"zeros"`). One that an adapter's own configuration targets is missed in any case.
-        canonical: Whether to write canonical factors. Adapters that were trained by themselves share no
-            initialisation, so that their factors cannot be compared otherwise.
+        factors: Which factors of the updates to write. Adapters that were trained by themselves share no
+            initialisation, so that their own (`"kept"`) cannot be compared. `"canonical"`: those that follow from the
+            update alone. `"shared"`: one A for all adapters, of the inputs that their updates share most of, so that
+            Bs alone differ; what else is in an update is lost, and said. That A becomes the pairs folder's common
+            initialisation, or is that which is there already.
         pickles: Whether to read an `adapter_model.bin` where there is no safetensors file, tensors alone.
         overwrite: Whether to replace tasks that are complete, but were made of other adapters or in another way.
 
@@ -115,6 +124,8 @@ def import_adapters(
     """
     if missing_modules not in (_REFUSE, _ZEROS):
         raise GeneratorConfigError(f"missing_modules must be 'refuse' or 'zeros', got {missing_modules!r}.")
+    if factors not in FACTORS:
+        raise GeneratorConfigError(f"factors must be one of {FACTORS}, got {factors!r}.")
     if layout is not None and rank is not None:
         raise GeneratorConfigError("A layout says its rank itself: give rank=... or layout=..., not both.")
     pairs = Path(pairs)
@@ -133,14 +144,22 @@ def import_adapters(
     base = _base_of(bases, base_model)
     own = {adapter.name: adapter.layout for adapter in every}
     target = common_layout(own, rank) if layout is None else layout
+    if factors == _SHARED and rank is None and layout is None:
+        target = common_layout(own, _rank_of_initialization(pairs) or 2 * target.max_rank)
     if base is not None:
         target = dataclasses.replace(target, base_model_name_or_path=base)
     _check_modules(every, target, missing_modules)
-    made_as = {"canonical": canonical, "rank": target.max_rank}
     _check_neighbours(pairs, plans, target)
+    shared = _shared_start(pairs, every, target) if factors == _SHARED else None
+    made_as = {
+        "factors": factors,
+        "rank": target.max_rank,
+        "initialization": None if shared is None else adapter_digest(shared),
+    }
     done = {plan.name: _done(pairs / plan.name, plan, target, made_as, overwrite) for plan in plans}
     return tuple(
-        done[plan.name] or _write(pairs, plan, target, made_as) for plan in with_progress(plans, "Importing adapters")
+        done[plan.name] or _write(pairs, plan, target, made_as, shared)
+        for plan in with_progress(plans, "Importing adapters")
     )
 
 
@@ -277,6 +296,23 @@ def _check_neighbours(pairs: Path, plans: Sequence[_Plan], target: AdapterLayout
             )
 
 
+def _rank_of_initialization(pairs: Path) -> int | None:
+    folder = pairs / INITIALIZATION_FOLDER
+    return AdapterLayout.from_folder(folder).max_rank if folder.is_dir() else None
+
+
+def _shared_start(pairs: Path, found: Sequence[FoundAdapter], target: AdapterLayout) -> dict[str, torch.Tensor]:
+    """The pairs folder's common initialisation; where it has none it becomes the adapters' shared A, with B zero."""
+    folder = pairs / INITIALIZATION_FOLDER
+    if not folder.exists():
+        inputs = SharedInputs(target.max_rank)
+        for adapter in with_progress(found, "Looking for shared inputs"):
+            inputs.add(adapter.layout, adapter.read())
+        start = {tensor.key: torch.zeros(tensor.shape) for tensor in target.tensors}
+        create_initialization(folder, target, {**start, **inputs.matrices(target)})
+    return read_initialization(folder, target)
+
+
 def _origin_of(plan: _Plan, made_as: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for a task to pass for the one that is asked for."""
     return {
@@ -309,16 +345,22 @@ def _done(
     )
 
 
-def _write(pairs: Path, plan: _Plan, target: AdapterLayout, made_as: Mapping[str, Any]) -> ImportedTask:
+def _write(
+    pairs: Path,
+    plan: _Plan,
+    target: AdapterLayout,
+    made_as: Mapping[str, Any],
+    shared: Mapping[str, torch.Tensor] | None,
+) -> ImportedTask:
     known = [adapter.step for adapter in plan.found if adapter.step is not None]
     steps = known if len(set(known)) == len(plan.found) else list(range(1, len(plan.found) + 1))
     origins: list[dict[str, Any]] = []
     with staged_directory(pairs) as staged:
         writer = PairWriter(staged / plan.name, plan.prompts, target, task=plan.name, answers=plan.answers)
-        writer.begin()
+        writer.begin(initialization=made_as["initialization"])
         for step, adapter in zip(steps, plan.found, strict=True):
             converted, conversion = convert_adapter(
-                adapter.read(), adapter.layout, target, canonical=made_as["canonical"]
+                adapter.read(), adapter.layout, target, canonical=made_as["factors"] != _KEPT, shared=shared
             )
             writer.add(converted, step)
             origins.append({"step": step, **adapter.source, **_in_json(conversion)})

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -126,11 +127,17 @@ def load_served_generator(
 
 
 def folder_hash(folder: Path, patterns: tuple[str, ...] = GENERATOR_FILES) -> str:
-    """`sha256:` and the hash of a folder's files: of their names, sizes and bytes."""
+    """`sha256:` and the hash of a folder's files: of their names, sizes and bytes.
+
+    Args:
+        folder: The folder.
+        patterns: Which files count, as the Hub reads such patterns: `*` is any part of a path.
+    """
     digest = sha256()
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    for name in sorted(name for name in found if any(fnmatchcase(name, pattern) for pattern in patterns)):
+        digest.update(f"{name}\0{found[name].stat().st_size}\0".encode())
+        with found[name].open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return f"sha256:{digest.hexdigest()}"
@@ -141,7 +148,7 @@ def _encoder_revision(generator: PromptConditionedLoraGenerator) -> str | None:
     if config.text_encoder_in_folder or config.text_encoder is None:
         return None  # it is among the files of the generator
     if Path(config.text_encoder).is_dir():
-        return folder_hash(Path(config.text_encoder), ("**/*",))
+        return folder_hash(Path(config.text_encoder), ("*",))
     files = ("modules.json", "config.json")
     commit = commit_in_cache(config.text_encoder, files, revision=config.text_encoder_revision)
     return f"{config.text_encoder}@{commit or config.text_encoder_revision}"
