@@ -116,7 +116,7 @@ def _shards(index: Path) -> list[str]:
     data = read_json(index)
     whole = isinstance(data, dict) and isinstance(data.get("metadata"), dict)
     places = data.get("weight_map") if whole else None
-    shards = list(places.values()) if isinstance(places, dict) else [None]
+    shards: list[Any] = list(places.values()) if isinstance(places, dict) else [None]
     for shard in shards:
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or {"/", "\\", "\x00"} & set(shard):
             raise CorruptFileError(
