@@ -113,8 +113,8 @@ def test_weights_are_read_at_the_commit_whose_configuration_was_read(
     generator: PromptConditionedLoraGenerator, fresh_base: FreshBase, cache: Path, tmp_path: Path
 ) -> None:
     other = shifted(generator, 1.0)
-    generator.save_pretrained(tmp_path / "first")
-    other.save_pretrained(tmp_path / "second")
+    generator.save_pretrained(tmp_path / "first", include_text_encoder=True)
+    other.save_pretrained(tmp_path / "second", include_text_encoder=True)
     put_into_cache(cache, "org/gen", FIRST, tmp_path / "first")
     config = DnDConfig(generator="org/gen", prompts=PROMPTS)
     assert config.generator_commit == FIRST
@@ -181,7 +181,7 @@ class TestGeneratorKwargs:
     def test_the_generator_is_found_and_loaded_as_they_say(
         self, generator: PromptConditionedLoraGenerator, fresh_base: FreshBase, tmp_path: Path
     ) -> None:
-        generator.save_pretrained(tmp_path / "repository" / "best")
+        generator.save_pretrained(tmp_path / "repository" / "best", include_text_encoder=True)
         put_into_cache(tmp_path / "own", "org/gen", FIRST, tmp_path / "repository")
         options = {"cache_dir": tmp_path / "own", "subfolder": "best", "local_files_only": True}
         with pytest.raises(GeneratorNotFoundError):
@@ -206,19 +206,19 @@ class TestGeneratorKwargs:
     def test_a_token_is_passed_on_and_never_written(
         self,
         generator: PromptConditionedLoraGenerator,
-        generator_folder: Path,
         fresh_base: FreshBase,
         tmp_path: Path,
         hub: HubServer,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.delenv("HF_TOKEN")
-        hub.put("me/gen", generator_folder, private=True)
+        generator.save_pretrained(tmp_path / "uploaded", include_text_encoder=True)
+        hub.put("me/gen", tmp_path / "uploaded", private=True)
         config = DnDConfig(generator="me/gen", prompts=PROMPTS, generator_kwargs={"token": TOKEN})
         files = [path.rpartition("/")[2] for path in hub.paths("GET") if "/resolve/" in path]
         assert files == ["config.json"]  # the weights are for later
         model = get_peft_model(fresh_base(), config)
-        assert len([path for path in hub.paths("GET") if path.startswith("/large/")]) == 1
+        assert len([path for path in hub.paths("GET") if path.startswith("/large/")]) == 2
         config.save_pretrained(str(tmp_path / "config"))
         model.save_pretrained(str(tmp_path / "adapter"))
         injection._kept[0][1].generate_adapter(PROMPTS).save_pretrained(tmp_path / "generated")
