@@ -16,13 +16,13 @@ from .lora import matrix_keys
 
 
 _ROWS_KEPT = 4  # times the rank, when there are more
-_ROWS_HELD = 16  # times the rank, before they are compressed: that takes the longer the more there are
+_ROWS_HELD = 8  # times the rank, before they are compressed
 
 
 class SharedInputs:
     """Gathers the updates of adapters one by one, and says which inputs they share most of.
 
-    Each adapter weighs the same in each module. Up to 16 times the rank of rows are held for a module; what is
+    Each adapter weighs the same in each module. Up to 8 times the rank of rows are held for a module; what is
     more is compressed to the largest singular vectors, four times the rank of them.
 
     Args:
@@ -43,8 +43,8 @@ class SharedInputs:
             size = rows.norm()
             if size > 0:
                 held = self._rows.get(module.name)
-                rows = rows / size if held is None else torch.cat([held, rows / size])
-                self._rows[module.name] = self._compressed(rows)
+                rows = rows / size if held is None else torch.cat([held.double(), rows / size])
+                self._rows[module.name] = self._compressed(rows).float()
 
     def matrices(self, target: AdapterLayout) -> dict[str, torch.Tensor]:
         """The shared A of each module of a layout of the rank, float32: orthonormal rows, and zeros where too few.
@@ -60,8 +60,8 @@ class SharedInputs:
             shared = torch.zeros(module.rank, module.tensors[0].long_size, dtype=torch.float64)
             rows = self._rows.get(module.name)
             if rows is not None:
-                _, s, vt = torch.linalg.svd(rows, full_matrices=False)
-                vt = vt[s > s[0] * max(rows.shape) * torch.finfo(s.dtype).eps][: module.rank]
+                _, s, vt = torch.linalg.svd(rows.double(), full_matrices=False)
+                vt = vt[s > s[0] * max(rows.shape) * torch.finfo(rows.dtype).eps][: module.rank]
                 largest = vt.gather(1, vt.abs().argmax(1, keepdim=True))
                 shared[: len(vt)] = vt * largest.sign()
             found[matrix_keys(module.name, module.kind)[0]] = shared.float().reshape(module.shape_a)
@@ -70,5 +70,6 @@ class SharedInputs:
     def _compressed(self, rows: torch.Tensor) -> torch.Tensor:
         if len(rows) <= _ROWS_HELD * self.rank:
             return rows
-        _, s, vt = torch.linalg.svd(rows, full_matrices=False)
-        return (s[:, None] * vt)[: _ROWS_KEPT * self.rank]
+        # The left singular vectors are the eigenvectors of the rows' inner products, in rising order.
+        _, u = torch.linalg.eigh(rows @ rows.mT)
+        return u[:, -_ROWS_KEPT * self.rank :].mT @ rows
