@@ -144,11 +144,21 @@ def test_answers_may_be_the_assistants() -> None:
     assert condition_texts(chats(), answers, "answers") == ("yes", "no")
 
 
-def test_on_the_command_line(generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_the_command_line(
+    generator_folder: Path,
+    word_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(json.dumps({"prompt": chat}) for chat in chats()), encoding="utf-8")
     assert main(["generate", str(generator_folder), str(file), str(tmp_path / "adapter"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["provenance"]["prompts_sha256"] == prompts_digest(TEXTS)
+    word_tokenizer.save_pretrained(tmp_path / "base")
+    template = ["--chat-template", str(tmp_path / "base"), "--json"]
+    assert main(["generate", str(generator_folder), str(file), str(tmp_path / "adapter"), *template]) == 0
+    expected = prompts_digest([f"{text} . answer" for text in TEXTS])
+    assert json.loads(capsys.readouterr().out)["provenance"]["prompts_sha256"] == expected
     file.write_text(json.dumps({"prompt": [*chats()[0], {"role": "assistant", "content": "x"}]}), encoding="utf-8")
     assert main(["generate", str(generator_folder), str(file), str(tmp_path / "adapter")]) == 1
     assert "'prompt' in row 1" in (told := capsys.readouterr().err) and "ends with the assistant" in told

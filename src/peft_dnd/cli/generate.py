@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .bases import load_tokenizer
 from .console import CommandError, Json, Quiet, Revision, progress, report
 from .prompt_files import STANDARD_INPUT, Format, Row, files_of_tasks, read_dataset, read_prompts, read_rows, texts_of
 
@@ -37,6 +38,10 @@ def generate(
     dataset: Annotated[str | None, typer.Option(help="Data set on the Hub to take the prompts from.")] = None,
     dataset_config: Annotated[str | None, typer.Option(help="Which configuration of the data set.")] = None,
     split: Annotated[str, typer.Option(help="Which split of the data set, as datasets writes it.")] = "train",
+    chat_template: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="Folder or Hub id of a base, in whose chat template prompts are read."),
+    ] = None,
     revision: Revision = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides which prompts are read if there are too many.")] = 0,
     out_of_distribution: Annotated[
@@ -88,6 +93,8 @@ def generate(
     else:
         rows = {"": _rows(str(prompts), column, file_format)}
     texts = {task: texts_of(of, column, dataset or task or str(prompts)) for task, of in rows.items()}
+    if chat_template is not None:
+        texts = _in_chat_template(chat_template, rows, column)
     with progress(quiet):
         loaded = _load(generator, revision, stream=stream)
         if prompts_in_card and loaded.config.condition_text != "prompts":
@@ -118,6 +125,16 @@ def _rows(source: str, column: str, file_format: Format | None) -> list[Row]:
     if Path(source).suffix.lower() == ".json" and file_format is None:
         return [{column: prompt} for prompt in read_prompts(source, column)]
     return read_rows(source, column, file_format)
+
+
+def _in_chat_template(base: str, rows: dict[str, list[Row]], column: str) -> dict[str, list[str]]:
+    from peft_dnd.text import prompt_texts
+
+    tokenizer = load_tokenizer(base)
+    return {
+        task: list(prompt_texts(of, column=column, tokenizer=tokenizer, what=f"the prompts of task {task!r}"))
+        for task, of in rows.items()
+    }
 
 
 def _load(name: str, revision: str | None, *, stream: bool) -> Any:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from ..adapters.generated_adapter import GeneratedAdapter
 from ..pairs.dataset import PromptCheckpointDataset
+from ..text.prompt_shapes import PromptsLike
 from ..text.prompts import ConditionText
 from ..text.prompts_and_answers import condition_texts
 from .bench import AdapterSource
@@ -38,9 +39,9 @@ class HeldOutTask:
             no wrong prompts for another, and `shuffled` takes those of another kind.
     """
 
-    prompts: Sequence[str]
+    prompts: PromptsLike
     trained_adapter: AdapterSource | None = None
-    answers: Sequence[str] | None = None
+    answers: PromptsLike | None = None
     kind: str | None = None
 
 

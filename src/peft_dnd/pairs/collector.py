@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..adapters.layouts import layout_from_model
 from ..errors import GeneratorConfigError, PairsFolderError
 from ..storage.files import PathLike
+from ..text.prompt_shapes import PromptsLike
 from ..text.prompts import check_prompts
 from ..text.prompts_and_answers import check_answers
 from .folder import stored_steps
@@ -77,7 +78,7 @@ class CheckpointCollector(TrainerCallback):
     def __init__(
         self,
         folder: PathLike,
-        prompts: Sequence[str],
+        prompts: PromptsLike,
         *,
         last: int = 50,
         every: int = 1,
@@ -86,7 +87,7 @@ class CheckpointCollector(TrainerCallback):
         task: str | None = None,
         overwrite: bool = False,
         examples: Iterable[Mapping[str, Any]] | None = None,
-        answers: Sequence[str] | None = None,
+        answers: PromptsLike | None = None,
     ) -> None:
         if last < 1 or every < 1:
             raise GeneratorConfigError(f"last and every must be at least 1, got last={last} and every={every}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..adapters.layout import AdapterLayout
 from ..adapters.lora import ADAPTER_CONFIG_NAME
 from ..errors import PairsFolderError
 from ..storage.files import PathLike, staged_directory
+from ..text.prompt_shapes import PromptsLike
 from ..text.prompts import check_prompts
 from ..text.prompts_and_answers import check_answers
 from .examples import EXAMPLES_NAME, write_examples
@@ -77,7 +78,7 @@ class PairWriter:
     def __init__(
         self,
         folder: PathLike,
-        prompts: Sequence[str],
+        prompts: PromptsLike,
         layout: AdapterLayout,
         *,
         task: str | None = None,
@@ -85,7 +86,7 @@ class PairWriter:
         overwrite: bool = False,
         resume_from: tuple[nn.Module | Mapping[str, torch.Tensor], int] | None = None,
         examples: Iterable[Mapping[str, Any]] | None = None,
-        answers: Sequence[str] | None = None,
+        answers: PromptsLike | None = None,
     ) -> None:
         self.folder = Path(folder).absolute()
         self.prompts = check_prompts(prompts)
@@ -187,10 +188,10 @@ class PairWriter:
 
 def write_task_without_checkpoints(
     folder: PathLike,
-    prompts: Sequence[str],
+    prompts: PromptsLike,
     examples: Iterable[Mapping[str, Any]],
     *,
-    answers: Sequence[str] | None = None,
+    answers: PromptsLike | None = None,
     task: str | None = None,
     overwrite: bool = False,
 ) -> None:
