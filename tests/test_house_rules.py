@@ -40,7 +40,7 @@ ROOMS = [
     "cli",
 ]
 # What may be imported within a function: heavy, and needed by few.
-HEAVY = {"gradio", "lm_eval", "matplotlib", "pandas", "scipy", "sentence_transformers", "sklearn"}
+HEAVY = {"gradio", "lm_eval", "matplotlib", "pandas", "scipy", "sentence_transformers", "sklearn", "starlette"}
 # The command's verbs import all but these and one another when they run, so that `--help` waits for nothing.
 LIGHT = {*sys.stdlib_module_names, "typer"}
 
