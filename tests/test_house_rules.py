@@ -42,7 +42,18 @@ ROOMS = [
     "cli",
 ]
 # What may be imported within a function: heavy, and needed by few.
-HEAVY = {"gguf", "gradio", "lm_eval", "matplotlib", "pandas", "scipy", "sentence_transformers", "sklearn", "vllm"}
+HEAVY = {
+    "gguf",
+    "gradio",
+    "lm_eval",
+    "matplotlib",
+    "pandas",
+    "scipy",
+    "sentence_transformers",
+    "sklearn",
+    "starlette",
+    "vllm",
+}
 # The command's verbs import all but these and one another when they run, so that `--help` waits for nothing.
 LIGHT = {*sys.stdlib_module_names, "typer"}
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,12 +23,13 @@ from support.constants import TASK_PROMPTS
 from peft_dnd.cli.app import main
 from peft_dnd.cli.demo import page_of, read_file
 from peft_dnd.errors import GeneratorConfigError, PromptError
-from peft_dnd.page import ChatBase, PageGenerator, PageLimits, PromptPage
+from peft_dnd.page import ChatBase, MadeAdapter, PageGenerator, PageLimits, PromptPage
+from peft_dnd.page.kept import KeptAdapters
 
 
 GIVEN = TASK_PROMPTS["med"]
 SECRET = "capital"
-LIMITS = PageLimits(upload_bytes=2000, prompts=20, prompt_characters=200, answer_tokens=4)
+LIMITS = PageLimits(upload_bytes=2000, uploads=12, adapters=6, prompts=20, prompt_characters=200, answer_tokens=4)
 
 
 @pytest.fixture
@@ -146,9 +151,10 @@ def test_what_is_refused_is_told_and_nothing_is_left(served, tmp_path: Path, cap
     from gradio_client.exceptions import AppError
 
     visitor = served.visitor()
-    with pytest.raises(AppError, match="There is no adapter yet"):
+    with pytest.raises(AppError, match="There is no adapter of yours yet"):
         visitor.predict("the river", api_name="/ask")
-    before = sorted(Path(served.page._folder.name).iterdir())
+    made_in = served.page._served / "made"
+    before = sorted(made_in.glob("*"))
     one_line = f"{SECRET} of <b>a</b>"
     for given, message in (
         ({}, "There are no prompts"),
@@ -167,7 +173,7 @@ def test_what_is_refused_is_told_and_nothing_is_left(served, tmp_path: Path, cap
         visitor.predict(SECRET, api_name="/ask")
     make(visitor, "a court", generator="no base")
     assert "unknown" in made.facts
-    left = {path for path in Path(served.page._folder.name).iterdir() if path not in before}
+    left = {path for path in made_in.iterdir() if path not in before}
     assert len(left) == 1, "the second adapter's folder; the first one's went, and nothing refused has one"
     assert SECRET not in caplog.text and not caplog.records
 
@@ -179,12 +185,20 @@ def test_the_server_itself_takes_no_large_file_and_reads_no_file_of_its_own(serv
     api = f"{served.address}gradio_api"
     with httpx.Client(trust_env=False, timeout=60) as web:
         assert web.post(f"{api}/upload", files={"files": ("large.txt", b"a court\n" * 300)}).status_code == 413
-        for path in ("/etc/hostname", str(Path(__file__)), "../app.py"):
+        address = f"{served.address}config"
+        for path in ("/etc/hostname", str(Path(__file__)), "../app.py", address, "https://example.org/a.txt"):
             dropped = {"path": path, "meta": {"_type": "gradio.FileData"}}
             asked = web.post(f"{api}/call/make", json={"data": ["small", "", dropped, "prompt", 0]})
             said = web.get(f"{api}/call/make/{asked.json()['event_id']}").text
             assert "event: error" in said and "event: complete" not in said
-            assert web.get(f"{api}/file={path}").status_code in (403, 404)
+            assert "://" not in path or "not named by its address" in said
+            if "://" not in path:
+                assert web.get(f"{api}/file={path}").status_code in (403, 404)
+        sent = [web.post(f"{api}/upload", files={"files": (f"{n}.txt", b"law")}).status_code for n in range(13)]
+        assert sent == sorted(sent) and sent[0] == 200 and sent[-1] == 429
+        for path in served.page._served.glob("*/*.txt"):
+            os.utime(path, (0, 0))
+        assert web.post(f"{api}/upload", files={"files": ("new.txt", b"law")}).status_code == 200, "old ones go"
 
 
 def test_a_bug_is_told_by_its_kind_alone(served, monkeypatch, caplog) -> None:
@@ -197,3 +211,43 @@ def test_a_bug_is_told_by_its_kind_alone(served, monkeypatch, caplog) -> None:
     with caplog.at_level(logging.INFO), pytest.raises(AppError, match=r"Something went wrong here \(RuntimeError\)"):
         make(served.visitor(), "a court")
     assert SECRET not in caplog.text and "RuntimeError at test_page.py" in caplog.text
+
+
+def test_progress_reaches_the_visitor(served, monkeypatch) -> None:
+    seen, real = Event(), PageGenerator.make
+
+    def slow(self: PageGenerator, *args: Any, tell: Any, **options: Any) -> MadeAdapter:
+        tell(0.5, "Reading prompt 2 of 4")
+        assert seen.wait(60)
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(PageGenerator, "make", slow)
+    job = served.visitor().submit("small", "a court", None, "prompt", 0, api_name="/make")
+    for _ in range(300):
+        told = job.status().progress_data
+        if told and told[0].desc == "Reading prompt 2 of 4":
+            break
+        time.sleep(0.1)
+    seen.set()
+    assert told[0].desc == "Reading prompt 2 of 4" and "from 1 prompts" in job.result()[0]
+
+
+def test_the_verb_says_that_a_port_is_taken(run, generator_folder: Path) -> None:
+    pytest.importorskip("gradio")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ran = run("demo", generator_folder, "--port", taken.getsockname()[1])
+    assert ran.code == 1 and "port" in ran.err and "Traceback" not in ran.err
+
+
+def test_no_more_adapters_are_kept_than_the_limit(tmp_path: Path, generator) -> None:
+    kept, shown = KeptAdapters(tmp_path, 2), PageGenerator("small", generator)
+    first, second, third = (kept.keep(shown.make(GIVEN, kept.new_folder())) for _ in range(3))
+    assert kept.get(first) is None and kept.get(second) and kept.get(third)
+    kept.get(second)
+    fourth = kept.keep(shown.make(GIVEN, kept.new_folder()))
+    assert kept.get(third) is None, "the one that was not used for longest goes"
+    kept.drop(second)
+    kept.drop(None)
+    assert kept.get(None) is None and [path.name for path in tmp_path.iterdir()] == [fourth]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, 
 from ..adapters.generated_adapter import GeneratedAdapter
 from ..adapters.layout import AdapterLayout
 from ..adapters.matching import check_fits, match_modules
-from ..errors import BaseModelMismatchError, PromptError
+from ..errors import BaseModelMismatchError, GeneratorConfigError, PromptError
 from ..storage.progress import short_bars_hidden
 
 
@@ -50,6 +50,7 @@ class ChatBase:
 
         Raises:
             BaseModelMismatchError: If there is none, or none that writes.
+            GeneratorConfigError: If there is no such device.
         """
         try:
             with short_bars_hidden():
@@ -59,7 +60,12 @@ class ChatBase:
             raise BaseModelMismatchError(
                 f"There is no base model that could be talked with at {name!r} ({' '.join(str(error).split())})."
             ) from error
-        return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer)
+        try:
+            return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer)
+        except (RuntimeError, AssertionError) as error:
+            raise GeneratorConfigError(
+                f"The base cannot be put on the device {device!r}: {' '.join(str(error).split())}"
+            ) from error
 
     @property
     def keeps_turns(self) -> bool:

@@ -16,6 +16,8 @@ class PageLimits:
 
     Args:
         upload_bytes: The largest file of prompts.
+        uploads: How many such files of all visitors are kept at once; further ones are refused.
+        adapters: How many adapters of all visitors are kept at once; the one that was not used for longest goes.
         prompts: The most prompts of one adapter.
         prompt_characters: The longest prompt.
         question_characters: The longest question to the models.
@@ -29,6 +31,8 @@ class PageLimits:
     """
 
     upload_bytes: int = 2**20
+    uploads: int = 256
+    adapters: int = 64
     prompts: int = 1000
     prompt_characters: int = 8000
     question_characters: int = 2000

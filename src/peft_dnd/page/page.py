@@ -15,6 +15,7 @@ from traceback import extract_tb
 from typing import Any
 
 from ..errors import GeneratorConfigError, PeftDndError, PromptError
+from .kept import BoundedUploads, KeptAdapters
 from .limits import PageLimits
 from .page_generator import MadeAdapter, PageGenerator
 from .task_map import FITTED, PROMPT, TASK
@@ -60,6 +61,9 @@ class PromptPage:
         self._read_file = read_file
         self.limits = limits or PageLimits()
         self._folder = tempfile.TemporaryDirectory(prefix="peft-dnd-page-")
+        # Where Gradio keeps uploads. What lies in it is served as it is, and not copied first.
+        self._served = Path(self._folder.name) / "gradio"
+        self._kept = KeptAdapters(self._served / "made", self.limits.adapters)
         self._blocks: Any = None
 
     def build(self) -> Any:
@@ -70,7 +74,7 @@ class PromptPage:
         """
         if self._blocks is None:
             # Gradio reads it when components are made, and again when it serves them.
-            os.environ["GRADIO_TEMP_DIR"] = str(Path(self._folder.name) / "gradio")
+            os.environ["GRADIO_TEMP_DIR"] = str(self._served)
             # Gradio loads matplotlib where that is installed, which would write a list of fonts into the home folder.
             os.environ.setdefault("MPLCONFIGDIR", str(Path(self._folder.name) / "matplotlib"))
             self._blocks = self._built()
@@ -91,8 +95,16 @@ class PromptPage:
             OSError: If the port is taken.
         """
         from gradio import themes
+        from starlette.middleware import Middleware
 
         blocks = self.build()
+        bounded = Middleware(
+            BoundedUploads,
+            folder=self._served,
+            apart=self._served / "made",
+            most=self.limits.uploads,
+            seconds=self.limits.idle_seconds,
+        )
         _, address, _ = blocks.launch(
             server_name=host,
             server_port=port,
@@ -102,6 +114,7 @@ class PromptPage:
             prevent_thread_lock=True,
             show_error=True,
             max_file_size=self.limits.upload_bytes,
+            app_kwargs={"middleware": [bounded]},
             enable_monitoring=False,
             run_history=False,
             footer_links=["gradio", "settings"],
@@ -128,22 +141,21 @@ class PromptPage:
         self._folder.cleanup()
 
     def _make(
-        self, made: MadeAdapter | None, name: str, pasted: str, file: str | None, column: str, seed: float, tell: Any
-    ) -> MadeAdapter:
+        self, before: str | None, name: str, pasted: str, file: str | None, column: str, seed: float, tell: Any
+    ) -> tuple[str, MadeAdapter]:
         """Make an adapter of what a visitor gave; the visitor's former one goes when the new one is there."""
         chosen = self._generators.get(name)
         if chosen is None:
             raise PromptError(f"There is no generator {name!r} here. Choose one of the list.")
         prompts, answers = self._prompts(chosen, pasted, file, column.strip() or "prompt")
-        folder = Path(tempfile.mkdtemp(dir=self._folder.name))
+        folder = self._kept.new_folder()
         try:
-            new = chosen.make(prompts, folder, answers=answers, seed=max(0, int(seed or 0)), tell=tell)
+            made = chosen.make(prompts, folder, answers=answers, seed=max(0, int(seed or 0)), tell=tell)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        if made is not None:
-            made.discard()
-        return new
+        self._kept.drop(before)
+        return self._kept.keep(made), made
 
     def _prompts(
         self, chosen: PageGenerator, pasted: str, file: str | None, column: str
@@ -166,10 +178,11 @@ class PromptPage:
             self.limits.check_prompts(answers)
         return prompts, answers
 
-    def _ask(self, made: MadeAdapter | None, turns: Sequence[Turn], question: str) -> Iterator[list[Turn]]:
+    def _ask(self, mine: str | None, turns: Sequence[Turn], question: str) -> Iterator[list[Turn]]:
         """The turns after a question, first with the base's answer alone and then with both."""
+        made = self._kept.get(mine)
         if made is None:
-            raise PromptError("There is no adapter yet, or it was cleared after an hour. Make one first.")
+            raise PromptError("There is no adapter of yours yet, or it was cleared meanwhile. Make one.")
         self.limits.check_question(question)
         said = list(turns)[1 - self.limits.turns :] if self.limits.turns > 1 else []
         found: list[str] = []
@@ -189,7 +202,7 @@ class PromptPage:
             delete_cache=(_HOW_OFTEN_CLEARED, self.limits.idle_seconds),
         ) as blocks:
             gr.Markdown(HEAD)
-            made = gr.State(None, time_to_live=self.limits.idle_seconds, delete_callback=_discard)
+            made = gr.State(None, time_to_live=self.limits.idle_seconds, delete_callback=self._kept.drop)
             turns = gr.State([], time_to_live=self.limits.idle_seconds)
             with gr.Row():
                 with gr.Column():
@@ -203,6 +216,7 @@ class PromptPage:
                         elem_id="prompts",
                     )
                     file = gr.File(label="or a file: .txt, .jsonl, .csv, .tsv", height=120, elem_id="file")
+                    _without_addresses(gr, file)
                     with gr.Accordion("Options", open=False):
                         column = gr.Textbox("prompt", label="Field or column of the prompts", max_length=200)
                         seed = gr.Number(0, label="Seed, where prompts are drawn", precision=0, minimum=0)
@@ -246,10 +260,10 @@ class PromptPage:
                 progress: Any = gr.Progress(),  # noqa: B008  (Gradio looks for it among the defaults)
             ) -> Any:  # fmt: skip
                 with _told(gr.Error):
-                    new = self._make(before, chosen, text or "", path, field or "", number, progress)
+                    mine, new = self._make(before, chosen, text or "", path, field or "", number, progress)
                     by = self._generators[new.generator]
                     return (
-                        new,
+                        mine,
                         [],
                         facts_of(new, by),
                         _picture(gr, by, new),
@@ -287,11 +301,6 @@ class PromptPage:
         return blocks.queue(max_size=self.limits.waiting, default_concurrency_limit=1)
 
 
-def _discard(made: MadeAdapter | None) -> None:
-    if made is not None:
-        made.discard()
-
-
 class _told:
     """Within this context errors reach the visitor in words; of a bug the visitor, and the log, get the kind alone."""
 
@@ -311,6 +320,21 @@ class _told:
             logger.error("A request failed with %s at %s.", type(error).__name__, " < ".join(reversed(places)))
         text = " ".join(str(error).split()) if foreseen else f"Something went wrong here ({type(error).__name__})."
         raise self._kind(escape(text, quote=False), duration=20, print_exception=False) from None
+
+
+def _without_addresses(gr: Any, file: Any) -> None:
+    """Make a component for files refuse the addresses of files elsewhere, which Gradio would fetch, however large.
+
+    On the one component, not in a class of its own: Gradio writes a stub into the package for each such class.
+    """
+    move = file.async_move_resource_to_block_cache
+
+    async def move_uploaded(url_or_file_path: Any) -> Any:
+        if "://" in str(url_or_file_path):
+            raise gr.Error("A file is uploaded, not named by its address.", print_exception=False)
+        return await move(url_or_file_path)
+
+    file.async_move_resource_to_block_cache = move_uploaded
 
 
 def _messages(turns: Sequence[Turn], side: int) -> list[dict[str, str]]:
