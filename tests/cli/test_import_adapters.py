@@ -108,6 +108,7 @@ def test_wrong_use(run, loras: Path, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs"
     for arguments, code, words in (
         (("typo.yaml", pairs), 1, "typo.yaml"),
+        (("typo.yam", pairs), 1, "does not exist"),
         ((tmp_path / "typo" / "x", pairs, "--prompts-from-card"), 1, "no adapter at"),
         ((write(tmp_path, law_txt="x") / "law.txt", pairs), 1, "no list of adapters"),
         ((tmp_path / "law.txt", pairs, "--prompts", "law"), 2, "TASK=FILE"),

@@ -87,6 +87,8 @@ def read_adapter_list(source: str, column: str, answer_column: str | None) -> Ad
             if folder.is_dir() and not folder.name.startswith("."):
                 found.adapters[folder.name] = [{"name_or_path": str(folder)}]
     else:
+        if not path.exists() and len(path.parts) == 1:
+            existing_file(path, "The list or folder of adapters")  # no Hub id either: those name their owner
         if path.is_file():
             raise CommandError(f"{source!r} is no list of adapters: expected a .yaml file, a folder or a Hub id.")
         found.adapters[_last_part(source)] = [{"name_or_path": source}]
