@@ -94,12 +94,12 @@ def test_pushes_each_task_to_a_repository_of_its_own(run, generator_folder, tmp_
     monkeypatch.setattr(GeneratedAdapter, "push_to_hub", lambda self, name, **how: pushed.append((name, how)))
     path = write(tmp_path, "txt", PROMPTS)
     assert run("generate", generator_folder, path, "--push-to-hub", "me/adapter", "--private").code == 0
-    assert pushed == [("me/adapter", {"private": True})]
+    assert pushed == [("me/adapter", {"prompts": None, "private": True})]
     folder = tmp_path / "tasks"
     folder.mkdir()
     path.rename(folder / "law.txt")
     assert run("generate", generator_folder, folder, "--push-to-hub", "me/adapter").code == 0
-    assert pushed[1:] == [("me/adapter-law", {"private": None})]
+    assert pushed[1:] == [("me/adapter-law", {"prompts": None, "private": None})]
 
 
 def test_streams(run, generator, generator_folder, tmp_path) -> None:

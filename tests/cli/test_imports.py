@@ -21,7 +21,9 @@ def test_a_generator_goes_through(run, tmp_path, monkeypatch) -> None:
     ran = run("import-generator", tmp_path / "released.pth", tmp_path / "generator", "--settings", "math-1.5b")
     assert ran.code == 1 and ran.err.endswith("peft-dnd: it is damaged\n")
     assert asked == [((tmp_path / "released.pth", "math-1.5b"), {"text_encoder": None, "base_model": None})]
-    assert run("import-generator", "file", "generator").code == 2
+    assert run("import-generator", tmp_path / "released.pth", "generator").code == 2  # of which settings?
+    ran = run("import-generator", "typo", "generator")
+    assert ran.code == 1 and "'typo' does not exist" in ran.err
 
 
 def test_adapters_go_through(run, tmp_path, monkeypatch) -> None:

@@ -166,6 +166,10 @@ def test_what_an_adapter_rests_on_is_named(
     mixed.save_pretrained(tmp_path / "adapter")
     assert type(mixed).from_pretrained(tmp_path / "adapter").nearest_tasks == mixed.nearest_tasks
     own.save_pretrained(tmp_path / "generator")
+    saved = (tmp_path / "generator" / REFERENCE_NAME).read_bytes()
+    for _ in range(4):  # the same bytes each time
+        own.prompt_reference.save(tmp_path / "again.safetensors")
+        assert (tmp_path / "again.safetensors").read_bytes() == saved
     again = PromptConditionedLoraGenerator.from_pretrained(tmp_path / "generator")
     assert again.generate_adapter(PROMPTS).nearest_tasks == own.generate_adapter(PROMPTS).nearest_tasks
 

@@ -146,15 +146,19 @@ def read_json(path: PathLike) -> Any:
 
 
 def write_safetensors(
-    path: PathLike, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    path: PathLike, tensors: Mapping[str, torch.Tensor], header: tuple[str, str] = ("format", "pt")
 ) -> None:
-    """Write tensors, and texts in the file's header, to a safetensors file that stock PEFT and transformers read.
+    """Write tensors to a safetensors file that stock PEFT and transformers read, whole or not at all.
 
-    The file appears whole or not at all.
+    Args:
+        path: The file.
+        tensors: Name -> tensor.
+        header: The one text in the file's header, and its name. Of several, safetensors writes the order as it comes,
+            and the same tensors are to give the same bytes.
     """
     contiguous = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     with staged_file(path) as staged:
-        save_file(contiguous, staged, metadata={**(metadata or {}), "format": "pt"})
+        save_file(contiguous, staged, metadata=dict([header]))
 
 
 def read_safetensors(path: PathLike) -> dict[str, torch.Tensor]:

@@ -152,7 +152,7 @@ class PromptReference:
     def save(self, path: PathLike) -> None:
         """Write it to a safetensors file."""
         tensors = {"points": self.points, "distances": self.distances, "counts": self.counts}
-        write_safetensors(path, tensors, {_TASKS: json.dumps(self.tasks)})
+        write_safetensors(path, tensors, (_TASKS, json.dumps(self.tasks)))
 
     @classmethod
     def load(cls, path: PathLike) -> PromptReference:
