@@ -117,7 +117,9 @@ def test_on_the_command_line(encoder_folder: Path, tmp_path: Path, capsys: pytes
     (tmp_path / "x.pth").write_bytes(b"x")
     assert main(["import-generator", str(tmp_path / "x.pth"), str(tmp_path / "y")]) == 2
     assert "--settings" in capsys.readouterr().err
-    assert main(["import-generator", str(tmp_path / "nowhere"), str(tmp_path / "y")]) == 1
+    assert main(["import-generator", str(tmp_path / "nowhere"), str(tmp_path / "y")]) == 2
+    assert "is no folder of Text-to-LoRA's" in " ".join(capsys.readouterr().err.split())
+    assert main(["import-generator", str(tmp_path), str(tmp_path / "y")]) == 1
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -40,13 +40,15 @@ def import_generator(
     theirs = file.name == _TEXT_TO_LORA or file.is_dir()
     if theirs and settings is not None:
         raise typer.BadParameter("--settings is for the .pth files of the paper's release: leave it out.")
-    if file.is_dir():
-        if not (file / _TEXT_TO_LORA).is_file():
-            raise CommandError(f"The folder {str(file)!r} holds no {_TEXT_TO_LORA}. Name a folder of Text-to-LoRA's.")
-    else:
-        existing_file(file, "The released file")
     if not theirs and settings is None:
-        raise typer.BadParameter("Name the settings that the file was made with: --settings common-sense-0.5b, say.")
+        raise typer.BadParameter(
+            f"{str(file)!r} is no folder of Text-to-LoRA's. Of a .pth file of the paper's release, name the settings "
+            "that it was made with: --settings common-sense-0.5b, say."
+        )
+    if not file.is_dir():
+        existing_file(file, "The released file")
+    elif not (file / _TEXT_TO_LORA).is_file():
+        raise CommandError(f"The folder {str(file)!r} holds no {_TEXT_TO_LORA}. Name a folder of Text-to-LoRA's.")
     from peft_dnd.published import load_published_generator, load_text_to_lora
 
     with progress(quiet):
