@@ -7,6 +7,7 @@ import ast
 import importlib
 import re
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ PAGES = sorted([*DOCS.rglob("*.md"), DOCS.parent / "README.md"])
 
 
 def python_blocks(page: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    found = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [dedent(block) for block in found]  # within a list a block is indented
 
 
 def test_tutorial_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
