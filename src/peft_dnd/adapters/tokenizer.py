@@ -113,7 +113,7 @@ class WeightTokenizer:
             chunks: Its n tokens, (..., n, L_w, C_w), with any leading axes.
 
         Returns:
-            Contiguous tensor (..., *shape), which shares no memory with the tokens.
+            Contiguous, of the tensor's own shape after the leading axes; it shares no memory with the tokens.
         """
         # Narrowed only where something is to be cut off: a narrowing's gradient fills a whole tensor with zeros.
         tokens = chunks if chunks.shape[-2] == tensor.rank else chunks[..., : tensor.rank, :]

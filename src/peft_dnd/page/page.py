@@ -42,8 +42,8 @@ class PromptPage:
 
     Args:
         generators: The generators to choose from; the first is chosen at first.
-        read_file: Reads a file of prompts, `(path, name of their field, whether answers are wanted) -> (prompts,
-            answers or None)`, and raises errors of [`peft_dnd.errors`] about what is wrong with it.
+        read_file: Reads a file of prompts: given its path, the name of their field and whether answers are wanted, it
+            gives prompts, and answers or `None`; it raises errors of `peft_dnd.errors` about what is wrong with it.
         limits: How much each visitor may ask for.
 
     Raises:
