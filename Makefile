@@ -51,8 +51,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install ## run the worked example (SEED=0) into demo_output/
 	$(BIN)/python examples/worked_example/run.py --seed $(SEED) $(DEMO_ARGS)
 
+# A process for each core, of one thread each: two of two threads on two cores take ten times as long.
+test: export OMP_NUM_THREADS := 1
 test: install ## run the tests, but for the slow ones
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
 
 test-all: install test-engines ## run every test
 	$(BIN)/python -m pytest -m "not engines" $(PYTEST_ARGS)

@@ -104,6 +104,7 @@ def snippet(card: bytes) -> str:
     return found[1]
 
 
+@pytest.mark.slow
 def test_the_cards_snippets_run_as_they_stand(
     run: Run, on_hub: HubServer, prompt_file: Path, fresh_base: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
