@@ -23,7 +23,7 @@ def test_a_generator_goes_through(run, tmp_path, monkeypatch) -> None:
     assert asked == [((tmp_path / "released.pth", "math-1.5b"), {"text_encoder": None, "base_model": None})]
     assert run("import-generator", tmp_path / "released.pth", "generator").code == 2  # of which settings?
     ran = run("import-generator", "typo", "generator")
-    assert ran.code == 1 and "'typo' does not exist" in ran.err
+    assert ran.code == 2 and "'typo' is no folder of Text-to-LoRA's" in ran.err
 
 
 def test_adapters_go_through(run, tmp_path, monkeypatch) -> None:

@@ -295,7 +295,9 @@ class AdapterPool:
             # Made before the model is taken, so that others can use it meanwhile. One that was there may be gone by
             # the time it is this thread's turn; that one is made then, and so on, each at most once.
             for task in self._missing(tasks, made):
-                made[task] = self._adapter_of(task)
+                adapter = self._adapter_of(task)
+                if adapter is not None:
+                    made[task] = adapter
             self._running.acquire()
             if not self._missing(tasks, made):
                 return made
@@ -305,14 +307,18 @@ class AdapterPool:
         with self._state:
             return [task for task in tasks if task not in self._resident and task not in made]
 
-    def _adapter_of(self, task: _Task) -> GeneratedAdapter:
+    def _adapter_of(self, task: _Task) -> GeneratedAdapter | None:
+        """The adapter of a task, generated if need be; `None` if it has come into the model while this waited."""
         adapter = task.adapter
         if task.given is None:
             if adapter is None:
                 with self._generating:
-                    adapter = task.adapter or self._generate(task)
-            self._keep(task, adapter)
-        assert adapter is not None
+                    # Who made it meanwhile may be done with it: then it is in the model, and nobody holds it.
+                    adapter = task.adapter
+                    if adapter is None and self._missing([task], {}):
+                        adapter = self._generate(task)
+            if adapter is not None:
+                self._keep(task, adapter)
         return adapter
 
     def _generate(self, task: _Task) -> GeneratedAdapter:
