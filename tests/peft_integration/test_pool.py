@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import copy
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
