@@ -279,21 +279,31 @@ def config_from(data: Mapping[str, Any], *, base: str | None = None, source: str
     """A PEFT configuration of what its `to_dict` gave; fields that this version of PEFT lacks are left out.
 
     Raises:
-        LayoutError: If PEFT has no such method.
+        LayoutError: If PEFT has no such method, or its configuration no such values.
     """
     found = data.get("peft_type") if isinstance(data, Mapping) else None
     kinds = {str(getattr(kind, "value", kind)): of for kind, of in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if found not in kinds:
+    if not isinstance(found, str) or found not in kinds:
         raise LayoutError(
             f"{source} has peft_type {found!r}, which the installed PEFT does not know. Known: "
             f"{', '.join(sorted(kinds))}."
         )
-    known = kinds[str(found)].__dataclass_fields__
+    known = kinds[found].__dataclass_fields__
     fields = {
         name: value for name, value in data.items() if name in known and known[name].init and name != "peft_type"
     }
     fields.pop("auto_mapping", None)
-    config: PeftConfig = kinds[str(found)](**{**fields, "inference_mode": False})
+    try:
+        with _quiet():
+            config: PeftConfig = kinds[found](**{**fields, "inference_mode": False})
+        settings_of(config)
+        if not isinstance(config.base_model_name_or_path, str | None):
+            raise TypeError(f"base_model_name_or_path must be a text, found {config.base_model_name_or_path!r:.80}")
+    except Exception as error:  # PEFT takes every value for good, and fails wherever it happens to use it
+        raise LayoutError(
+            f"{source} is no configuration of a {found} adapter ({type(error).__name__}: {error!s:.200}). It was "
+            "edited or damaged: save or fetch the adapter again."
+        ) from error
     if base is not None:
         config.base_model_name_or_path = base
     return config

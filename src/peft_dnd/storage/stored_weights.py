@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
+# Beside the index, and no longer than file systems have names.
+_FILE_NAME = re.compile(r"[^/\\\x00]{1,50}\.safetensors")
+
+
 def _shards(index: Path) -> list[str]:
     """The files that an index names, all of them beside it."""
     data = read_json(index)
@@ -118,7 +123,7 @@ def _shards(index: Path) -> list[str]:
     places = data.get("weight_map") if whole else None
     shards: list[Any] = list(places.values()) if isinstance(places, dict) else [None]
     for shard in shards:
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or {"/", "\\", "\x00"} & set(shard):
+        if not isinstance(shard, str) or not _FILE_NAME.fullmatch(shard):
             raise CorruptFileError(
                 f"{str(index)!r} is no index of a model's weights: expected in its weight_map the name of a "
                 f".safetensors file beside it for each tensor, found {shard!r:.80}. Save or fetch the model again."
