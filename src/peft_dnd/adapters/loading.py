@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import NamedTuple, cast
 
 import torch
-from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -159,7 +159,7 @@ def attach_adapter(model: nn.Module, adapter_name: str, layout: AdapterLayout) -
     else:
         # PEFT writes the name of the base model at hand itself, and warns where it finds another one there.
         settings = {"base_model_name_or_path": None, "task_type": _task_type_for(model, layout)}
-        model = _add_empty_adapter(model, adapter_name, lora_config_for(model, layout, names, settings=settings))
+        model = add_empty_adapter(model, adapter_name, lora_config_for(model, layout, names, settings=settings))
     return model, names
 
 
@@ -169,7 +169,7 @@ def _task_type_for(model: nn.Module, layout: AdapterLayout) -> str | None:
     return layout.task_type if generates or layout.task_type not in _GENERATING_TASK_TYPES else None
 
 
-def _add_empty_adapter(model: nn.Module, adapter_name: str, config: LoraConfig) -> nn.Module:
+def add_empty_adapter(model: nn.Module, adapter_name: str, config: PeftConfig) -> nn.Module:
     """Have PEFT or transformers, whichever manages the model's adapters, make a new one and activate it."""
     if isinstance(model, (PeftModel, PeftMixedModel)):
         model.add_adapter(adapter_name, config)

@@ -236,15 +236,20 @@ def inject_on_meta(lora_config: LoraConfig, base_model: nn.Module) -> nn.Module:
     config = copy.deepcopy(lora_config)
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(base_model, "name_or_path", None) or None
+    skeleton: Any = inject_adapter_in_model(config, on_meta(base_model), "default", low_cpu_mem_usage=True)
+    skeleton.peft_config = {"default": config}
+    return skeleton
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy of a model on the meta device; no weight is copied."""
     # deepcopy takes what its memo already has for an object, so that it finds an empty stand-in for every tensor.
     memo: dict[int, Any] = {}
-    for parameter in base_model.parameters():
+    for parameter in model.parameters():
         stand_in = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
         # PEFT reads from quantised weights how they were quantised.
         vars(stand_in).update(vars(parameter))
         memo[id(parameter)] = stand_in
-    for buffer in base_model.buffers():
+    for buffer in model.buffers():
         memo[id(buffer)] = buffer.to("meta")
-    skeleton: Any = inject_adapter_in_model(config, copy.deepcopy(base_model, memo), "default", low_cpu_mem_usage=True)
-    skeleton.peft_config = {"default": config}
-    return skeleton
+    return copy.deepcopy(model, memo)

@@ -25,7 +25,7 @@ from torch import nn
 from ..errors import LayoutError
 from ..storage.files import PathLike, read_json, read_safetensors, read_safetensors_shapes
 from .layout import AdapterLayout, LoraTensor
-from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, KEY_PREFIX, check_initialisation
+from .lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, KEY_PREFIX, check_initialisation, on_meta
 from .names import natural_key
 
 
@@ -172,7 +172,7 @@ def method_layout_from_config(config: PeftConfig, base_model: nn.Module) -> Meth
         config.base_model_name_or_path = getattr(base_model, "name_or_path", None) or None
     try:
         with _quiet(), torch.device("meta"):
-            skeleton = get_peft_model(_on_meta(base_model), config, _NAME)
+            skeleton = get_peft_model(on_meta(base_model), config, _NAME)
     except (NotImplementedError, RuntimeError) as error:
         raise LayoutError(
             f"A {_type_of(config)} adapter takes its form from the base's weights, or cannot be laid out without them "
@@ -357,17 +357,6 @@ def method_tensor(key: str, shape: tuple[int, ...]) -> LoraTensor:
 def _soft_prompt(model: Any, adapter_name: str) -> nn.Parameter:
     weight: nn.Parameter = model.prompt_encoder[adapter_name].embedding.weight
     return weight
-
-
-def _on_meta(base_model: nn.Module) -> nn.Module:
-    memo: dict[int, Any] = {}
-    for parameter in base_model.parameters():
-        stand_in = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-        vars(stand_in).update(vars(parameter))
-        memo[id(parameter)] = stand_in
-    for buffer in base_model.buffers():
-        memo[id(buffer)] = buffer.to("meta")
-    return copy.deepcopy(base_model, memo)
 
 
 @contextmanager

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import PeftConfig
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..errors import BaseModelMismatchError, LayoutError
-from .loading import real_parameters
+from .loading import add_empty_adapter, real_parameters
 from .lora import check_tensor
 from .matching import base_model_of, uncompiled, warn_if_other_base
 from .method_layout import MethodLayout, method_layout, method_layout_from_config, trained_tensors
@@ -110,17 +109,9 @@ def _difference_in_adapted(model: Any, layout: MethodLayout) -> str | None:
     return f"the model has adapters of other methods ({', '.join(inner.peft_config)})"
 
 
-def _add(model: Any, adapter_name: str, config: PeftConfig) -> nn.Module:
+def _add(model: nn.Module, adapter_name: str, config: PeftConfig) -> nn.Module:
+    training = model.training
     with warnings.catch_warnings(), real_parameters():
         warnings.simplefilter("ignore")
-        if isinstance(model, (PeftModel, PeftMixedModel)):
-            model.add_adapter(adapter_name, config)
-            model.set_adapter(adapter_name)
-        elif getattr(model, "_hf_peft_config_loaded", False):
-            cast(PreTrainedModel, model).add_adapter(config, adapter_name)
-        elif getattr(model, "peft_config", None):
-            inject_adapter_in_model(config, model, adapter_name)
-        else:
-            model = get_peft_model(model, config, adapter_name).train(model.training)
-    added: nn.Module = model
-    return added
+        added = add_empty_adapter(model, adapter_name, config)
+    return added if added is model else added.train(training)  # PEFT's wrapper begins in training mode

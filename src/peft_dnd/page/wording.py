@@ -30,7 +30,7 @@ def title_of(by: PageGenerator) -> str:
 def short_name(name: str) -> str:
     """A Hub id as it stands; of a folder of this machine its last two parts, as the rest is nothing to visitors.
 
-    >>> short_name("org/generator"), short_name("/home/me/demo_output/seed-0/generator")
+    >>> short_name("org/generator"), short_name("runs/demo_output/seed-0/generator")
     ('org/generator', 'seed-0/generator')
     """
     return "/".join(PurePath(name).parts[-2:])
