@@ -75,7 +75,7 @@ class PromptCheckpointCollator:
         has_target = torch.tensor([adapter is not None for adapter in adapters])
         if not has_target.any():
             return {"has_target": has_target}
-        grids = torch.zeros(len(adapters), *self.weight_tokenizer.grid_shape)
+        grids = torch.zeros(len(adapters), *self.weight_tokenizer.grid_shape, dtype=torch.float32)
         for adapter, grid in zip(adapters, grids, strict=True):
             if adapter is not None:
                 self.weight_tokenizer.encode(adapter, out=grid)

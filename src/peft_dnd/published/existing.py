@@ -308,7 +308,7 @@ def _shared_start(pairs: Path, found: Sequence[FoundAdapter], target: AdapterLay
         inputs = SharedInputs(target.max_rank)
         for adapter in with_progress(found, "Looking for shared inputs"):
             inputs.add(adapter.layout, adapter.read())
-        start = {tensor.key: torch.zeros(tensor.shape) for tensor in target.tensors}
+        start = {tensor.key: torch.zeros(tensor.shape, dtype=torch.float32) for tensor in target.tensors}
         create_initialization(folder, target, {**start, **inputs.matrices(target)})
     return read_initialization(folder, target)
 
