@@ -89,6 +89,7 @@ class Bench:
         self.folder = folder if method == "LoRA" else kept
         self.method = method
         self.path = kept / "figures.json"
+        self.prompt_states = kept.parent / "prompt-states"
         self.figures: dict[str, Any] = read_json(self.path) if self.path.is_file() else {}
 
     def keep(self, name: str, measure: Callable[[], Any]) -> Any:
@@ -177,6 +178,7 @@ class Bench:
                 report_to="none",
                 use_cpu=True,
                 disable_tqdm=True,
+                prompt_states_dir=str(self.prompt_states),
                 **FITTING_SETTINGS,
             )
             began = time.process_time()
