@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .bases import load_tokenizer
-from .console import CommandError, Json, Quiet, Revision, progress, report
+from .console import CommandError, Json, Quiet, Revision, adapter_place, progress, report
 from .prompt_files import STANDARD_INPUT, Format, Row, files_of_tasks, read_dataset, read_prompts, read_rows, texts_of
 
 
@@ -93,6 +93,8 @@ def generate(
     else:
         rows = {"": _rows(str(prompts), column, file_format)}
     texts = {task: texts_of(of, column, dataset or task or str(prompts)) for task, of in rows.items()}
+    for task in rows if adapter is not None else ():
+        adapter_place(str(Path(str(adapter), task)))
     if chat_template is not None:
         texts = _in_chat_template(chat_template, rows, column)
     with progress(quiet):

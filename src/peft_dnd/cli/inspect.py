@@ -77,7 +77,7 @@ def inspect(
         from peft_dnd.engines import vllm_problems
 
         config = _engine_config(kind, what, revision, layout)
-        problems += vllm_problems(
+        found_by_engine = vllm_problems(
             config,
             modules=[] if layout is None else [module.name for module in layout.modules],
             served=served,
@@ -85,14 +85,16 @@ def inspect(
             renamed=renamed,
             target_modules=target_modules,
         )
+        if layout is None and not problems and not found_by_engine:
+            found_by_engine = ["there is no adapter in it that an engine could serve"]
+        facts[f"taken_by_{engine}"] = not found_by_engine
+        problems += found_by_engine
     if layout is not None and against is not None:
         _, other, _ = _LOOKS[what_is(against, None)](against, None)
         difference = layout.difference(other) if other is not None else "it has no layout"
-        facts["difference"] = difference
+        facts |= {"same_layout": difference is None, "difference": difference}
         if difference:
             problems.append(f"the layouts of {what!r} (the first) and {against!r} (the second) differ: {difference}")
-    if engine is not None and layout is None and not problems:
-        problems.append("there is no adapter in it that an engine could serve")
     facts = {"kind": kind, "name": what, **facts, "problems": problems}
     report(facts, _in_words(facts), as_json=as_json, quiet=quiet and not problems)
     if problems:
@@ -155,13 +157,15 @@ def _on_hub(name: str, revision: str | None) -> Kind:
 
     try:
         find_generator(name, (CONFIG_NAME,), revision=revision)
-    except GeneratorNotFoundError:
+    except GeneratorNotFoundError as error:
         try:
             folder = find_adapter(name, (ADAPTER_CONFIG_NAME,), revision=revision)
         except OSError:
             folder = None
         if folder is None or not (folder / ADAPTER_CONFIG_NAME).is_file():
-            raise
+            raise CommandError(
+                f"{name!r} is neither a generator nor an adapter, nor a pairs folder. {error}"
+            ) from error
         return "adapter"
     return "generator"
 
@@ -309,6 +313,9 @@ def _in_words(facts: dict[str, Any]) -> str:
 def _value_in_words(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name.replace('_', ' ')} {_value_in_words(of)}" for name, of in value.items())
+    if isinstance(value, list):
+        parts = (" ".join(map(_value_in_words, of)) if isinstance(of, list) else _value_in_words(of) for of in value)
+        return ", ".join(parts) or "none"
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)

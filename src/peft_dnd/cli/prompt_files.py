@@ -85,7 +85,10 @@ def read_dataset(name: str, column: str, answer_column: str, *, config: str | No
     try:
         found = datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError) as error:
-        raise CommandError(f"The data set {name!r}, split {split!r}, cannot be read: {error}") from error
+        raise CommandError(
+            f"The data set {name!r}, split {split!r}, cannot be read: {error}. Check the name and the split, and "
+            "whether the network is allowed."
+        ) from error
     if column not in found.column_names:
         raise CommandError(f"The data set {name!r} has no column {column!r}.{suggestion(column, found.column_names)}")
     wanted = [name for name in (column, answer_column) if name in found.column_names]
