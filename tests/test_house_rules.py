@@ -31,6 +31,7 @@ ROOMS = [
     "text",
     "decoders",
     "pairs",
+    "policy",
     "generator",
     "peft_integration",
     "evaluation",

@@ -103,6 +103,20 @@ class OutOfDistributionError(PeftDndError, ValueError):
     """The prompts do not belong with those of the fitted tasks, and no adapter was to be written for such."""
 
 
+class PolicyError(PeftDndError, ValueError):
+    """A generator's policy does not allow what was asked for.
+
+    Args:
+        message: What is refused, and why; never a prompt.
+        reason: In one word, for programs: `"refused_prompts"`, `"norm"`, `"behaviour"`, `"classifier"` (the policy
+            wants one that was not given) or `"policy"` (it cannot be applied).
+    """
+
+    def __init__(self, message: str, reason: str = "policy") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class EngineError(PeftDndError, RuntimeError):
     """A serving engine, or the service that it gets adapters from, is set up wrongly, out of reach, or refuses."""
 

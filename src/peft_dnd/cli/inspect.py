@@ -12,6 +12,7 @@ import typer
 
 from .bases import fit_to_skeleton
 from .console import CommandError, Json, Quiet, Revision, report
+from .policies import held_against_policy
 
 
 if TYPE_CHECKING:
@@ -45,6 +46,14 @@ def inspect(
         list[str] | None,
         typer.Option(help="With --for: a module that the engine adapts, if not all, as it was told; may be repeated."),
     ] = None,
+    policy_of: Annotated[
+        str | None,
+        typer.Option(metavar="GENERATOR", help="Of an adapter: hold its weights against this generator's policy."),
+    ] = None,
+    gate_base: Annotated[
+        str | None,
+        typer.Option(help="With --policy-of: the base, to be loaded, on which the behaviour gate is checked."),
+    ] = None,
     revision: Revision = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -55,6 +64,7 @@ def inspect(
 
     Ends with 1 if anything is wrong: it does not fit the base, differs from the other, an engine would be silently
     wrong with it, tasks of a pairs folder are incomplete or differ in their layouts.
+    With --policy-of an adapter is loaded, and held against a generator's policy.
 
     Example:
       peft-dnd inspect org/generator --base Qwen/Qwen2.5-0.5B
@@ -64,6 +74,8 @@ def inspect(
         raise typer.BadParameter(
             "--served and --target-modules say how an engine serves the base: they go with --for."
         )
+    if gate_base is not None and policy_of is None:
+        raise typer.BadParameter("--gate-base is for a policy's behaviour gate: it goes with --policy-of.")
     kind = what_is(what, revision)
     if renew_checksums:
         _renew_checksums(kind, what)
@@ -95,6 +107,9 @@ def inspect(
         facts |= {"same_layout": difference is None, "difference": difference}
         if difference:
             problems.append(f"the layouts of {what!r} (the first) and {against!r} (the second) differ: {difference}")
+    if policy_of is not None:
+        facts["policy"], found_of_policy = held_against_policy(kind, what, policy_of, gate_base, revision)
+        problems += found_of_policy
     facts = {"kind": kind, "name": what, **facts, "problems": problems}
     report(facts, _in_words(facts), as_json=as_json, quiet=quiet and not problems)
     if problems:
@@ -177,6 +192,7 @@ def _look_at_generator(name: str, revision: str | None) -> tuple[dict[str, Any],
     from peft_dnd.generator import PromptConditionedLoraGeneratorConfig
     from peft_dnd.generator.checksums import checksum_differences
     from peft_dnd.generator.summary import SUMMARY_NAME, read_summary
+    from peft_dnd.policy.policy import policy_in_words
     from peft_dnd.storage.files import read_safetensors_shapes
     from peft_dnd.storage.hub import find_generator
     from peft_dnd.text.out_of_distribution import REFERENCE_NAME
@@ -209,6 +225,7 @@ def _look_at_generator(name: str, revision: str | None) -> tuple[dict[str, Any],
         "max_prompt_length": config.max_prompt_length,
         "condition": config.condition,
         "condition_text": config.condition_text,
+        "policy": "; ".join(policy_in_words(config.policy)) or None,
         "knows_its_tasks": REFERENCE_NAME in sizes if sizes else None,
         "measured": config.measured,
     }

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters.layout import AdapterLayout
 from ..adapters.loading import MatrixSlot, attach_adapter, matrix_slots
+from ..adapters.lora import sharing_copy
 from ..adapters.matching import base_model_of, uncompiled
 from ..adapters.method_layout import MethodLayout, trained_tensors
 from ..adapters.method_loading import attach_method_adapter
@@ -79,7 +79,7 @@ def frozen_copy(base_model: nn.Module, layout: AdapterLayout, seed: int) -> Froz
     name = _active_adapter(base_model)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        copied = _sharing_copy(base_model)
+        copied = sharing_copy(uncompiled(base_model))
         if isinstance(layout, MethodLayout):
             adapted = attach_method_adapter(copied, name, layout)
             found = FrozenCopy(
@@ -139,14 +139,3 @@ def _active_adapter(model: nn.Module) -> str:
             f"The base has {len(active)} active adapters ({active}); a generator writes one. Activate one."
         )
     return active[0]
-
-
-def _sharing_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model's structure whose weights are the model's own, but for being frozen: no weight is copied."""
-    model = uncompiled(model)
-    # deepcopy takes what its memo already has for an object.
-    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    for parameter in model.parameters():
-        plain = type(parameter) is nn.Parameter  # quantised kinds carry more than their data, and are frozen anyway
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
-    return copy.deepcopy(model, memo)

@@ -11,6 +11,7 @@ from typing import Any
 from transformers.utils import CONFIG_NAME
 
 from ..errors import CorruptFileError
+from ..policy.policy import POLICY_NAME
 from ..storage.checksums import CHECKSUMS_NAME, Checksums
 from ..storage.files import PathLike, read_json
 from ..storage.hub import generator_name
@@ -36,9 +37,10 @@ _FITTED_SETTINGS = (
     "normalization",
     "decoder_type",
     "decoder_config",
+    "policy",
 )
 # Beside the model's own files, these hold weights.
-_OTHER_FILES = (REFERENCE_NAME, f"{TEXT_ENCODER_FOLDER}/**/*.safetensors")
+_OTHER_FILES = (REFERENCE_NAME, POLICY_NAME, f"{TEXT_ENCODER_FOLDER}/**/*.safetensors")
 _NAMES_IN_LAYOUT = ("base_model_name_or_path", "task_type")
 
 
@@ -125,7 +127,8 @@ def checksum_differences(folder: Path) -> list[str] | None:
 
 
 def _small_differences(checksums: Checksums, folder: Path) -> list[str]:
-    files = checksums.file_differences(folder, REFERENCE_NAME)
+    names = (REFERENCE_NAME, POLICY_NAME)
+    files = [difference for name in names for difference in checksums.file_differences(folder, name)]
     return files + checksums.setting_differences(_fitted_settings(folder))
 
 

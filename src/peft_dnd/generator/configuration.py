@@ -34,6 +34,8 @@ from .paper_settings import PaperSettings
 
 
 FORMAT_VERSION = 1
+# Of a generator with a policy, so that a version which knows no policies does not pass over it.
+POLICY_FORMAT_VERSION = 2
 TEXT_ENCODER_FOLDER = "text_encoder"
 
 
@@ -96,6 +98,7 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         decoder_config: That decoder's own settings, e.g. `{"num_templates": 32}`.
         measured: What was measured of the generator: metric -> value, for its model card. `DnDTrainer` fills it in.
         card_metadata: What only you can say at the head of its card: `license`, `datasets`, `language`, `tags`.
+        policy: What [`set_policy`][peft_dnd.PromptConditionedLoraGenerator] keeps here of the generator's policy.
         format_version: Version of the folder's format; a newer one than this library knows is refused.
 
     Raises:
@@ -128,15 +131,16 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         decoder_config: Mapping[str, Any] | None = None,
         measured: Mapping[str, Any] | None = None,
         card_metadata: Mapping[str, Any] | None = None,
+        policy: Mapping[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
         if not isinstance(format_version, int):
             raise GeneratorConfigError(f"format_version must be an integer, got {format_version!r}.")
-        if format_version > FORMAT_VERSION:
+        if format_version > POLICY_FORMAT_VERSION:
             raise FormatVersionError(
                 f"This generator is of format version {format_version}; this version of peft_dnd reads up to "
-                f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade peft-dnd"
+                f"{POLICY_FORMAT_VERSION}. Upgrade it: pip install --upgrade peft-dnd"
             )
         self.layout = layout.to_dict() if isinstance(layout, AdapterLayout) else layout
         self.text_encoder = text_encoder
@@ -159,6 +163,7 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         self.decoder_config = as_dict("decoder_config", decoder_config)
         self.measured = as_dict("measured", measured)
         self.card_metadata = check_card_metadata(card_metadata or {})
+        self.policy = as_dict("policy", policy)
         self.format_version = format_version
         check_values(self)
         refuse_misspelt(kwargs, own=[name for name in vars(self) if not name.startswith("_")])

@@ -30,8 +30,8 @@ from ..text.out_of_distribution import (
 from ..text.prompt_shapes import PromptsLike
 from ..text.prompts import check_prompts, prompts_digest, select_prompts
 from ..version import __version__
-from .conditioning import PromptReadingMixin
 from .configuration import PromptedAdapters
+from .policing import PolicyMixin
 
 
 # Task name -> its prompts, or their answers.
@@ -41,7 +41,7 @@ THRESHOLD = 0.95
 _TASKS_NAMED = 5
 
 
-class AdapterWritingMixin(PromptReadingMixin):
+class AdapterWritingMixin(PolicyMixin):
     """Gives a generator its `generate_adapter`, and the score of how well prompts belong to its fitted tasks."""
 
     normalization: WeightNormalization
@@ -107,6 +107,7 @@ class AdapterWritingMixin(PromptReadingMixin):
                 nothing of its fitted tasks' prompts.
             OutOfDistributionError: If the prompts do not belong, and that is to be refused.
             WeightValueError: If NaN or infinity comes out.
+            PolicyError: If the generator's policy refuses the prompts, or the adapter.
         """
         action = (out_of_distribution, threshold)
         if isinstance(prompts, Mapping):
@@ -204,6 +205,7 @@ class AdapterWritingMixin(PromptReadingMixin):
         self, prompts: tuple[str, ...], seed: int, action: tuple[str, float], what: str = "the task"
     ) -> GeneratedAdapter:
         with _evaluating(self):
+            self._refuse_prompts(prompts, seed, what)
             states, mask = self.encode_prompts(prompts, seed=seed)
             known = self.prompt_reference
             points = None if known is None else read_points(states, mask)
@@ -223,7 +225,8 @@ class AdapterWritingMixin(PromptReadingMixin):
             provenance["nearest_tasks"] = list(known.nearest_tasks(points).items())[:_TASKS_NAMED]
         if factor < 1:
             provenance["shrunk_by"] = factor
-        return GeneratedAdapter(self.config.adapter_layout, self.weight_tokenizer.decode(grid), provenance)
+        adapter = GeneratedAdapter(self.config.adapter_layout, self.weight_tokenizer.decode(grid), provenance)
+        return self.hold_to_policy(adapter)
 
     def _provenance(self, prompts: tuple[str, ...], seed: int) -> dict[str, Any]:
         return {

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..adapters.layout import AdapterLayout
+from ..policy.policy import policy_in_words
 from ..storage.cards import GENERATED_MARK, PLACE, check_card_metadata, loading_the_base
 from ..storage.hub import hub_id
 from .configuration import PromptConditionedLoraGeneratorConfig
@@ -40,7 +41,7 @@ Writes a LoRA adapter for {base} from a handful of a task's unlabelled prompts, 
 | what | value |
 | --- | --- |
 {facts}
-
+{policy}
 ## Measured
 
 {measured}
@@ -100,8 +101,15 @@ def generator_card(
         base=f"`{named_base}`" if named_base else "its base model",
         snippet=_snippet(config, named_base, revision, name or PLACE),
         facts="\n".join(f"| {what} | {value} |" for what, value in facts.items()),
+        policy=_policy_section(config.policy),
         measured=_measured_section(measured),
     )
+
+
+def _policy_section(policy: Mapping[str, Any]) -> str:
+    """What the generator does not do; nothing where it has no policy."""
+    lines = [f"- {line}" for line in policy_in_words(policy)]
+    return "\n" + "\n".join(["## Policy", "", *lines, ""]) if lines else ""
 
 
 def public_base(layout: AdapterLayout) -> tuple[str | None, str | None]:

@@ -20,6 +20,7 @@ from ..adapters.positions import token_positions
 from ..adapters.tokenizer import WeightNormalization, WeightTokenizer
 from ..decoders import Decoder, PartialDecoder, build_decoder
 from ..errors import CorruptFileError, GeneratorConfigError, GeneratorNotFoundError
+from ..policy.policy import POLICY_NAME
 from ..storage.cards import CARD_NAME, may_write_card
 from ..storage.files import PathLike, staged_directory, write_json
 from ..storage.hub import (
@@ -230,6 +231,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         self._folder, self._commit, self._token, self._text_encoder = folder, commit, token, text_encoder
         self.normalization.check(f"the generator {name!r}")
         self.load_prompt_reference(folder)
+        self.load_policy(folder)
         if not self.config.freeze_text_encoder:
             self.load_text_encoder()
 
@@ -280,6 +282,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
                     super().save_pretrained(staged, state_dict=weights, **kwargs)
                     if self.prompt_reference is not None:
                         self.prompt_reference.save(staged / REFERENCE_NAME)
+                    self.save_policy(staged)
                     if encoder is not None:
                         encoder.save_pretrained(staged / TEXT_ENCODER_FOLDER)
                     write_checksums(staged)
@@ -289,7 +292,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
                 written = {path.name for path in staged.iterdir()}
             # transformers reads a single file before shards: what an earlier save left must not win over this one. Nor
             # is what another generator knew of its tasks' prompts this one's.
-            for pattern in ("model*.safetensors*", REFERENCE_NAME):
+            for pattern in ("model*.safetensors*", REFERENCE_NAME, POLICY_NAME):
                 for path in Path(save_directory).glob(pattern):
                     if path.name not in written:
                         path.unlink()

@@ -57,14 +57,23 @@ class ServedGenerator:
                 "'ignore'."
             )
         shrunk = source.threshold if source.out_of_distribution == "shrink" else None
-        parts = [_FORMAT, self.revision, self.text_encoder, prompts_digest(texts), source.seed, shrunk]
+        asked = self.generator.prompt_classifier is not None
+        extra = [*(["gated"] if self.is_gated else []), *(["classified"] if asked else [])]
+        parts = [*extra, _FORMAT, self.revision, self.text_encoder, prompts_digest(texts), source.seed, shrunk]
         return sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether each adapter passes a behaviour gate."""
+        policy = self.generator.policy
+        return policy is not None and policy.gate is not None and self.generator.gate_base is not None
 
     def generate(self, source: TaskPrompts) -> GeneratedAdapter:
         """Make the adapter.
 
         Raises:
             OutOfDistributionError: If the prompts do not belong, and that is to be refused.
+            PolicyError: If the generator's policy refuses the prompts, or the adapter.
         """
         return self.generator.generate_adapter(
             source.prompts,

@@ -43,6 +43,7 @@ GENERATOR_FILES = (
     "model*.safetensors*",
     CHECKSUMS_NAME,
     "prompt_reference.safetensors",
+    "policy.safetensors",
     "text_encoder/*",
 )
 
