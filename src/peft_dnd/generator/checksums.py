@@ -149,9 +149,13 @@ def refuse(name: str, folder: Path, problems: list[str]) -> None:
         )
 
 
-def _fitted_settings(folder: Path) -> dict[str, Any]:
-    content = read_json(folder / CONFIG_NAME)
+def fitted_settings(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a generator's configuration, as a dictionary, its weights were fitted for."""
     settings = {name: content[name] for name in _FITTED_SETTINGS if name in content}
     if isinstance(settings.get("layout"), dict):
         settings["layout"] = {key: value for key, value in settings["layout"].items() if key not in _NAMES_IN_LAYOUT}
     return settings
+
+
+def _fitted_settings(folder: Path) -> dict[str, Any]:
+    return fitted_settings(read_json(folder / CONFIG_NAME))

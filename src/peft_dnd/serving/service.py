@@ -238,9 +238,9 @@ def no_adapter(name: str) -> Problem:
 
 def _refuse(facts: Mapping[str, Any], source: TaskPrompts) -> None:
     """An adapter that was made before is refused as it would be if it were made now."""
-    score = facts["out_of_distribution"]
-    if source.out_of_distribution == "refuse" and score is not None and score > source.threshold:
+    score, threshold = facts["out_of_distribution"], facts["out_of_distribution_threshold"]
+    if source.out_of_distribution == "refuse" and score is not None and score > threshold:
         raise OutOfDistributionError(
             f"The prompts are unlike those of the tasks that the generator was fitted on: their out-of-distribution "
-            f"score of {score:.3f} is above the threshold of {source.threshold:g}. Check the prompts."
+            f"score of {score:.3f} is above the threshold of {threshold:.3g}. Check the prompts."
         )
