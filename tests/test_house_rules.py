@@ -38,6 +38,7 @@ ROOMS = [
     "published",
     "serving",
     "engines",
+    "synthesis",
     "page",
     "cli",
 ]
