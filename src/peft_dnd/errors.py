@@ -121,6 +121,10 @@ class EngineError(PeftDndError, RuntimeError):
     """A serving engine, or the service that it gets adapters from, is set up wrongly, out of reach, or refuses."""
 
 
+class SynthesisError(PeftDndError, RuntimeError):
+    """A writer of synthetic prompts gives too little that can be used, or something else than was asked for."""
+
+
 def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """A sentence for an error's end that names what was probably meant, with a blank before it; empty if unknown.
 

@@ -24,6 +24,7 @@ from .import_adapters import import_adapters
 from .import_generator import import_generator
 from .inspect import inspect
 from .serve import serve
+from .synthesize import synthesize
 from .verify import verify
 
 
@@ -37,6 +38,7 @@ _VERBS: dict[Callable[..., None], str] = {
     card: "Print or write a model card.",
     collect: "Train adapters, keeping their checkpoints.",
     distil: "Let a teacher answer a task's inputs.",
+    synthesize: "Make a task of a few seed prompts.",
     fit: "Fit a generator to a pairs folder.",
     serve: "Serve adapters over HTTP.",
     evaluate: "Score a generator on held-out tasks.",

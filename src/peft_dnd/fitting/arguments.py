@@ -39,6 +39,9 @@ class DnDTrainingArguments(TrainingArguments):
         task_sampling_exponent: How often a task comes in an epoch, which has as many items as there are checkpoints:
             in proportion to the number of its own to this power. 1: each checkpoint once; 0: all tasks alike, however
             few checkpoints some have; between, as languages are sampled for multilingual models.
+        mixture_share: How many of the items are mixtures of two tasks, from 0 to 1: a set of prompts of both, whose
+            target lies between their adapters, and rows of both in the same shares. A regulariser where tasks are few;
+            see [`MixtureCollator`][peft_dnd.pairs.MixtureCollator]. For plain LoRA.
         prompt_states_dir: A folder where what the text encoder gives for the tasks' prompts is kept, so that a run
             that goes on, or another one on the same tasks, need not read them again. Worth its space where the
             encoder is slow: 4 bytes a number, so 1.5 kB a token of all-MiniLM-L6-v2. By default they are kept in
@@ -88,6 +91,9 @@ class DnDTrainingArguments(TrainingArguments):
     task_sampling_exponent: float = field(
         default=1.0, metadata={"help": "Tasks come in proportion to their checkpoints to this power, 0 to 1."}
     )
+    mixture_share: float = field(
+        default=0.0, metadata={"help": "How many items are mixtures of two tasks, 0 to 1; 0: none."}
+    )
     prompt_states_dir: str | None = field(
         default=None,
         metadata={"help": "Folder that keeps what the text encoder gives, for other runs; default: none."},
@@ -123,6 +129,8 @@ class DnDTrainingArguments(TrainingArguments):
             raise GeneratorConfigError(
                 f"task_sampling_exponent must be from 0 to 1, got {self.task_sampling_exponent}."
             )
+        if not 0 <= self.mixture_share <= 1:
+            raise GeneratorConfigError(f"mixture_share must be from 0 to 1, got {self.mixture_share}.")
         if self.weight_loss not in WEIGHT_LOSSES:
             raise GeneratorConfigError(f"weight_loss must be one of {WEIGHT_LOSSES}, got {self.weight_loss!r}.")
         for name in ("task_loss_weight", "distillation_weight", "rebuild_steps", "rebuild_weight"):

@@ -14,6 +14,7 @@ from torch.utils.data import Sampler
 from ..errors import GeneratorConfigError, PairsFolderError
 from ..generator.modeling import PromptConditionedLoraGenerator
 from ..pairs.dataset import PromptCheckpointDataset
+from ..pairs.mixtures import MixtureCollator
 from .arguments import DnDTrainingArguments
 
 
@@ -107,6 +108,26 @@ def check_kinds(model: object, args: object, *datasets: object) -> None:
                 f"DnDTrainer needs a data set, got the name {str(dataset)!r}. Read the pairs folder with "
                 "PromptCheckpointDataset.from_folder."
             )
+
+
+def with_mixtures(
+    collate: Any, dataset: Any, args: DnDTrainingArguments, model: PromptConditionedLoraGenerator
+) -> Any:
+    """A collator that mixes tasks before this one, if the arguments ask for it.
+
+    Raises:
+        GeneratorConfigError: If nothing can be mixed: one task, sets of one prompt, or another kind of data set.
+        LayoutError: If the adapters are no plain LoRA, between which nothing is defined here.
+    """
+    if args.mixture_share == 0 or dataset is None:
+        return collate
+    if not isinstance(dataset, PromptCheckpointDataset) or model.config.num_prompts < 2:
+        raise GeneratorConfigError(
+            "mixture_share above 0 needs a PromptCheckpointDataset and a generator that reads at least 2 prompts; got "
+            f"{type(dataset).__name__} and num_prompts={model.config.num_prompts}. Set mixture_share=0."
+        )
+    model.config.adapter_layout.check_plain_lora("A mixture of tasks")
+    return MixtureCollator(collate, dataset, args.mixture_share)
 
 
 def use_one_gpu(args: DnDTrainingArguments) -> None:

@@ -33,7 +33,7 @@ from ..text.embedding_cache import PromptEmbeddingCache
 from ..text.out_of_distribution import FEWEST_TASKS
 from ..text.sentence_transformer_encoder import SentenceTransformerTextEncoder
 from .arguments import DnDTrainingArguments
-from .inputs import EpochSampler, TemperedSampler, as_asked, check_kinds, use_one_gpu
+from .inputs import EpochSampler, TemperedSampler, as_asked, check_kinds, use_one_gpu, with_mixtures
 from .losses import add_noise
 from .objective import LOSSES, FittingObjective, Supervision, check_dataset
 from .task_loss import LossFunction
@@ -135,6 +135,7 @@ class DnDTrainer(UploadingTrainer):
             encode=model.config.freeze_text_encoder,
             reads_sets=model.decoder.reads_sets,
             smallest_set=args.smallest_prompt_set,
+            canonical=args.canonical_targets or args.weight_loss == "delta_weights",
         )
         # What is measured is the generator with as many prompts as it will be used with.
         self._eval_collator = replace(self._collator, smallest_set=0)
@@ -155,6 +156,7 @@ class DnDTrainer(UploadingTrainer):
                 self._eval_data_collator = ExamplesBesidePairs(
                     self._eval_data_collator, args.task_examples, collate, name
                 )
+        data_collator = with_mixtures(data_collator, train_dataset, args, model)
         if args.ddp_find_unused_parameters is None and model.config.freeze_text_encoder:
             args.ddp_find_unused_parameters = False  # every parameter of a decoder has a part in every loss
         if args.push_to_hub:
@@ -325,7 +327,7 @@ class DnDTrainer(UploadingTrainer):
                 decoder.center_on(self._collator.states_of_tasks(self.pairs))
 
     def _some_batches(self) -> list[Any]:
-        collator: Any = self.data_collator
+        collator: Any = self._eval_data_collator
         return collator.some(self.pairs) if isinstance(collator, ExamplesBesidePairs) else []
 
     def _keep_prompts(self) -> None:
