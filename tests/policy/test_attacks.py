@@ -87,6 +87,7 @@ class TestPrompts:
         long = "river " * 500 + "medicine"
         assert not any("medicine" in view for view in views(long, 16)[1:])
         assert len(views("river " * 100_000, 16)) < 10
+        assert len(views("".join(f"{number}a?" for number in range(9999)), 16)) < 20, "nor is what has no blanks"
         assert views("\u200b", 16) == ("\u200b",)
 
 

@@ -98,7 +98,8 @@ class PolicyMixin(PromptReadingMixin):
         """Learn classes of prompts to be refused, for a policy, as this generator's text encoder reads them.
 
         Args:
-            examples: Class -> examples of its prompts, a few dozen.
+            examples: Class -> examples of its prompts, a few dozen; of a generator that reads answers, in the form
+                that it reads, see [`condition_texts`][peft_dnd.text.prompts_and_answers.condition_texts].
             allowed: The training pairs, or training task -> its prompts; leave out tasks that are to be refused.
             false_alarms: The probability with which a new task like the training tasks may be refused, for each class.
 

@@ -14,7 +14,7 @@ _LOOKALIKES = str.maketrans(
     "aeopcyxijshdlbkmhtABEKMHOPCTYXIJSaopvkituABEZHIKMNOPTYX",
 )
 _DIGITS_AS_LETTERS = str.maketrans("013457@$", "oieastas")
-_WITH_SUCH_DIGITS = re.compile(r"[^\W\d_]*(?:[^\W\d_][013457@$]|[013457@$][^\W\d_])[\w@$]*")
+_OTHER_DIGITS = frozenset("2689")
 _SPACED_LETTERS = re.compile(r"(?<!\w)(?:[^\W\d_][ .\-_*·]){2,}[^\W\d_](?!\w)")
 _SEPARATORS = re.compile(r"[ .\-_*·]")
 _SENTENCE_END = re.compile(r"(?<=[.!?;:。！？；])\s*|\n+")
@@ -39,7 +39,7 @@ def views(prompt: str, most_words: int) -> tuple[str, ...]:
     plain = undisguised(prompt)
     words = plain.split()
     read = plain if len(words) <= most_words else " ".join(words[:most_words])
-    sentences = [part.strip() for part in _SENTENCE_END.split(read)]
+    sentences = [part.strip() for part in _SENTENCE_END.split(read)][:most_words]  # a token each
     parts = [part for sentence in sentences for part in (sentence, *_windows(sentence.split()))]
     return tuple(dict.fromkeys([prompt, *(text for text in (read, *parts) if text)]))
 
@@ -62,11 +62,18 @@ def undisguised(text: str) -> str:
     if any("a" <= c.lower() <= "z" for c in text):  # a text in Cyrillic or Greek stays one
         text = text.translate(_LOOKALIKES)
     text = _SPACED_LETTERS.sub(lambda found: _SEPARATORS.sub("", found.group()), text)
-    text = _WITH_SUCH_DIGITS.sub(lambda found: found.group().translate(_DIGITS_AS_LETTERS), text)
+    text = " ".join(map(_in_letters, text.split()))
     capitals = sum(c.isupper() for c in text)
     if 3 * capitals > sum(c.isalpha() for c in text):
         text = text.lower()
-    return " ".join(text.split())
+    return text
+
+
+def _in_letters(word: str) -> str:
+    """A word with letters for the digits and signs in it that look like some; a number stays one."""
+    if not any(c.isalpha() for c in word) or not _OTHER_DIGITS.isdisjoint(word):
+        return word
+    return word.translate(_DIGITS_AS_LETTERS)
 
 
 def _without_marks(text: str) -> str:
