@@ -161,7 +161,7 @@ class AdapterWritingMixin(PromptReadingMixin):
         """
         given = prompts if isinstance(prompts, Mapping) else {task: prompts.prompts(task) for task in prompts.tasks}
         pools = {task: check_prompts(lines, f"the prompts of task {task!r}") for task, lines in given.items()}
-        with _evaluating(self):
+        with evaluating(self):
             points = {
                 task: self._points(task, check_prompts(lines, f"the prompts of task {task!r}"), len(pools), embeddings)
                 for task, lines in pools.items()
@@ -203,7 +203,7 @@ class AdapterWritingMixin(PromptReadingMixin):
     def _generate_one(
         self, prompts: tuple[str, ...], seed: int, action: tuple[str, float], what: str = "the task"
     ) -> GeneratedAdapter:
-        with _evaluating(self):
+        with evaluating(self):
             states, mask = self.encode_prompts(prompts, seed=seed)
             known = self.prompt_reference
             points = None if known is None else read_points(states, mask)
@@ -237,7 +237,7 @@ class AdapterWritingMixin(PromptReadingMixin):
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Within this context a module is in evaluation mode; after it in the mode in which it was."""
     was_training = module.training
     module.eval()

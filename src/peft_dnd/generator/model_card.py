@@ -13,6 +13,7 @@ from ..adapters.layout import AdapterLayout
 from ..storage.cards import GENERATED_MARK, PLACE, check_card_metadata, loading_the_base
 from ..storage.hub import hub_id
 from .configuration import PromptConditionedLoraGeneratorConfig
+from .revisions import REVISIONS, revisions_section
 
 
 # Under this name a configuration's `measured` holds the rows of the held-out protocol.
@@ -44,7 +45,7 @@ Writes a LoRA adapter for {base} from a handful of a task's unlabelled prompts, 
 ## Measured
 
 {measured}
-"""
+{revisions}"""
 
 
 def generator_card(
@@ -101,6 +102,7 @@ def generator_card(
         snippet=_snippet(config, named_base, revision, name or PLACE),
         facts="\n".join(f"| {what} | {value} |" for what, value in facts.items()),
         measured=_measured_section(measured),
+        revisions=f"\n{told}\n" if (told := revisions_section(measured)) else "",
     )
 
 
@@ -189,9 +191,9 @@ def _texts_read(config: PromptConditionedLoraGeneratorConfig) -> str:
 
 
 def _measured_section(measured: Mapping[str, Any]) -> str:
-    if not measured:
+    if not set(measured) - {REVISIONS}:
         return "Nothing has been measured of this generator yet."
-    facts = {name: value for name, value in measured.items() if name != EVALUATION}
+    facts = {name: value for name, value in measured.items() if name not in (EVALUATION, REVISIONS)}
     rows = [
         f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
         for name, value in facts.items()

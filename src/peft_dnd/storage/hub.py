@@ -42,6 +42,7 @@ GENERATOR_FILES = (
     "model*.safetensors*",
     CHECKSUMS_NAME,
     "prompt_reference.safetensors",
+    "replay_store.safetensors",
     "text_encoder/*",
 )
 
