@@ -91,6 +91,10 @@ class NotFittedError(PeftDndError, RuntimeError):
     """The generator has never been fitted, so what it would write means nothing."""
 
 
+class RegressionError(PeftDndError, ValueError):
+    """An update of a generator lost more on the tasks that it was fitted to before than may be published."""
+
+
 class EvaluationError(PeftDndError, ValueError):
     """An evaluation cannot be run as asked for: tasks, scores or reports do not belong together."""
 

@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from ..adapters.generated_adapter import GeneratedAdapter
 from ..decoders import CenteredDecoder
-from ..evaluation import EvaluationReport, score_generated
+from ..evaluation import EvaluationReport, StoreScorer, score_generated
 from ..generator.checksums import checked_meanwhile
 from ..generator.configuration import TEXT_ENCODER_FOLDER
 from ..generator.model_card import EVALUATION
@@ -36,6 +36,7 @@ from .arguments import DnDTrainingArguments
 from .inputs import EpochSampler, TemperedSampler, as_asked, check_kinds, use_one_gpu, with_mixtures
 from .losses import add_noise
 from .objective import LOSSES, FittingObjective, Supervision, check_dataset
+from .replay import Replay, StoreKeeper
 from .task_loss import LossFunction
 from .uploads import UploadingTrainer
 
@@ -62,6 +63,10 @@ class DnDTrainer(UploadingTrainer):
     the states differ by about 1e-5 from those that the generator will read on the CPU, which is why it is not done
     unasked.
 
+    A generator that was fitted before goes on: the pairs are new tasks, and those before them are replayed from the
+    store in the generator's folder, as `args.replay_share` says, so that they are not forgotten. Every fit brings the
+    store up to date, and adds a [`Revision`] to the generator's card: what became of the earlier tasks.
+
     On a machine with several GPUs one process fits on the first of them. Start one process for each GPU to use them
     all: `torchrun --nproc_per_node=N fit.py`.
 
@@ -86,6 +91,8 @@ class DnDTrainer(UploadingTrainer):
             default. It must compute with the model that it is given, which has the generated adapter in place.
         token_weight: What each token weighs in the weight loss, (N_w,), in place of what `args.loss_weighting` gives;
             [`published_token_weights`] reads it from a released generator's file.
+        store_scorer: `(task name, adapter) -> score` from 0 to 1, larger is better: what an update is judged by on the
+            tasks of the generator's store, in place of the distance between written and stored adapters.
         callbacks: As for `Trainer`.
         optimizers: As for `Trainer`.
 
@@ -111,6 +118,7 @@ class DnDTrainer(UploadingTrainer):
         task_collator: Callable[[Sequence[Mapping[str, Any]]], Any] | None = None,
         task_loss_function: LossFunction | None = None,
         token_weight: torch.Tensor | None = None,
+        store_scorer: StoreScorer | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
@@ -119,6 +127,12 @@ class DnDTrainer(UploadingTrainer):
         use_one_gpu(args)
         train_dataset = as_asked(train_dataset, args, model, args.prompt_pool_size)
         eval_dataset = as_asked(eval_dataset, args, model)
+        self.replay = Replay.of(model, args, train_dataset)
+        new_pairs = train_dataset if isinstance(train_dataset, PromptCheckpointDataset) else None
+        self._store_keeper = StoreKeeper(model, args, new_pairs, self.replay, store_scorer)
+        check_dataset(model, args, train_dataset, "train_dataset")
+        if self.replay is not None:
+            train_dataset = self.replay.pairs
         for what, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             check_dataset(model, args, dataset, what)
         self.generator = model
@@ -178,6 +192,7 @@ class DnDTrainer(UploadingTrainer):
         """Fit the generator; arguments as for `Trainer.train`, `resume_from_checkpoint` for one."""
         self._prepare()
         self._keep_prompts()
+        self._store_keeper.begin()
         self.generator.config.measured.pop(EVALUATION, None)  # it was of the generator as it was before
         separate_noise(self.args)
         output = super().train(*args, **kwargs)
@@ -193,6 +208,7 @@ class DnDTrainer(UploadingTrainer):
                 "training loss": output.training_loss,
             }
         )
+        self._store_keeper.end(self.state.global_step)
         return output
 
     def _name_data(self) -> None:
@@ -311,11 +327,17 @@ class DnDTrainer(UploadingTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if not isinstance(dataset, PromptCheckpointDataset):
             return None
-        if self.args.task_sampling_exponent == 1.0:
+        exponent = self.args.task_sampling_exponent
+        if self.replay is not None and dataset is self.replay.pairs:
+            old, share = frozenset(self.replay.tasks), self.replay.share
+            return TemperedSampler(dataset.item_tasks, exponent, seed, replayed=old, share=share)
+        if exponent == 1.0:
             return EpochSampler(len(dataset), seed)
-        return TemperedSampler(dataset.item_tasks, self.args.task_sampling_exponent, seed)
+        return TemperedSampler(dataset.item_tasks, exponent, seed)
 
     def _prepare(self) -> None:
+        if self.replay is not None:
+            self.replay.prepare()
         if self.pairs is not None:
             self.objective.prepare(self.pairs, self._some_batches)
         if self._collator.encode:

@@ -22,11 +22,13 @@ from transformers.utils.hub import PushInProgress
 from ..generator.configuration import TEXT_ENCODER_FOLDER, PromptConditionedLoraGeneratorConfig
 from ..generator.model_card import generator_card
 from ..generator.modeling import PromptConditionedLoraGenerator
+from ..generator.revisions import check_regression
 from ..generator.summary import SUMMARY_NAME, renew_sizes
 from ..storage.cards import CARD_NAME, may_write_card
 from ..storage.checksums import CHECKSUMS_NAME
 from ..storage.hub import GENERATOR_FILES
 from ..text.out_of_distribution import REFERENCE_NAME
+from .arguments import DnDTrainingArguments
 
 
 # Never uploaded: they name this machine's folders, resuming does not read them, and one is a pickle.
@@ -47,6 +49,7 @@ class UploadingTrainer(Trainer):
     `trainer_state.json` may name folders of this machine. Use another strategy for what others are to load.
     """
 
+    args: DnDTrainingArguments
     generator: PromptConditionedLoraGenerator
     push_in_progress: Any = None
 
@@ -84,7 +87,10 @@ class UploadingTrainer(Trainer):
             DestinationError: If the output folder is no place to save to.
             SavingError: If saving fails.
             HfHubHTTPError: If the Hub refuses the upload.
+            RegressionError: If the generator's last update lost more than `args.most_points_lost`.
         """
+        if self.args.most_points_lost is not None:
+            check_regression(self.generator.config.measured, self.args.most_points_lost)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token if token is not None else self.args.hub_token
         if self.hub_model_id is None:  # args.push_to_hub is off

@@ -11,6 +11,7 @@ from typing import Any
 from transformers.utils import CONFIG_NAME
 
 from ..errors import CorruptFileError
+from ..pairs.replay_store import STORE_NAME
 from ..policy.policy import POLICY_NAME
 from ..storage.checksums import CHECKSUMS_NAME, Checksums
 from ..storage.files import PathLike, read_json
@@ -40,7 +41,7 @@ _FITTED_SETTINGS = (
     "policy",
 )
 # Beside the model's own files, these hold weights.
-_OTHER_FILES = (REFERENCE_NAME, POLICY_NAME, f"{TEXT_ENCODER_FOLDER}/**/*.safetensors")
+_OTHER_FILES = (REFERENCE_NAME, POLICY_NAME, STORE_NAME, f"{TEXT_ENCODER_FOLDER}/**/*.safetensors")
 _NAMES_IN_LAYOUT = ("base_model_name_or_path", "task_type")
 
 

@@ -159,7 +159,7 @@ class AdapterWritingMixin(PolicyMixin):
         """
         given = prompts if isinstance(prompts, Mapping) else {task: prompts.prompts(task) for task in prompts.tasks}
         pools = {task: check_prompts(lines, f"the prompts of task {task!r}") for task, lines in given.items()}
-        with _evaluating(self):
+        with evaluating(self):
             points = {
                 task: self._points(task, check_prompts(lines, f"the prompts of task {task!r}"), len(pools), embeddings)
                 for task, lines in pools.items()
@@ -202,7 +202,7 @@ class AdapterWritingMixin(PolicyMixin):
     def _generate_one(
         self, prompts: tuple[str, ...], seed: int, fallback: Fallback, what: str = "the task"
     ) -> GeneratedAdapter:
-        with _evaluating(self):
+        with evaluating(self):
             self._refuse_prompts(prompts, seed, what)
             states, mask = self.encode_prompts(prompts, seed=seed)
             found = judge(self.prompt_reference, read_points(states, mask), fallback, what, stacklevel=4)
@@ -234,7 +234,7 @@ class AdapterWritingMixin(PolicyMixin):
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Within this context a module is in evaluation mode; after it in the mode in which it was."""
     was_training = module.training
     module.eval()

@@ -14,6 +14,7 @@ from ..policy.policy import policy_in_words
 from ..storage.cards import GENERATED_MARK, PLACE, check_card_metadata, loading_the_base
 from ..storage.hub import hub_id
 from .configuration import PromptConditionedLoraGeneratorConfig
+from .revisions import REVISIONS, revisions_section
 
 
 # Under this name a configuration's `measured` holds the rows of the held-out protocol.
@@ -45,7 +46,7 @@ Writes a LoRA adapter for {base} from a handful of a task's unlabelled prompts, 
 ## Measured
 
 {measured}
-"""
+{revisions}"""
 
 
 def generator_card(
@@ -103,6 +104,7 @@ def generator_card(
         facts="\n".join(f"| {what} | {value} |" for what, value in facts.items()),
         policy=_policy_section(config.policy),
         measured=_measured_section(measured),
+        revisions=f"\n{told}\n" if (told := revisions_section(measured)) else "",
     )
 
 
@@ -197,9 +199,9 @@ def _texts_read(config: PromptConditionedLoraGeneratorConfig) -> str:
 
 
 def _measured_section(measured: Mapping[str, Any]) -> str:
-    if not measured:
+    if not set(measured) - {REVISIONS}:
         return "Nothing has been measured of this generator yet."
-    facts = {name: value for name, value in measured.items() if name != EVALUATION}
+    facts = {name: value for name, value in measured.items() if name not in (EVALUATION, REVISIONS)}
     rows = [
         f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
         for name, value in facts.items()

@@ -44,6 +44,7 @@ GENERATOR_FILES = (
     CHECKSUMS_NAME,
     "prompt_reference.safetensors",
     "policy.safetensors",
+    "replay_store.safetensors",
     "text_encoder/*",
 )
 
