@@ -36,6 +36,7 @@ _FITTED_SETTINGS = (
     "normalization",
     "decoder_type",
     "decoder_config",
+    "bases",
 )
 # Beside the model's own files, these hold weights.
 _OTHER_FILES = (REFERENCE_NAME, f"{TEXT_ENCODER_FOLDER}/**/*.safetensors")
@@ -149,6 +150,17 @@ def refuse(name: str, folder: Path, problems: list[str]) -> None:
 def _fitted_settings(folder: Path) -> dict[str, Any]:
     content = read_json(folder / CONFIG_NAME)
     settings = {name: content[name] for name in _FITTED_SETTINGS if name in content}
-    if isinstance(settings.get("layout"), dict):
-        settings["layout"] = {key: value for key, value in settings["layout"].items() if key not in _NAMES_IN_LAYOUT}
+    if "layout" in settings:
+        settings["layout"] = _without_names(settings["layout"])
+    if isinstance(settings.get("bases"), dict):
+        settings["bases"] = {
+            name: {**base, "layout": _without_names(base.get("layout"))} if isinstance(base, dict) else base
+            for name, base in settings["bases"].items()
+        }
     return settings
+
+
+def _without_names(layout: Any) -> Any:
+    if not isinstance(layout, dict):
+        return layout
+    return {key: value for key, value in layout.items() if key not in _NAMES_IN_LAYOUT}

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from ..adapters.generated_adapter import GeneratedAdapter
-from ..adapters.tokenizer import WeightNormalization, WeightTokenizer
 from ..errors import NotFittedError, OutOfDistributionError, PromptError, PromptTypeError, WeightValueError
 from ..text.embedding_cache import PromptEmbeddingCache
 from ..text.out_of_distribution import (
@@ -44,8 +43,6 @@ _TASKS_NAMED = 5
 class AdapterWritingMixin(PromptReadingMixin):
     """Gives a generator its `generate_adapter`, and the score of how well prompts belong to its fitted tasks."""
 
-    normalization: WeightNormalization
-    weight_tokenizer: WeightTokenizer
     prompt_reference: PromptReference | None
     _commit: str | None
 
@@ -54,6 +51,7 @@ class AdapterWritingMixin(PromptReadingMixin):
         self,
         prompts: PromptsLike,
         *,
+        base: str | nn.Module | None = None,
         seed: int = 0,
         answers: PromptsLike | None = None,
         out_of_distribution: str = "ignore",
@@ -65,6 +63,7 @@ class AdapterWritingMixin(PromptReadingMixin):
         self,
         prompts: Pools,
         *,
+        base: str | nn.Module | None = None,
         seed: int = 0,
         answers: Pools | None = None,
         out_of_distribution: str = "ignore",
@@ -75,6 +74,7 @@ class AdapterWritingMixin(PromptReadingMixin):
         self,
         prompts: PromptsLike | Pools,
         *,
+        base: str | nn.Module | None = None,
         seed: int = 0,
         answers: Any = None,
         out_of_distribution: str = "ignore",
@@ -87,6 +87,7 @@ class AdapterWritingMixin(PromptReadingMixin):
 
         Args:
             prompts: A list of unlabelled prompts of one task, or a dictionary of such lists.
+            base: For which base, if the generator has several; see [`for_base`].
             seed: Decides which prompts are read when a decoder of the paper's family gets more or fewer than
                 `config.num_prompts`, or one that reads sets more than 1024.
             answers: The prompts' answers, one each, for a generator that reads them (see `config.condition_text`); for
@@ -103,6 +104,8 @@ class AdapterWritingMixin(PromptReadingMixin):
         Raises:
             PromptError: If there are no prompts, or empty ones; or answers are missing, or given and not read.
             PromptTypeError: If they are not strings.
+            GeneratorConfigError: If the generator does not know the base, or has several and is not told which.
+            BaseModelMismatchError: If `base` is a model that fits none of its bases.
             NotFittedError: If the generator has never been fitted, or more than `"ignore"` is asked of one that keeps
                 nothing of its fitted tasks' prompts.
             OutOfDistributionError: If the prompts do not belong, and that is to be refused.
@@ -111,6 +114,15 @@ class AdapterWritingMixin(PromptReadingMixin):
         action = (out_of_distribution, threshold)
         if isinstance(prompts, Mapping):
             return self.generate_adapters(
+                prompts,
+                base=base,
+                seed=seed,
+                answers=answers,
+                out_of_distribution=out_of_distribution,
+                threshold=threshold,
+            )
+        if (one := self.for_base(base)) is not self:
+            return one.generate_adapter(
                 prompts, seed=seed, answers=answers, out_of_distribution=out_of_distribution, threshold=threshold
             )
         self._check_ready(*action)
@@ -120,6 +132,7 @@ class AdapterWritingMixin(PromptReadingMixin):
         self,
         prompts: Pools,
         *,
+        base: str | nn.Module | None = None,
         seed: int = 0,
         answers: Pools | None = None,
         out_of_distribution: str = "ignore",
@@ -131,11 +144,16 @@ class AdapterWritingMixin(PromptReadingMixin):
 
         Args:
             prompts: Task name -> its prompts.
+            base: As for one task.
             seed: As for one task.
             answers: Task name -> their answers, if the generator reads them.
             out_of_distribution: As for one task.
             threshold: As for one task.
         """
+        if (one := self.for_base(base)) is not self:
+            return one.generate_adapters(
+                prompts, seed=seed, answers=answers, out_of_distribution=out_of_distribution, threshold=threshold
+            )
         self._check_ready(out_of_distribution, threshold)
         _check_pools(prompts, answers)
         paired = {task: (lines, None if answers is None else answers.get(task)) for task, lines in prompts.items()}
