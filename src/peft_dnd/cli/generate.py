@@ -42,6 +42,9 @@ def generate(
         str | None,
         typer.Option(metavar="BASE", help="Folder or Hub id of a base, in whose chat template prompts are read."),
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="For which base, if the generator has several: as inspect names them.")
+    ] = None,
     revision: Revision = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides which prompts are read if there are too many.")] = 0,
     out_of_distribution: Annotated[
@@ -106,7 +109,7 @@ def generate(
     if chat_template is not None:
         texts = _in_chat_template(chat_template, rows, column)
     with progress(quiet):
-        loaded = _load(generator, revision, stream=stream)
+        loaded = _load(generator, revision, stream=stream).for_base(base)
         if prompts_in_card and loaded.config.condition_text != "prompts":
             raise CommandError("--prompts-in-card is for generators that read prompts alone; this one reads answers.")
         adapters = _generated(

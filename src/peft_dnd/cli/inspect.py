@@ -81,6 +81,10 @@ def inspect(
         _renew_checksums(kind, what)
     facts, layout, problems = _LOOKS[kind](what, revision)
     renamed: dict[str, str] = {}
+    if facts.get("bases") and (base, against, engine) != (None, None, None):
+        layout, found = _layout_of_one_base(what, revision, base)
+        facts["fits_base"] = None if base is None else found is None
+        problems += [found] if found else []
     if layout is not None and base is not None:
         renamed, found = fit_to_skeleton(layout, base)
         facts["fits_base"] = found is None
@@ -200,7 +204,7 @@ def _look_at_generator(name: str, revision: str | None) -> tuple[dict[str, Any],
     folder, commit = find_generator(name, (CONFIG_NAME, SUMMARY_NAME), revision=revision)
     config = PromptConditionedLoraGeneratorConfig.from_pretrained(folder)
     check_decoder_type(config.decoder_type)  # what would not load must not be shown as if it were fine
-    layout = config.adapter_layout
+    layout = None if config.bases else config.adapter_layout
     problems: list[str] = []
     if commit is None:
         sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
@@ -215,7 +219,8 @@ def _look_at_generator(name: str, revision: str | None) -> tuple[dict[str, Any],
     differing = checksum_differences(folder) if commit is None and weights else None
     problems += [f"{what} is not as it was saved: it was damaged or edited" for what in differing or []]
     facts = {
-        **_facts_of(layout),
+        **({} if layout is None else _facts_of(layout)),
+        "bases": {name: _facts_of(of_base) for name, of_base in config.layouts.items()} if config.bases else {},
         "commit": commit,
         "decoder": config.decoder_type,
         "weights_bytes": sum(sizes[file] for file in weights) if weights else None,
@@ -230,6 +235,30 @@ def _look_at_generator(name: str, revision: str | None) -> tuple[dict[str, Any],
         "measured": config.measured,
     }
     return facts, layout, problems
+
+
+def _layout_of_one_base(name: str, revision: str | None, base: str | None) -> tuple[AdapterLayout | None, str | None]:
+    """The layout of the base that a model is, of a generator of several, or what is in the way of telling it."""
+    from transformers.utils import CONFIG_NAME
+
+    from peft_dnd.errors import GeneratorConfigError
+    from peft_dnd.generator import PromptConditionedLoraGeneratorConfig
+    from peft_dnd.storage.hub import find_generator
+
+    config = PromptConditionedLoraGeneratorConfig.from_pretrained(
+        find_generator(name, (CONFIG_NAME,), revision=revision)[0]
+    )
+    if base is None:
+        return None, f"it has {len(config.base_names)} bases: say by --base which one is to be looked at"
+    layouts = config.layouts
+    problems = {of: fit_to_skeleton(layout, base)[1] for of, layout in layouts.items()}
+    fitting = [of for of, problem in problems.items() if problem is None]
+    if not fitting:
+        return None, f"{base!r} is none of its bases; the first: {problems[config.base_names[0]]}"
+    try:
+        return layouts[config.choose_among(fitting, base)], None
+    except GeneratorConfigError as error:
+        return None, str(error)
 
 
 def _look_at_adapter(name: str, revision: str | None) -> tuple[dict[str, Any], AdapterLayout | None, list[str]]:

@@ -19,7 +19,7 @@ from .arguments import DnDTrainingArguments
 
 
 # An item that comes again within an epoch is that of an epoch which is never reached.
-_EPOCHS_APART = 2**24
+EPOCHS_APART = 2**24
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -97,7 +97,7 @@ class TemperedSampler(EpochSampler):
         for items, count in zip(self._items, bounds.diff().tolist(), strict=True):
             for visit in range(-(-count // len(items))):
                 few = items[torch.randperm(len(items), generator=draw)][: count - visit * len(items)]
-                drawn += [(self.epoch + visit * _EPOCHS_APART, number) for number in few.tolist()]
+                drawn += [(self.epoch + visit * EPOCHS_APART, number) for number in few.tolist()]
         return (drawn[i] for i in torch.randperm(len(drawn), generator=draw).tolist())
 
 

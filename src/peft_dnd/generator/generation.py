@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from ..adapters.generated_adapter import GeneratedAdapter
-from ..adapters.tokenizer import WeightNormalization, WeightTokenizer
 from ..errors import NotFittedError, PromptError, PromptTypeError, WeightValueError
 from ..text.embedding_cache import PromptEmbeddingCache
 from ..text.out_of_distribution import (
@@ -40,8 +39,6 @@ Pools = Mapping[str, PromptsLike]
 class AdapterWritingMixin(PolicyMixin):
     """Gives a generator its `generate_adapter`, and the score of how well prompts belong to its fitted tasks."""
 
-    normalization: WeightNormalization
-    weight_tokenizer: WeightTokenizer
     prompt_reference: PromptReference | None
     _commit: str | None
 
@@ -50,6 +47,7 @@ class AdapterWritingMixin(PolicyMixin):
         self,
         prompts: PromptsLike,
         *,
+        base: str | nn.Module | None = None,
         seed: int = 0,
         answers: PromptsLike | None = None,
         out_of_distribution: str | None = None,
@@ -61,6 +59,7 @@ class AdapterWritingMixin(PolicyMixin):
         self,
         prompts: Pools,
         *,
+        base: str | nn.Module | None = None,
         seed: int = 0,
         answers: Pools | None = None,
         out_of_distribution: str | None = None,
@@ -71,6 +70,7 @@ class AdapterWritingMixin(PolicyMixin):
         self,
         prompts: PromptsLike | Pools,
         *,
+        base: str | nn.Module | None = None,
         seed: int = 0,
         answers: Any = None,
         out_of_distribution: str | None = None,
@@ -83,6 +83,7 @@ class AdapterWritingMixin(PolicyMixin):
 
         Args:
             prompts: A list of unlabelled prompts of one task, or a dictionary of such lists.
+            base: For which base, if the generator has several; see [`for_base`].
             seed: Decides which prompts are read when a decoder of the paper's family gets more or fewer than
                 `config.num_prompts`, or one that reads sets more than 1024.
             answers: The prompts' answers, one each, for a generator that reads them (see `config.condition_text`); for
@@ -102,6 +103,8 @@ class AdapterWritingMixin(PolicyMixin):
         Raises:
             PromptError: If there are no prompts, or empty ones; or answers are missing, or given and not read.
             PromptTypeError: If they are not strings.
+            GeneratorConfigError: If the generator does not know the base, or has several and is not told which.
+            BaseModelMismatchError: If `base` is a model that fits none of its bases.
             NotFittedError: If the generator has never been fitted, or more than `"ignore"` or `None` is asked of one
                 that keeps nothing of its fitted tasks' prompts.
             OutOfDistributionError: If the prompts do not belong, and that is to be refused.
@@ -110,6 +113,15 @@ class AdapterWritingMixin(PolicyMixin):
         """
         if isinstance(prompts, Mapping):
             return self.generate_adapters(
+                prompts,
+                base=base,
+                seed=seed,
+                answers=answers,
+                out_of_distribution=out_of_distribution,
+                threshold=threshold,
+            )
+        if (one := self.for_base(base)) is not self:
+            return one.generate_adapter(
                 prompts, seed=seed, answers=answers, out_of_distribution=out_of_distribution, threshold=threshold
             )
         fallback = self._checked(Fallback(out_of_distribution, threshold))
@@ -119,6 +131,7 @@ class AdapterWritingMixin(PolicyMixin):
         self,
         prompts: Pools,
         *,
+        base: str | nn.Module | None = None,
         seed: int = 0,
         answers: Pools | None = None,
         out_of_distribution: str | None = None,
@@ -130,11 +143,16 @@ class AdapterWritingMixin(PolicyMixin):
 
         Args:
             prompts: Task name -> its prompts.
+            base: As for one task.
             seed: As for one task.
             answers: Task name -> their answers, if the generator reads them.
             out_of_distribution: As for one task.
             threshold: As for one task.
         """
+        if (one := self.for_base(base)) is not self:
+            return one.generate_adapters(
+                prompts, seed=seed, answers=answers, out_of_distribution=out_of_distribution, threshold=threshold
+            )
         fallback = self._checked(Fallback(out_of_distribution, threshold))
         _check_pools(prompts, answers)
         paired = {task: (lines, None if answers is None else answers.get(task)) for task, lines in prompts.items()}

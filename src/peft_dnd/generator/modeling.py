@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import torch
 from huggingface_hub import CommitInfo
@@ -16,10 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from typing_extensions import Unpack
 
-from ..adapters.positions import token_positions
-from ..adapters.tokenizer import WeightNormalization, WeightTokenizer
-from ..decoders import Decoder, PartialDecoder, build_decoder
-from ..errors import CorruptFileError, GeneratorConfigError, GeneratorNotFoundError
+from ..adapters.tokenizer import WeightNormalization
+from ..errors import CorruptFileError, GeneratorNotFoundError
 from ..pairs.replay_store import STORE_NAME
 from ..policy.policy import POLICY_NAME
 from ..storage.cards import CARD_NAME, may_write_card
@@ -44,6 +42,7 @@ from ..text.out_of_distribution import REFERENCE_NAME, PromptReference
 from .checksums import checked_meanwhile, write_checksums
 from .configuration import TEXT_ENCODER_FOLDER, PromptConditionedLoraGeneratorConfig
 from .generation import AdapterWritingMixin
+from .heads import build_for
 from .model_card import generator_card
 from .replay import ReplayStoreMixin
 from .revisions import MOST_POINTS_LOST, check_regression
@@ -65,6 +64,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, ReplayStoreMixin, PreT
         decoder: Condition states (B, N, L, C) to normalised tokens (B, N_w, L_w, C_w).
         normalization: Between normalised tokens and weights; its statistics come from the training adapters.
         weight_tokenizer: Between token grids and adapter state dicts.
+            Of several bases these three are the first base's; [`for_base`] gives those of another.
         prompt_reference: What is kept of the fitted tasks' prompts, to tell whether new ones belong with them; `None`
             if nothing is.
         replay_store: What is kept of the fitted tasks to go on with others; `None` if nothing is.
@@ -83,22 +83,13 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, ReplayStoreMixin, PreT
     def __init__(self, config: PromptConditionedLoraGeneratorConfig, text_encoder: TextEncoder | None = None) -> None:
         super().__init__(config)
         check_text_encoder(text_encoder, or_none=True)
-        self.weight_tokenizer: WeightTokenizer = config.weight_tokenizer()
-        token_shape = self.weight_tokenizer.grid_shape
-        positions = token_positions(self.weight_tokenizer)
-        decoder = build_decoder(
-            config.decoder_type, config.condition_shape, token_shape, config.decoder_config, positions
-        )
-        if isinstance(decoder, PartialDecoder) and not config.adapter_layout.modules:
-            raise GeneratorConfigError(
-                f"The decoder {config.decoder_type!r} writes one of LoRA's two matrices, and a "
-                f"{config.adapter_layout.method} adapter has others. Use decoder_type='set_transformer'."
-            )
-        self.decoder = decoder
-        self.normalization = WeightNormalization(token_shape)
+        first = config.of_base(config.base_names[0]) if config.bases else config
+        self.weight_tokenizer, self.decoder = build_for(first)
+        self.normalization = WeightNormalization(self.weight_tokenizer.grid_shape)
+        self.build_heads()
         # A rule may change between versions, a fitted generator may not: what was derived is written down.
         config.chunk_width = self.weight_tokenizer.chunk_width
-        config.decoder_config = {**config.decoder_config, **cast("Decoder", decoder).resolved_settings}
+        config.decoder_config = {**config.decoder_config, **self.decoder.resolved_settings}
         self._text_encoder = text_encoder
         self.prompt_reference: PromptReference | None = None
         # Where the generator was loaded from, if it was: its folder here, its commit on the Hub, and the token used.
@@ -114,7 +105,8 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, ReplayStoreMixin, PreT
         condition_states: torch.Tensor | None = None,
         condition_mask: torch.Tensor | None = None,
         prompts: Sequence[Sequence[str]] | None = None,
-    ) -> torch.Tensor:
+        by_base: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Any:
         """Decode condition states to normalised weight tokens.
 
         Args:
@@ -123,17 +115,31 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, ReplayStoreMixin, PreT
             prompts: In place of both, the prompts of each of B tasks, which are read here, with gradients if the text
                 encoder is being fitted too. For a decoder that reads sets the tasks may have different numbers of
                 them: N is the largest, and the places that are left are masked.
+            by_base: In place of all of these, for each base of a generator of several what is to be decoded for it.
 
         Returns:
-            Tensor (B, N_w, L_w, C_w) in the decoder's dtype.
+            Tensor (B, N_w, L_w, C_w) in the decoder's dtype; with `by_base` a dictionary of one for each base.
         """
+        if by_base is not None:
+            return {name: self._decode(self.decoder_of(name), **condition) for name, condition in by_base.items()}
+        self.config.check_one_base()
+        return self._decode(self.decoder, condition_states, condition_mask, prompts)
+
+    def _decode(
+        self,
+        decoder: Any,
+        condition_states: torch.Tensor | None = None,
+        condition_mask: torch.Tensor | None = None,
+        prompts: Sequence[Sequence[str]] | None = None,
+    ) -> torch.Tensor:
         if prompts is not None:
             read = [self.encode_prompts(lines) for lines in prompts]
             condition_states = pad_sequence([states for states, _ in read], batch_first=True).to(self.device)
             condition_mask = pad_sequence([mask for _, mask in read], batch_first=True).to(self.device)
         if condition_states is None or condition_mask is None:
             raise ValueError("forward needs condition_states and condition_mask, or prompts; it got neither.")
-        return self.decoder(condition_states.to(self.dtype), condition_mask)
+        tokens: torch.Tensor = decoder(condition_states.to(self.dtype), condition_mask)
+        return tokens
 
     def get_input_embeddings(self) -> None:  # type: ignore[override]
         """There are none: accelerate asks when it shards a model."""
@@ -233,7 +239,9 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, ReplayStoreMixin, PreT
         """Note where the weights came from, and take up what lies beside them."""
         self.name_or_path = self.config.name_or_path = name
         self._folder, self._commit, self._token, self._text_encoder = folder, commit, token, text_encoder
-        self.normalization.check(f"the generator {name!r}")
+        for module in self.modules():
+            if isinstance(module, WeightNormalization):
+                module.check(f"the generator {name!r}")
         self.load_prompt_reference(folder)
         self.load_policy(folder)
         self._find_replay_store(folder)
@@ -371,7 +379,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, ReplayStoreMixin, PreT
 
             return upload(save, repo_id, "PromptConditionedLoraGenerator", GENERATOR_FILES, **commit)
 
-    def names_for_others(self, include_text_encoder: bool | None = None) -> dict[str, str | None]:
+    def names_for_others(self, include_text_encoder: bool | None = None) -> dict[str, Any]:
         """What the configuration may say on the Hub, where folders of this machine mean nothing.
 
         Warns of what others will lack.
@@ -380,8 +388,8 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, ReplayStoreMixin, PreT
             include_text_encoder: Whether the text encoder goes along; see [`save_pretrained`].
 
         Returns:
-            The configuration's `text_encoder` and `base_model_name_or_path`, each `None` where it names a folder, and
-            `base_model_revision`, in the order in which they are to be set.
+            The configuration's `text_encoder`, `None` where it names a folder, and its `layout` and `bases`, with the
+            models' names `None` where they do.
         """
         config = self.config
         if config.carries_text_encoder(include_text_encoder):
@@ -393,13 +401,16 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, ReplayStoreMixin, PreT
                 "Without it nobody else can use the generator. Carry it along, with include_text_encoder=True or "
                 "config.text_encoder_in_folder = True, or set config.text_encoder to its Hub id.",
             )
-        base = name_for_others(
-            config.base_model_name_or_path,
-            "The generator's base model",
-            "So that others know which model the generator is for, set config.base_model_name_or_path to its Hub id.",
-        )
-        revision = config.base_model_revision if base else None
-        return {"text_encoder": text_encoder, "base_model_name_or_path": base, "base_model_revision": revision}
+
+        def public(base: str | None) -> str | None:
+            return name_for_others(
+                base,
+                "The generator's base model",
+                "So that others know which model the generator is for, set config.base_model_name_or_path to its Hub "
+                "id.",
+            )
+
+        return {"text_encoder": text_encoder, **config.names_of_models(public)}
 
     def model_card(self, name: str | None = None) -> str:
         """The text of the README.md that is saved along.
@@ -407,8 +418,10 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, ReplayStoreMixin, PreT
         Args:
             name: The folder or Hub id that its snippet loads the generator from; `push_to_hub` fills it in.
         """
-        size = sum(parameter.numel() for parameter in self.decoder.parameters())
-        return generator_card(self.config, num_parameters=size, measured=self.config.measured, name=name)
+        return generator_card(self.config, num_parameters=self._size(), measured=self.config.measured, name=name)
+
+    def _size(self) -> int:
+        return sum(parameter.numel() for module in (self.decoder, self.heads) for parameter in module.parameters())
 
     def _summary(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         reference = self.prompt_reference
@@ -416,7 +429,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, ReplayStoreMixin, PreT
         return generator_summary(
             self.config,
             folder,
-            num_parameters=sum(parameter.numel() for parameter in self.decoder.parameters()),
+            num_parameters=self._size(),
             dtype=", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
             tasks_known=None if reference is None else len(reference.counts),
         )
