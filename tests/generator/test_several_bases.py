@@ -32,8 +32,10 @@ from peft_dnd.errors import (
     CorruptFileError,
     GeneratorConfigError,
     NotFittedError,
+    PolicyError,
 )
 from peft_dnd.generator import renew_checksums
+from peft_dnd.policy import GeneratorPolicy
 
 
 PROMPTS = TASK_PROMPTS["law"]
@@ -133,6 +135,19 @@ def test_a_folder_and_back(
     assert files == ["model.safetensors"]
     assert sum(key.startswith("heads.small-1%2E5") for key in stored) == 0, "the first stands where an only one does"
     assert stored["heads.wide.normalization.scale"].shape == (generator.for_base("wide").weight_tokenizer.num_tokens,)
+
+
+def test_a_policy_of_one_bases_modules_is_refused_for_several(
+    several: PromptConditionedLoraGenerator, layouts: dict[str, AdapterLayout], encoder_folder: Path
+) -> None:
+    of_one = GeneratorPolicy(never_written=("*.q_proj",))
+    with pytest.raises(PolicyError, match="this generator has several"):
+        several.set_policy(of_one)
+    assert several.policy is None
+    alone = make(layouts["wide"], encoder_folder)
+    alone.set_policy(of_one)
+    with pytest.raises(GeneratorConfigError, match="bounds the modules of its one base"):
+        alone.add_base(layouts["deep"], name="deep")
 
 
 def test_the_trunk_is_shared_and_counted_once(several: PromptConditionedLoraGenerator) -> None:

@@ -83,6 +83,12 @@ class PolicyMixin(PromptReadingMixin):
         if policy is not None:
             if not isinstance(policy, GeneratorPolicy):
                 raise PolicyError(f"A policy is a GeneratorPolicy or None, got {policy!r:.80}.")
+            if self.config.bases and (policy.norms is not None or policy.never_written):
+                raise PolicyError(
+                    "Norms and never_written are of the modules of one base; this generator has several, "
+                    f"{', '.join(map(repr, self.config.base_names))}. Leave them out; refused prompts and a "
+                    "classifier hold for all."
+                )
             policy.check_layout(self.config.adapter_layout)
         self.policy = policy
         self.config.policy = {} if policy is None else policy.to_dict()
