@@ -28,7 +28,7 @@ from peft_dnd.synthesis import (
 )
 from peft_dnd.synthesis.answers import answers_to
 from peft_dnd.synthesis.filtering import nearness
-from peft_dnd.synthesis.wording import context_for_answers, prompts_in, request_for_prompts
+from peft_dnd.synthesis.wording import context_for_answers, end_of_list, prompts_in, request_for_prompts
 
 
 SEEDS = TaskSeeds(
@@ -131,12 +131,13 @@ def test_a_list_is_read_up_to_where_the_writer_went_on_with_something_else_or_ha
     assert prompts_in(Written(chatty, True), shown, chats=True) == ["three ?", "**four** ?"]
     long = ["first line\nsecond", "other"]
     assert prompts_in(Written("a\nb\n---\nc\n---\nd", False), long, chats=False) == ["a\nb", "c"]
+    assert end_of_list(shown, chats=False) == "\n\n" and end_of_list(long, chats=False) is None
     asked = request_for_prompts(TaskSeeds((), "Do it."), [], 9, chats=True)
     assert "Do it." in asked and "9 more" in asked
 
 
 def test_whoever_answers_has_the_description_and_the_solved_seeds_in_the_window() -> None:
-    known = TaskSeeds(("a ?", "a ?", "b ?"), "Say it.", ("x", "x", "y"))
+    known = TaskSeeds(("a ?", "b ?", "a ?"), "Say it.", ("x", "y", "z"))
     assert known.prompts == ("a ?", "b ?") and known.answers == ("x", "y")
     assert context_for_answers(known, chats=False) == "Say it.\n\na ?\nx\n\nb ?\ny\n\n"
     assert "Request: b ?\nAnswer: y" in context_for_answers(known, chats=True)

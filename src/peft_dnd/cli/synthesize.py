@@ -86,6 +86,8 @@ def synthesize(
         raise typer.BadParameter("Give either --description or --description-file.")
     if description_file is not None:
         description = _text_in(description_file)
+    if votes > 1 and not into_file:
+        raise typer.BadParameter("--votes is for a .jsonl file: in a task's folder the base answers by distillation.")
     if seeds is None and description is None:
         raise typer.BadParameter("Give --seeds, a description, or both: nobody knows what the task is.")
     prompts, answers = _seeds(seeds, column, answer_column)

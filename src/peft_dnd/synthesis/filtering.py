@@ -21,6 +21,7 @@ REASONS = ("repeated", "unusual length", "near-duplicate", "unlike the seeds", "
 _NEIGHBOURS = 3
 _FEWEST_SEEDS = 3
 _LENGTHS = 3.0
+_ROWS_AT_ONCE = 256
 
 
 class PromptFilter:
@@ -115,8 +116,13 @@ class PromptFilter:
     def _own_likeness(self) -> float | None:
         if len(self._seeds) < _FEWEST_SEEDS:
             return None
-        apart = [torch.cat([self._seeds[:i], self._seeds[i + 1 :]]) for i in range(len(self._seeds))]
-        return min(float(_likeness(self._seeds[i, None], rest)) for i, rest in enumerate(apart))
+        least = []
+        for start in range(0, len(self._seeds), _ROWS_AT_ONCE):
+            alike = self._seeds[start : start + _ROWS_AT_ONCE] @ self._seeds.T
+            alike.diagonal(start).fill_(-2.0)  # itself
+            nearest = alike.topk(min(_NEIGHBOURS, len(self._seeds) - 1), -1).values
+            least.append(float(nearest.mean(-1).min()))
+        return min(least)
 
     def _places(self, prompts: Sequence[str]) -> torch.Tensor:
         if not prompts:

@@ -8,7 +8,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ..text.encoder import TextEncoder
 from .answers import AnswerAsked, answers_to
 from .filtering import CLOSEST, PromptFilter
 from .record import Round, Synthesis, SynthesisLog
-from .wording import TaskSeeds, asked_prompt, context_for_answers, prompts_in, request_for_prompts
+from .wording import TaskSeeds, asked_prompt, context_for_answers, end_of_list, prompts_in, request_for_prompts
 from .writers import ModelWriter, TextWriter
 
 
@@ -37,7 +37,7 @@ _SHOWN = 6
 _WANTED = 10
 _OWN_SHARE = 3  # of how many shown prompts one at most is the writer's own, as in Self-Instruct
 _PATIENCE = 8  # rounds that give nothing
-_REQUESTS = 4  # in a round
+_REQUESTS = 8  # in a round
 
 
 def synthesize_prompts(
@@ -178,7 +178,7 @@ def synthesize_task(
     folder = Path(folder).absolute()
     answerer = ModelWriter(teacher, tokenizer, chats=chat)
     chat = answerer.chats
-    asked = AnswerAsked(stop=None if chat else "\n") if asked is None else asked
+    asked = AnswerAsked(stop=None if chat else "\n") if asked is None else replace(asked, votes=1)
     context = context_for_answers(seeds, chats=chat)
     if not context.strip():
         raise SynthesisError(
@@ -280,6 +280,7 @@ class _Synthesizing:
             max_new_tokens=self._settings["max_new_tokens"],
             temperature=self._settings["temperature"],
             seed=drawn.getrandbits(31),
+            stop=end_of_list(self._seeds.prompts, chats=self._writer.chats),
         )
         found = [
             prompt

@@ -47,7 +47,7 @@ class TaskSeeds:
             return
         prompts = check_prompts(self.prompts, "the seeds")
         answers = None if self.answers is None else check_answers(prompts, self.answers, "the seeds")
-        first = [place for place, prompt in enumerate(prompts) if prompt not in prompts[:place]]
+        first = sorted({prompt: place for place, prompt in reversed(list(enumerate(prompts)))}.values())
         object.__setattr__(self, "prompts", tuple(prompts[place] for place in first))
         object.__setattr__(self, "answers", answers and tuple(answers[place] for place in first))
 
@@ -73,6 +73,11 @@ def request_for_prompts(seeds: TaskSeeds, shown: Sequence[str], wanted: int, *, 
     if _are_long(shown):
         return f"{told}{_listed(shown)}{_BETWEEN}"
     return f"{told}{_listed(shown)}{chr(10) if shown else ''}{len(shown) + 1}."
+
+
+def end_of_list(shown: Sequence[str], *, chats: bool) -> str | None:
+    """The text at which a writer may stop, for what follows is no list any more; `None` if there is none."""
+    return None if chats or _are_long(shown) else "\n\n"
 
 
 def prompts_in(written: Written, shown: Sequence[str], *, chats: bool) -> list[str]:
