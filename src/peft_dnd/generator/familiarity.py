@@ -94,8 +94,8 @@ def judge(
         return Familiarity(score, threshold, action, 0.0, nearest)
     message = (
         f"The prompts of {what} are unlike those of the tasks that the generator was fitted on: their "
-        f"out-of-distribution score of {score:.3f} is above the threshold of {threshold:.3g}. The adapter is likely "
-        "to be of little use. Check the prompts, or fit the generator on tasks like this one."
+        f"out-of-distribution score of {score:.3f} is above the threshold of {threshold:.3g}. The adapter may be of "
+        "little use. Check the prompts, or fit the generator on tasks like this one."
     )
     if action == "refuse":
         raise OutOfDistributionError(message)

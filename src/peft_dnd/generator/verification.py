@@ -171,7 +171,8 @@ def _score_checks(again: GeneratedAdapter, kept: Mapping[str, Any]) -> list[Chec
     if action is not None and threshold is not None:
         factor, asked = float(kept.get("shrunk_by", 1.0)), {"shrink": shrinkage(named, threshold), "mean": 0.0}
         follows = abs(factor - asked.get(action, 1.0)) < 1e-6 and (action == "none" or named > threshold)
-        said = f"Above a score of {threshold:.3g} it does {action!r}, and was multiplied by {factor:.3g}."
+        done = "nothing was done" if action == "none" else f"the adapter got {action!r}, a factor of {factor:.3g}"
+        said = f"With a threshold of {threshold:.3g} {done}."
         checks.append(Check("fallback", follows, said))
     return checks
 
