@@ -31,7 +31,7 @@ from peft_dnd.storage import checksums
 from peft_dnd.text import SentenceTransformerTextEncoder
 
 
-REPEATS = 9
+REPEATS = 7
 SETTINGS = {"0.5b": "common-sense-0.5b", "7b": "math-7b"}
 PROMPTS = ["What is the sum of all primes below ten?", "How many sides has a cube?"]
 ALGORITHMS: dict[str, Callable[[memoryview], object]] = {
