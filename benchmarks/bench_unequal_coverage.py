@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Very unequal coverage, on world 1: what becomes of tasks with a hundredth of the others' checkpoints or prompts.
 
-    python examples/worked_example/run.py --seed 0
     python benchmarks/bench_unequal_coverage.py
 
 Four of the 24 training tasks are rare. Either they have 1 checkpoint and the others a hundred (ten, each of which
@@ -31,7 +30,7 @@ sys.path[:0] = [
     str(BENCHMARKS.parent / "examples/worked_example"),
 ]
 
-from bench_arrivals import Arrivals  # noqa: E402
+from bench_arrivals import Arrivals, make_the_pairs  # noqa: E402
 from record import write_result  # noqa: E402
 from run import FITTING_SETTINGS  # noqa: E402
 
@@ -106,13 +105,14 @@ def main() -> None:
     """Measure all cases and keep them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="the world's seed")
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="the worked example's folder")
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo_output"), help="where all is kept; the worked example's too"
+    )
     parser.add_argument("--cases", type=int, default=len(CASES), help="how many of the cases, from the first")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    if not (options.output / f"seed-{options.seed}" / "pairs").is_dir():
-        raise SystemExit(f"There are no pairs. Run examples/worked_example/run.py --seed {options.seed} first.")
+    make_the_pairs(options.seed, options.output)
     coverage = Coverage(options.seed, options.output)
     for name, case in list(CASES.items())[: options.cases]:
         coverage.point(name, lambda case=case: coverage.measure(*case))

@@ -322,6 +322,27 @@ def test_an_update_that_lost_too_much_is_not_published(
     assert found.replay_store is not None and set(found.replay_store.tasks) == set(EARLY)
 
 
+@pytest.mark.parametrize("judged", [True, False])
+def test_nothing_of_an_update_is_uploaded_before_it_is_judged(
+    judged: bool, fitted: PromptConditionedLoraGenerator, parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded: list[Any] = []
+    asked = arguments(tmp_path, hub_strategy="checkpoint", most_points_lost=2.0 if judged else None)
+    trainer = DnDTrainer(copy.deepcopy(fitted), asked, parts[1])
+    monkeypatch.setattr(trainer, "_upload", lambda saved, to_resume=None, **given: uploaded.append(to_resume))
+    trainer._push_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    assert uploaded == ["last-checkpoint"] if judged else [None, "last-checkpoint"]
+
+
+def test_points_are_numbers_whatever_was_written(fitted: PromptConditionedLoraGenerator) -> None:
+    broken = copy.deepcopy(fitted)
+    with torch.no_grad():
+        for parameter in broken.decoder.parameters():
+            parameter.fill_(torch.nan)
+    assert score_store(broken) == dict.fromkeys(EARLY, -1e6)
+    assert score_store(fitted, lambda task, adapter: float(task == "art")) == {"art": 100.0, "geo": 0.0}
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -20,6 +21,7 @@ StoreScorer = Callable[[str, GeneratedAdapter], float]
 
 OWN_MEASURE = "100 for the task's own adapter, 0 for the mean adapter, by the squared distance of normalised weights"
 SCORER_MEASURE = "100 times what the given scorer said"
+_FEWEST_POINTS = -1e6
 
 
 @torch.no_grad()
@@ -54,7 +56,8 @@ def score_store(
         100 (1 - |z - t|^2 / |t|^2)
 
     with z the tokens that were written and t those that should be, both normalised, so that the mean adapter, whose
-    tokens are zero, has 0 points and the task's own adapter has 100. An adapter further from it has less than 0.
+    tokens are zero, has 0 points and the task's own adapter has 100. An adapter further from it has less than 0, and
+    one that is not finite a million less.
 
     Args:
         generator: A fitted generator.
@@ -81,10 +84,15 @@ def score_store(
             continue
         tokens = written_tokens(generator, task.texts)
         if scorer is not None:
-            scores[name] = 100.0 * float(scorer(name, _adapter(generator, tokens)))
+            scores[name] = _finite(100.0 * float(scorer(name, _adapter(generator, tokens))))
         elif target is not None:
-            scores[name] = _points(tokens, target, packing)
+            scores[name] = _finite(_points(tokens, target, packing))
     return scores
+
+
+def _finite(points: float) -> float:
+    """The points, or those of a generator that diverged: they are written to JSON, which has no infinity."""
+    return max(points, _FEWEST_POINTS) if math.isfinite(points) else _FEWEST_POINTS
 
 
 def _adapter(generator: PromptConditionedLoraGenerator, tokens: torch.Tensor) -> GeneratedAdapter:
@@ -95,7 +103,5 @@ def _adapter(generator: PromptConditionedLoraGenerator, tokens: torch.Tensor) ->
 
 def _points(tokens: torch.Tensor, target: torch.Tensor, packing: AdapterPacking) -> float:
     valid = packing.tokenizer.valid_mask()
-    error, size = ((tokens - target)[valid].square().sum(), target[valid].square().sum())
-    if not torch.isfinite(error):
-        return float("-inf")
+    error, size = (tokens - target)[valid].square().sum(), target[valid].square().sum()
     return 100.0 * (1.0 - float(error / size)) if size > 0 else 100.0 - float(error)

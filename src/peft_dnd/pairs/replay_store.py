@@ -217,7 +217,7 @@ def updated_store(
 ) -> ReplayStore | None:
     """A store of the tasks of an old one and of new ones.
 
-    The rule, which draws by names alone, so that the same tasks give the same store in whatever order they come:
+    The rule, which draws by names alone, so that no task has an advantage from the order in which they come:
 
     1. Of a task's texts `bounds.prompts` are kept, drawn at random; of every task half as many, and again half, as
        long as they would take more than half the room.
