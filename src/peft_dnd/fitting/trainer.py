@@ -137,8 +137,10 @@ class DnDTrainer(UploadingTrainer):
             raise GeneratorConfigError(
                 "An adapter_scorer is for one base. Score each by a trainer of generator.for_base(name)."
             )
-        self.replay = Replay.of(model, args, train_dataset)
-        new_pairs = train_dataset if isinstance(train_dataset, PromptCheckpointDataset) else None
+        # A store is of one base's adapters: several have none, and in a head's own fit nothing else changes.
+        kept = isinstance(train_dataset, PromptCheckpointDataset) and model.whole is None
+        new_pairs = train_dataset if kept else None
+        self.replay = Replay.of(model, args, new_pairs)
         self._store_keeper = StoreKeeper(model, args, new_pairs, self.replay, store_scorer)
         if self.replay is not None:
             train_dataset = self.replay.pairs
