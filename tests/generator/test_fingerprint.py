@@ -33,6 +33,7 @@ def test_it_follows_the_weights_and_the_settings(
     assert generator_sha256(loaded) not in (expected, changed)
 
     other = copy.deepcopy(generator)
+    assert generator_sha256(other) == expected
     other.config.max_prompt_length += 1
     assert generator_sha256(other) != expected
     other = copy.deepcopy(generator)

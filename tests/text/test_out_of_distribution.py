@@ -231,6 +231,9 @@ def test_few_tasks_give_the_threshold_that_the_score_claims() -> None:
     assert few.threshold(4) == 0.95 != enough.threshold(4)
     strangest = max(float(own.mean()) for own in enough.distances.split(enough.counts.tolist()))
     assert enough.threshold(40) == enough._score(strangest, 40)
+    for count, share in ((0, 0.1), (4, 0.0), (4, 1.0)):
+        with pytest.raises(GeneratorConfigError, match="between 0 and 1"):
+            enough.threshold(count, share)
 
 
 def test_what_is_done_about_it(own: PromptConditionedLoraGenerator) -> None:

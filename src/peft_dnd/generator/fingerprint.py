@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from ..storage.processes import is_share
 from ..storage.stored_weights import StoredTensor, stored_tensors
 from .checksums import fitted_settings
 
@@ -25,12 +26,13 @@ _BYTES_AT_ONCE = 2**26
 # Says that the statistics are there; transformers makes a float of it where it loads in half precision.
 _FLAG = "normalization.fitted"
 
-# Generator -> its tensors when the hash was taken, how often each had been changed by then, and the hash.
-_Known = tuple[list["ref[Tensor]"], list[int], str]
+# Generator -> its settings and tensors when the hash was taken, how often each of these had been changed by then, and
+# the hash.
+_Known = tuple[str, list["ref[Tensor]"], list[int], str]
 _KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
-def generator_sha256(generator: Any) -> str:
+def generator_sha256(generator: Any) -> str | None:
     """The SHA-256 of a generator, taken anew only if its weights have changed since; 64 hexadecimal digits.
 
     Each tensor is hashed by its name, type, shape and bytes, and the hash is that of all these and of the settings.
@@ -38,15 +40,21 @@ def generator_sha256(generator: Any) -> str:
 
     Args:
         generator: A `PromptConditionedLoraGenerator`. What a streamed one leaves on disk is read there.
+
+    Returns:
+        `None` where the weights are here in part only, while several processes fit them.
     """
     tensors = dict(sorted(generator.state_dict(keep_vars=True).items()))
     tensors.pop(_FLAG, None)
     held = list(tensors.values())
+    if any(is_share(tensor) for tensor in held):
+        return None
     counts = [-1 if tensor.is_inference() else tensor._version for tensor in held]
+    settings = json.dumps(_settings(generator), sort_keys=True)
     known = _KNOWN.get(generator)
-    if known is not None and _unchanged(known, held, counts):
-        return known[2]
-    digest = hashlib.sha256(json.dumps(_settings(generator), sort_keys=True).encode())
+    if known is not None and known[0] == settings and _unchanged(known, held, counts):
+        return known[3]
+    digest = hashlib.sha256(settings.encode())
     stored: dict[str, StoredTensor] = {}
     if any(tensor.is_meta for tensor in held):
         stored = stored_tensors(generator._folder)
@@ -55,14 +63,14 @@ def generator_sha256(generator: Any) -> str:
         for part in _parts(tensor, stored.get(name)):
             digest.update(part.contiguous().view(-1).view(torch.uint8).numpy().data)
     found = digest.hexdigest()
-    _KNOWN[generator] = ([ref(tensor) for tensor in held], counts, found)
+    _KNOWN[generator] = (settings, [ref(tensor) for tensor in held], counts, found)
     return found
 
 
 def _unchanged(known: _Known, held: list[Tensor], counts: list[int]) -> bool:
-    if -1 in counts or known[1] != counts:  # as many tensors, then
+    if -1 in counts or known[2] != counts:  # as many tensors, then
         return False
-    return all(reference() is tensor for reference, tensor in zip(known[0], held, strict=True))
+    return all(reference() is tensor for reference, tensor in zip(known[1], held, strict=True))
 
 
 def _parts(tensor: Tensor, stored: StoredTensor | None) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ import json
 import random
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, sqrt
 
 import torch
@@ -69,6 +69,8 @@ class PromptReference:
     distances: Tensor
     counts: Tensor
     tasks: tuple[str, ...] = ()
+    # (prompts, false alarms) -> the threshold, which takes a while with thousands of tasks.
+    _thresholds: dict[tuple[int, float], float] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def fit(cls, points: Mapping[str, Tensor]) -> PromptReference | None:
@@ -145,15 +147,16 @@ class PromptReference:
         return self._score(self.strangeness(points), len(points))
 
     def threshold(self, count: int, false_alarms: float = FALSE_ALARMS) -> float:
-        """The score above which so many prompts are unlike those of the fitted tasks, by split conformal prediction.
+        """The score above which so many prompts are unlike those of the fitted tasks, by conformal prediction.
 
-        Each of the T fitted tasks is left out in turn, and so many of its prompts are measured against all others. If
-        a new task is exchangeable with the fitted ones, the chance that it is stranger than the k-th least strange of
-        them, k = ceil((T + 1) (1 - false_alarms)), is at most `false_alarms`, however strangeness is distributed
-        (arXiv 2107.07511, section 1). The score of that one is the threshold. A left-out task meets one task fewer
-        than a new one does, and may have fewer prompts kept than are asked for: both make it rather larger.
-        With fewer than 1 / `false_alarms` - 1 tasks there is no such k, and the threshold is what the score claims for
-        itself: 1 - `false_alarms`.
+        If a new task is exchangeable with the T fitted ones, and each of these T + 1 is measured against the others,
+        the new one is as likely to have any rank of strangeness, however that is distributed; so the chance that it is
+        stranger than the k-th least strange of the others, k = ceil((T + 1) (1 - false_alarms)), is at most
+        `false_alarms` (full conformal prediction, arXiv 2107.07511). The fitted tasks are measured here, each with so
+        many of its prompts, without the new one among the others, which can only raise their distances and hence the
+        threshold: it is the score of the k-th of them. Tasks of which fewer prompts are kept than are asked for vary
+        more, which raises it too. With fewer than 1 / `false_alarms` - 1 tasks there is no such k, and the threshold
+        is what the score claims for itself: 1 - `false_alarms`.
 
         Args:
             count: How many prompts there are, at least 1.
@@ -161,7 +164,21 @@ class PromptReference:
 
         Returns:
             A number from 0 to 1.
+
+        Raises:
+            GeneratorConfigError: If a number is out of range.
         """
+        if count < 1 or not 0 < false_alarms < 1:
+            raise GeneratorConfigError(
+                f"A threshold is for at least 1 prompt and a share of false alarms between 0 and 1, got {count} and "
+                f"{false_alarms}."
+            )
+        key = (count, false_alarms)
+        if key not in self._thresholds:
+            self._thresholds[key] = self._threshold(count, false_alarms)
+        return self._thresholds[key]
+
+    def _threshold(self, count: int, false_alarms: float) -> float:
         rank = ceil((len(self.counts) + 1) * (1 - false_alarms) - 1e-9)
         if rank > len(self.counts):
             return 1 - false_alarms
