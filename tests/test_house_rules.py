@@ -39,6 +39,7 @@ ROOMS = [
     "published",
     "serving",
     "engines",
+    "synthesis",
     "page",
     "cli",
 ]

@@ -316,7 +316,7 @@ class TestTravelling:
         assert own.config.format_version == 1
         own.set_policy(full)
         assert own.config.format_version == 2
-        monkeypatch.setattr("peft_dnd.generator.configuration.POLICY_FORMAT_VERSION", 1)
+        monkeypatch.setattr("peft_dnd.generator.configuration.NEWER_FORMAT_VERSION", 1)
         with pytest.raises(FormatVersionError):
             PromptConditionedLoraGeneratorConfig.from_dict(own.config.to_dict())
 

@@ -92,6 +92,9 @@ def serve(
     max_queue_per_client: Annotated[
         int | None, typer.Option(min=1, help="How many of them one client may have; half by default.")
     ] = None,
+    max_queue_seconds: Annotated[
+        float, typer.Option(min=0.1, help="How long one may wait there; who would wait longer gets 429 at once.")
+    ] = 30.0,
     max_cache_gb: Annotated[float, typer.Option(min=1e-6, help="Size of all adapters kept, in GB.")] = 10.0,
     max_cache_adapters: Annotated[int, typer.Option(min=1, help="How many adapters are kept.")] = 1000,
     max_cache_hours: Annotated[float, typer.Option(min=1e-6, help="How long one is kept.")] = 168.0,
@@ -131,6 +134,7 @@ def serve(
             "requests": max_requests,
             "queue": max_queue,
             "queue_per_client": max_queue_per_client,
+            "queue_seconds": max_queue_seconds,
             "cache_bytes": round(max_cache_gb * _GIGABYTE),
             "cache_adapters": max_cache_adapters,
             "cache_seconds": max_cache_hours * 3600,

@@ -25,7 +25,7 @@ from ..text.out_of_distribution import prompt_points
 from ..text.prompt_shapes import PromptsLike
 from ..text.prompts import check_prompts, prompts_digest
 from .conditioning import PromptReadingMixin
-from .configuration import FORMAT_VERSION, POLICY_FORMAT_VERSION
+from .configuration import FORMAT_VERSION, NEWER_FORMAT_VERSION
 
 
 # Texts -> for each the name of a class that is refused, or `None`.
@@ -83,10 +83,17 @@ class PolicyMixin(PromptReadingMixin):
         if policy is not None:
             if not isinstance(policy, GeneratorPolicy):
                 raise PolicyError(f"A policy is a GeneratorPolicy or None, got {policy!r:.80}.")
+            if self.config.bases and (policy.norms is not None or policy.never_written):
+                raise PolicyError(
+                    "Norms and never_written are of the modules of one base; this generator has several, "
+                    f"{', '.join(map(repr, self.config.base_names))}. Leave them out; refused prompts and a "
+                    "classifier hold for all."
+                )
             policy.check_layout(self.config.adapter_layout)
         self.policy = policy
         self.config.policy = {} if policy is None else policy.to_dict()
-        self.config.format_version = FORMAT_VERSION if policy is None else POLICY_FORMAT_VERSION
+        newer = policy is not None or self.config.bases
+        self.config.format_version = NEWER_FORMAT_VERSION if newer else FORMAT_VERSION
 
     def fit_refused_prompts(
         self,

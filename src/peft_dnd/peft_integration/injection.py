@@ -75,10 +75,12 @@ def _inject_generated(
     inject: Callable[[], None], config: DnDConfig, tuner: BaseTuner, model: nn.Module, adapter_name: str
 ) -> None:
     base = tuner.model  # `model` may be a PeftMixedModel around it
-    if isinstance(config.layout, MethodLayout):
-        _inject_method(inject, config, config.layout, tuner, adapter_name)
-        return
+    given = config
     try:
+        config = given.for_model(base)
+        if isinstance(config.layout, MethodLayout):
+            _inject_method(inject, config, config.layout, tuner, adapter_name)
+            return
         names = match_modules(base, config.layout)
         check_fits(base, config.layout, names)
         stored = lora_config_for(
@@ -92,7 +94,7 @@ def _inject_generated(
         adapter = _generate(config, base)
         # Until here the model is untouched. It never sees the DnDConfig: what it stores is plain LoRA.
         tuner.peft_config[adapter_name] = stored
-        config.follow_with(stored)
+        given.follow_with(stored)
         inject()
         fill_adapter(base, adapter_name, config.layout, adapter.state_dict(), names)
     except BaseException:
@@ -126,6 +128,7 @@ def _generate(config: DnDConfig, base: nn.Module) -> GeneratedAdapter:
             generator = _load_generator(name, revision, dict(config.generator_kwargs or {}))
         adapter = generator.generate_adapter(
             config.prompts or (),
+            base=config.base,
             seed=config.seed,
             answers=config.answers,
             out_of_distribution=config.out_of_distribution,
