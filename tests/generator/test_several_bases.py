@@ -34,7 +34,8 @@ from peft_dnd.errors import (
     NotFittedError,
     PolicyError,
 )
-from peft_dnd.generator import renew_checksums
+from peft_dnd.generator import renew_checksums, verify_adapter
+from peft_dnd.generator.fingerprint import generator_sha256
 from peft_dnd.policy import GeneratorPolicy
 
 
@@ -135,6 +136,15 @@ def test_a_folder_and_back(
     assert files == ["model.safetensors"]
     assert sum(key.startswith("heads.small-1%2E5") for key in stored) == 0, "the first stands where an only one does"
     assert stored["heads.wide.normalization.scale"].shape == (generator.for_base("wide").weight_tokenizer.num_tokens,)
+
+
+def test_an_adapter_of_each_base_is_made_again(several: PromptConditionedLoraGenerator) -> None:
+    for name in several.config.base_names:
+        adapter = several.generate_adapter(PROMPTS, base=name)
+        assert adapter.provenance["generator_sha256"] == generator_sha256(several)
+        assert verify_adapter(adapter, several, PROMPTS).passed
+    other = several.generate_adapter(PROMPTS[:2], base="deep")
+    assert not verify_adapter(other, several, PROMPTS).passed
 
 
 def test_a_policy_of_one_bases_modules_is_refused_for_several(

@@ -138,8 +138,8 @@ class DnDTrainer(UploadingTrainer):
                 "An adapter_scorer is for one base. Score each by a trainer of generator.for_base(name)."
             )
         # A store is of one base's adapters: several have none, and in a head's own fit nothing else changes.
-        kept = isinstance(train_dataset, PromptCheckpointDataset) and model.whole is None
-        new_pairs = train_dataset if kept else None
+        alone = isinstance(train_dataset, PromptCheckpointDataset) and model.whole is None
+        new_pairs: Any = train_dataset if alone else None
         self.replay = Replay.of(model, args, new_pairs)
         self._store_keeper = StoreKeeper(model, args, new_pairs, self.replay, store_scorer)
         if self.replay is not None:
