@@ -35,6 +35,7 @@ from world import ATTRIBUTES, Task, World, build_world
 
 SEED = 0
 PROMPTS = 16
+FALSE_ALARMS = (0.01, 0.05, 0.2)
 ATTACKED_CLASSES = ("city", "job", "pet", "fruit")
 NOISY_ADAPTERS = 8
 TIGHTER = (0.75, 0.5, 0.25)
@@ -180,62 +181,68 @@ def _each_at_its_bound(bench: Bench, bounds: NormBounds) -> GeneratedAdapter:
 def refused_prompts(bench: Bench) -> dict[str, Any]:
     """Each attribute in turn is a class that is refused: what is caught, how it is got round, what that is worth."""
     views = bench.generator._views()
-    caught: dict[str, list[float]] = {}
+    figures: dict[str, Figures] = {str(alarms): Figures() for alarms in FALSE_ALARMS}
     useful: dict[str, list[tuple[bool, float]]] = {}
-    single: dict[str, list[float]] = {"paraphrases": [], "distant paraphrases": []}
-    false_sets, false_prompts, left_out = [], [], []
     for attribute in ATTRIBUTES:
         fitted = bench.world.training_tasks
         examples = [p for t in fitted if t.attribute is attribute for p in bench.world.prompts(t)[:PROMPTS]]
         allowed = {t.name: bench.world.prompts(t)[:PROMPTS] for t in fitted if t.attribute is not attribute}
-        known = RefusedPrompts.fit({attribute.name: examples}, allowed, bench.read, views)
-        left_out.append(known.classes[0].caught)
-        limit = known.classes[0].threshold
+        own = next(task for task in bench.held_out if task.attribute is attribute)
+        asked = {
+            task: [example.prompt for example in bench.world.scored_examples(task)[:PROMPTS]]
+            for task in bench.held_out
+        }
+        others = [prompt for task, prompts in asked.items() if task is not own for prompt in prompts]
+        attacked = _attacked(bench.world, attribute.name, asked[own], others)
+        for alarms, found in figures.items():
+            known = RefusedPrompts.fit(
+                {attribute.name: examples}, allowed, bench.read, views, false_alarms=float(alarms)
+            )
 
-        def refused(prompts: Sequence[str], known: RefusedPrompts = known, limit: float = limit) -> torch.Tensor:
-            return known.scores(prompts, bench.read, views)[:, 0] > limit
+            def caught(prompts: Sequence[str], known: RefusedPrompts = known) -> bool:
+                return bool(known.refused(prompts, bench.read, views))
 
-        for task in bench.held_out:
-            if task.attribute is not attribute:
-                alarms = refused([example.prompt for example in bench.world.scored_examples(task)][:PROMPTS])
-                false_sets.append(float(alarms.any()))
-                false_prompts.append(float(alarms.float().mean()))
-        task = next(task for task in bench.held_out if task.attribute is attribute)
-        prompts = [example.prompt for example in bench.world.scored_examples(task)][:PROMPTS]
-        single["paraphrases"].append(float(refused(prompts).float().mean()))
-        if attribute.name not in ATTACKED_CLASSES:
-            continue
-        if attribute.name in DISTANT_PARAPHRASES:
-            single["distant paraphrases"].append(float(refused(_distant(bench.world, attribute.name)).float().mean()))
-        others = [
-            e.prompt for t in bench.held_out if t.attribute is not attribute for e in bench.world.scored_examples(t)
-        ]
-        for name, attacked in _attacked(bench.world, attribute.name, prompts, others).items():
-            is_caught = bool(refused(attacked).any())
-            caught.setdefault(name, []).append(float(is_caught))
-            useful.setdefault(name, []).append((is_caught, bench.accuracy(bench.write(attacked), task)))
+            found.add("examples, left out", known.classes[0].caught)
+            for task, prompts in asked.items():
+                if task is not own:
+                    found.add("welcome sets", caught(prompts))
+                    found.add("welcome prompts", fmean(caught([prompt]) for prompt in prompts))
+            for name in ("paraphrases", "distant paraphrases"):
+                for prompt in attacked.get(name, ()):
+                    found.add(f"single {name}", caught([prompt]))
+            for name, prompts in attacked.items():
+                found.add(f"sets: {name}", caught(prompts))
+                if alarms == str(FALSE_ALARMS[0]) and attribute.name in ATTACKED_CLASSES:
+                    useful.setdefault(name, []).append((caught(prompts), bench.accuracy(bench.write(prompts), own)))
     return {
         "classes": len(ATTRIBUTES),
-        "classes_attacked": list(ATTACKED_CLASSES),
         "examples_of_a_class": len(examples),
         "training_tasks": len(allowed),
-        "examples_caught_when_left_out": round(fmean(left_out), 4),
-        "false_positives": {
-            "sets": len(false_sets),
-            "share_of_sets": round(fmean(false_sets), 4),
-            "share_of_prompts": round(fmean(false_prompts), 4),
-        },
-        "single_prompts_caught": {name: round(fmean(shares), 4) for name, shares in single.items()},
-        "sets": {
+        "share_refused_at_false_alarms": {alarms: found.means() for alarms, found in figures.items()},
+        "accuracy_on_the_refused_task": {
             name: {
-                "sets": len(shares),
-                "caught": round(fmean(shares), 4),
-                "accuracy_without_policy": round(fmean(accuracy for _, accuracy in useful[name]), 4),
-                "accuracy_with_policy": round(fmean(0.0 if hit else accuracy for hit, accuracy in useful[name]), 4),
+                "sets": len(pairs),
+                "without policy": round(fmean(accuracy for _, accuracy in pairs), 4),
+                "with policy": round(fmean(0.0 if hit else accuracy for hit, accuracy in pairs), 4),
             }
-            for name, shares in caught.items()
+            for name, pairs in useful.items()
         },
     }
+
+
+class Figures:
+    """Shares by name, each with how many it is the mean of."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[float]] = {}
+
+    def add(self, name: str, share: float) -> None:
+        """Take one more."""
+        self._found.setdefault(name, []).append(float(share))
+
+    def means(self) -> dict[str, dict[str, float]]:
+        """What they are in the mean."""
+        return {name: {"of": len(shares), "share": round(fmean(shares), 4)} for name, shares in self._found.items()}
 
 
 def _distant(world: World, attribute: str) -> list[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from peft_dnd import (
 from peft_dnd.adapters import layout_from_config
 from peft_dnd.errors import CorruptFileError, FormatVersionError, PolicyError
 from peft_dnd.generator import renew_checksums
-from peft_dnd.policy import BehaviourGate, GeneratorPolicy, NormBounds, upper_bound
+from peft_dnd.policy import BehaviourGate, GeneratorPolicy, NormBounds, RefusedPrompts, upper_bound
 
 from .conftest import REFUSED, TASKS, WELCOME
 
@@ -89,9 +90,57 @@ class TestBounds:
         with pytest.raises(PolicyError, match="3 tasks with checkpoints or more, got 2"):
             NormBounds.calibrate(two)
         with pytest.raises(PolicyError, match="false_alarms"):
-            NormBounds.calibrate(pairs, false_alarms=2.0)
+            NormBounds.calibrate(pairs, false_alarms="0.1")
         with pytest.raises(PolicyError, match="'shrink'"):
             NormBounds.calibrate(pairs, above="shrnk")
+
+
+class TestThresholds:
+    """In a made-up space, where as many new tasks as one likes can be drawn."""
+
+    @pytest.fixture
+    def space(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    @staticmethod
+    def drawn(space: dict[str, torch.Tensor], centre: torch.Tensor, count: int, chance: torch.Generator) -> list[str]:
+        rows = centre + 0.5 * torch.randn(count, len(centre), generator=chance) / len(centre) ** 0.5
+        names = [f"text {len(space) + number}" for number in range(count)]
+        space.update(zip(names, torch.nn.functional.normalize(rows, dim=1), strict=True))
+        return names
+
+    def test_welcome_tasks_are_refused_as_rarely_as_is_said_and_a_class_as_a_whole(self, space) -> None:
+        chance = torch.Generator().manual_seed(0)
+        common, refused = torch.nn.functional.normalize(torch.randn(2, 32, generator=chance), dim=1)
+
+        def task(count: int = 16, towards: float = 0.0) -> list[str]:
+            own = torch.nn.functional.normalize(torch.randn(32, generator=chance), dim=0)
+            return self.drawn(space, common + own + towards * refused, count, chance)
+
+        def read(texts: Sequence[str]) -> torch.Tensor:
+            return torch.stack([space[text] for text in texts])
+
+        def views(text: str) -> tuple[str, ...]:
+            return (text,)
+
+        known = RefusedPrompts.fit(
+            {"class": self.drawn(space, common + refused, 32, chance)},
+            {f"task {number}": task() for number in range(16)},
+            read,
+            views,
+            false_alarms=0.1,
+        )
+
+        def share(sets: list[list[str]]) -> float:
+            return sum(bool(known.refused(prompts, read, views)) for prompts in sets) / len(sets)
+
+        assert share([task() for _ in range(400)]) < 0.13
+        assert share([task(1) for _ in range(400)]) < 0.13
+        assert share([self.drawn(space, common + refused, 16, chance) for _ in range(20)]) == 1
+        far = [task(towards=0.5) for _ in range(200)]
+        limit = known.classes[0].threshold
+        by_one_alone = sum(bool((known.scores(prompts, read, views) > limit).any()) for prompts in far) / len(far)
+        assert share(far) > by_one_alone + 0.05 and share(far) > 0.6, "together they are told where none is by itself"
 
 
 class TestGenerating:

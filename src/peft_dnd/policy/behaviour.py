@@ -19,7 +19,7 @@ from ..pairs.dataset import PromptCheckpointDataset
 from ..storage.progress import with_progress
 from ..text.prompt_shapes import PromptsLike
 from ..text.prompts import prompt_texts
-from .bounds import FALSE_ALARMS, FEWEST_TASKS, upper_bound
+from .bounds import FALSE_ALARMS, FEWEST_TASKS, check_false_alarms, upper_bound
 
 
 _AT_ONCE = 8
@@ -115,6 +115,7 @@ class BehaviourGate:
         Raises:
             PolicyError: If fewer than three tasks have checkpoints.
         """
+        check_false_alarms(false_alarms)
         tasks = [task for task in pairs.tasks if pairs.checkpoints(task)]
         if len(tasks) < FEWEST_TASKS:
             raise PolicyError(

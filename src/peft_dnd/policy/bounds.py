@@ -40,8 +40,17 @@ def upper_bound(values: Tensor, false_alarms: float) -> Tensor:
             f"A bound is calibrated on {FEWEST_TASKS} training tasks or more, got {len(values)}. State the bound "
             "yourself, or give more tasks."
         )
-    if not isinstance(false_alarms, float) or not 0 < false_alarms < 1:
-        raise PolicyError(f"false_alarms must be a number between 0 and 1, got {false_alarms!r:.80}.")
+    check_false_alarms(false_alarms)
     seen, count = values.double(), len(values)
     quantile = float(stdtrit(count - 1, 1 - false_alarms))
     return torch.maximum(seen.mean(0) + quantile * sqrt(1 + 1 / count) * seen.std(0), seen.amax(0))
+
+
+def check_false_alarms(false_alarms: float) -> None:
+    """Refuse what is no probability.
+
+    Raises:
+        PolicyError: If it is none.
+    """
+    if not isinstance(false_alarms, float) or not 0 < false_alarms < 1:
+        raise PolicyError(f"false_alarms must be a number between 0 and 1, got {false_alarms!r:.80}.")

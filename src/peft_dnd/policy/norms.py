@@ -16,7 +16,7 @@ from ..adapters.matching import adaptable_modules, check_fits, match_modules
 from ..errors import PolicyError, WeightValueError, did_you_mean
 from ..pairs.dataset import PromptCheckpointDataset
 from ..storage.progress import with_progress
-from .bounds import FALSE_ALARMS, FEWEST_TASKS, upper_bound
+from .bounds import FALSE_ALARMS, FEWEST_TASKS, check_false_alarms, upper_bound
 
 
 ABOVE = ("shrink", "refuse")
@@ -88,6 +88,7 @@ class NormBounds:
             BaseModelMismatchError: If the adapters do not fit the base.
             WeightValueError: If the base's weights are not at hand, or not floating point.
         """
+        check_false_alarms(false_alarms)
         layout = pairs.layout
         base = {} if base_model is None else weight_norms(base_model, layout)
         rows = []

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from math import isfinite, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import PolicyError
-from .bounds import FALSE_ALARMS, FEWEST_TASKS, upper_bound
+from .bounds import FALSE_ALARMS, FEWEST_TASKS, check_false_alarms, upper_bound
 
 
 # Texts -> where they lie, float32 (n, C), of length 1.
@@ -21,6 +22,7 @@ Views = Callable[[str], Sequence[str]]
 _MOST_OF_A_CLASS = 1024
 _MOST_ALLOWED = 4096
 _ROWS_AT_ONCE = 1024
+_NUMBERS = ("threshold", "usual", "between_tasks", "within_tasks", "caught")
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,24 @@ class RefusedClass:
     Attributes:
         name: What it is called in refusals and on the card.
         threshold: The score above which a prompt is of the class; see [`RefusedPrompts.scores`].
+        usual: The mean score of the training tasks' prompts.
+        between_tasks: How far the mean of a task's prompts may be above it, however many they are.
+        within_tasks: How far a single prompt's may be besides; that of n falls with the root of n.
         examples: From how many examples it is known.
         caught: The share of the examples that would be refused if they were not among them themselves.
     """
 
     name: str
     threshold: float
+    usual: float
+    between_tasks: float
+    within_tasks: float
     examples: int
     caught: float
+
+    def mean_threshold(self, count: int) -> float:
+        """The mean score above which so many prompts are of the class together, though none may be by itself."""
+        return max(0.0, self.usual + sqrt(self.between_tasks**2 + self.within_tasks**2 / count))
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +83,12 @@ class RefusedPrompts:
     ) -> RefusedPrompts:
         """Take examples of the classes, and derive their thresholds.
 
-        Each training task in turn is taken for new, and the highest score of its prompts noted; the threshold is the
-        [`upper_bound`][peft_dnd.policy.bounds.upper_bound] of these, and 0 at the least.
+        Each training task in turn is taken for new, and its prompts' scores noted. The threshold for a prompt is the
+        [`upper_bound`][peft_dnd.policy.bounds.upper_bound] of the tasks' highest, at half of `false_alarms`. The other
+        half goes to the mean score of all prompts, which tells far paraphrases of a class where no single one gives it
+        away: that of n prompts may be above the tasks' mean by t sqrt(s² (1 + 1 / T) + w² / n), with s the deviation
+        of the T tasks' means, w that of prompts within tasks and t the quantile of Student's distribution. Both are 0
+        at the least.
 
         Args:
             examples: Class -> prompts of it, two or more.
@@ -84,6 +100,7 @@ class RefusedPrompts:
         Raises:
             PolicyError: If there are too few examples or tasks.
         """
+        check_false_alarms(false_alarms)
         if not examples or len(allowed) < FEWEST_TASKS:
             raise PolicyError(
                 f"Refused classes need examples, and the prompts of {FEWEST_TASKS} training tasks or more to be told "
@@ -102,13 +119,8 @@ class RefusedPrompts:
         welcome = torch.cat([task.points for task in tasks])
         for name, prompts in examples.items():
             kept = _Texts.of(list(dict.fromkeys(prompts))[:_MOST_OF_A_CLASS], read, views)
-            highest = torch.stack(
-                [task.scores(kept.points, _others(tasks, number)).amax() for number, task in enumerate(tasks)]
-            )
-            # What is nearer to welcome prompts than to the examples is not refused, however strange that is.
-            threshold = max(0.0, float(upper_bound(highest, false_alarms)))
-            caught = float((kept.scores_left_out(welcome) > threshold).float().mean())
-            found.append(RefusedClass(name, threshold, len(kept.sizes), caught))
+            seen = [task.scores(kept.points, _others(tasks, number)).double() for number, task in enumerate(tasks)]
+            found.append(_derived(name, seen, kept.scores_left_out(welcome), false_alarms))
             points.append(_distinct(kept.points))
         return cls(tuple(found), tuple(points), _distinct(welcome), len(tasks), false_alarms)
 
@@ -136,16 +148,22 @@ class RefusedPrompts:
         return torch.stack([given.scores(points.float(), allowed) for points in self.points], 1)
 
     def refused(self, prompts: Sequence[str], read: Read, views: Views) -> dict[str, int]:
-        """The classes that any prompt is of, and how many are: the one with the most first; empty if none is."""
-        above = self.scores(prompts, read, views) > torch.tensor([one.threshold for one in self.classes])
-        counts = {one.name: int(count) for one, count in zip(self.classes, above.sum(0), strict=True) if count}
+        """The classes that any prompt is of, or all of them together, and how many are; empty if none is.
+
+        Returns:
+            Class -> number of prompts, the largest first; all of them where only their mean gives them away.
+        """
+        counts = {}
+        for one, scores in zip(self.classes, self.scores(prompts, read, views).T, strict=True):
+            above = int((scores > one.threshold).sum())
+            if above or float(scores.mean()) > one.mean_threshold(len(scores)):
+                counts[one.name] = above or len(scores)
         return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON knows of it: all but where the texts lie."""
         classes = {
-            one.name: {"threshold": one.threshold, "examples": one.examples, "caught": one.caught}
-            for one in self.classes
+            one.name: {name: value for name, value in asdict(one).items() if name != "name"} for one in self.classes
         }
         return {"classes": classes, "tasks": self.tasks, "false_alarms": self.false_alarms}
 
@@ -162,7 +180,7 @@ class RefusedPrompts:
             KeyError: Or `TypeError` or `ValueError`, if a part is missing or of another form.
         """
         classes = tuple(
-            RefusedClass(str(name), float(facts["threshold"]), int(facts["examples"]), float(facts["caught"]))
+            RefusedClass(str(name), examples=int(facts["examples"]), **{one: float(facts[one]) for one in _NUMBERS})
             for name, facts in data["classes"].items()
         )
         points = tuple(tensors[f"refused.{number}"] for number in range(len(classes)))
@@ -172,7 +190,7 @@ class RefusedPrompts:
             usable = found.dim() == 2 and found.is_floating_point() and found.shape[-1] == width and len(found)
             if not usable or not torch.isfinite(found.float()).all():
                 raise ValueError("points are not of one width, or not finite")
-        if not classes or not all(abs(one.threshold) < float("inf") for one in classes):
+        if not classes or not all(isfinite(getattr(one, name)) for one in classes for name in _NUMBERS):
             raise ValueError("no class, or a threshold that is no number")
         return cls(classes, points, allowed, int(data["tasks"]), float(data["false_alarms"]))
 
@@ -204,6 +222,27 @@ class _Texts:
         similarity = (self.points @ self.points.T).masked_fill(owner[:, None] == owner, -1.0)
         margins = similarity.amax(1) - (self.points @ allowed.T).amax(1)
         return torch.stack([part.amax() for part in margins.split(self.sizes)])
+
+
+def _derived(name: str, seen: Sequence[Tensor], left_out: Tensor, false_alarms: float) -> RefusedClass:
+    """A class's thresholds from the scores of each training task's prompts, and of its own examples."""
+    from scipy.special import stdtrit
+
+    count, means = len(seen), torch.stack([scores.mean() for scores in seen])
+    # What is nearer to welcome prompts than to the examples is not refused, however strange that is.
+    threshold = max(0.0, float(upper_bound(torch.stack([scores.amax() for scores in seen]), false_alarms / 2)))
+    within = torch.cat([scores - scores.mean() for scores in seen]).square().mean().sqrt()
+    quantile = float(stdtrit(count - 1, 1 - false_alarms / 2))
+    found = RefusedClass(
+        name,
+        threshold,
+        float(means.mean()),
+        quantile * float(means.std()) * sqrt(1 + 1 / count),
+        quantile * float(within),
+        len(left_out),
+        0.0,
+    )
+    return replace(found, caught=float((left_out > min(threshold, found.mean_threshold(1))).float().mean()))
 
 
 def _distinct(points: Tensor) -> Tensor:
