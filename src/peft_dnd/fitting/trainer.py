@@ -129,7 +129,6 @@ class DnDTrainer(UploadingTrainer):
         eval_dataset = as_asked(eval_dataset, args, model)
         self.replay = Replay.of(model, args, train_dataset)
         new_pairs = train_dataset if isinstance(train_dataset, PromptCheckpointDataset) else None
-        self._store_keeper = StoreKeeper(model, args, new_pairs, self.replay, store_scorer)
         check_dataset(model, args, train_dataset, "train_dataset")
         if self.replay is not None:
             train_dataset = self.replay.pairs
@@ -141,6 +140,8 @@ class DnDTrainer(UploadingTrainer):
         self.embeddings = PromptEmbeddingCache(
             model.text_encoder, read=model.read_states, folder=args.prompt_states_dir
         )
+        read = self.embeddings if model.config.freeze_text_encoder else None
+        self._store_keeper = StoreKeeper(model, args, new_pairs, self.replay, store_scorer, read)
         self._collator = PromptCheckpointCollator(
             self.embeddings,
             model.weight_tokenizer,
