@@ -141,7 +141,6 @@ class DnDTrainer(UploadingTrainer):
         alone = isinstance(train_dataset, PromptCheckpointDataset) and model.whole is None
         new_pairs: Any = train_dataset if alone else None
         self.replay = Replay.of(model, args, new_pairs)
-        self._store_keeper = StoreKeeper(model, args, new_pairs, self.replay, store_scorer)
         if self.replay is not None:
             train_dataset = self.replay.pairs
             check_dataset(model, args, train_dataset, "train_dataset")
@@ -154,6 +153,8 @@ class DnDTrainer(UploadingTrainer):
         if self._projection is not None:
             self._projection.noise = args.condition_noise  # where the paper's code adds it
         self.embeddings = sides.embeddings
+        read = self.embeddings if model.config.freeze_text_encoder else None
+        self._store_keeper = StoreKeeper(model, args, new_pairs, self.replay, store_scorer, read)
         self.objective = sides.objective
         data_collator: Any = with_mixtures(sides.collator, train_dataset, args, model)
         self._eval_data_collator: Any = sides.eval_collator
