@@ -128,6 +128,11 @@ def test_a_folder_and_back(
         assert adapter.layout.base_model_name_or_path == layout.base_model_name_or_path
         assert_same(adapter, loaded.generate_adapter(PROMPTS, base=name))
         assert_same(adapter, streamed.generate_adapter(PROMPTS, base=name), 1e-5)
+    half = PromptConditionedLoraGenerator.from_pretrained(tmp_path, dtype="bfloat16")
+    for one in map(half.for_base, layouts):
+        assert one.normalization.mean.dtype == torch.float32, "the mean adapter is not rounded"
+        assert {parameter.dtype for parameter in one.decoder.parameters()} == {torch.bfloat16}
+    assert_same(half.generate_adapter(PROMPTS, base="deep"), generator.generate_adapter(PROMPTS, base="deep"), 0.1)
     files = [path.name for path in tmp_path.glob("*.safetensors")]
     stored = load_file(tmp_path / "model.safetensors")
     assert files == ["model.safetensors"]
@@ -407,6 +412,13 @@ def test_an_edit_on_purpose_is_accepted_when_the_checksums_are_renewed(folder: P
     renew_checksums(target)
     loaded = PromptConditionedLoraGenerator.from_pretrained(target)
     assert {module.alpha for module in loaded.config.layouts["wide"].modules} == {99}
+
+
+def test_a_server_takes_the_generator_of_one_base(folder: Path) -> None:
+    from peft_dnd.serving.generators import load_served_generator
+
+    with pytest.raises(GeneratorConfigError, match=r"3 bases.*saved to a folder of its own"):
+        load_served_generator("several", str(folder))
 
 
 def test_the_command_line(

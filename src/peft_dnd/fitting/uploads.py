@@ -153,7 +153,7 @@ class UploadingTrainer(Trainer):
         return job
 
     def _public_card(self, config: PromptConditionedLoraGeneratorConfig) -> str:
-        size = sum(parameter.numel() for parameter in self.generator.decoder.parameters())
+        size = self.generator.num_decoder_parameters()
         return generator_card(
             config, num_parameters=size, measured=self.generator.config.measured, name=self.hub_model_id
         )
@@ -198,7 +198,7 @@ def _of_generator(name: str, config: PromptConditionedLoraGeneratorConfig) -> bo
     return weights or name in (CONFIG_NAME, CARD_NAME, CHECKSUMS_NAME, REFERENCE_NAME, SUMMARY_NAME)
 
 
-def _rename(config: PromptConditionedLoraGeneratorConfig, names: Mapping[str, str | None], path: Path) -> None:
+def _rename(config: PromptConditionedLoraGeneratorConfig, names: Mapping[str, Any], path: Path) -> None:
     """Change a configuration's names in its file, of which all else stays as it was saved."""
     before = config.to_dict()
     for name, value in names.items():

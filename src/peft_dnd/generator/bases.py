@@ -76,7 +76,7 @@ class BasesMixin:
             raise GeneratorConfigError(
                 f"The generator writes adapters for {len(self.base_names)} bases: {_listed(self.base_names)}. Say for "
                 f"which: generate_adapter(prompts, base={self.base_names[0]!r}), or take the generator of one base, "
-                f"generator.for_base({self.base_names[0]!r})."
+                f"generator.for_base({self.base_names[0]!r}), which can also be saved to a folder of its own."
             )
 
     def find_base(self, base: str | nn.Module | None = None) -> str:
