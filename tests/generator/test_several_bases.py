@@ -32,8 +32,11 @@ from peft_dnd.errors import (
     CorruptFileError,
     GeneratorConfigError,
     NotFittedError,
+    PolicyError,
 )
-from peft_dnd.generator import renew_checksums
+from peft_dnd.generator import renew_checksums, verify_adapter
+from peft_dnd.generator.fingerprint import generator_sha256
+from peft_dnd.policy import GeneratorPolicy
 
 
 PROMPTS = TASK_PROMPTS["law"]
@@ -138,6 +141,36 @@ def test_a_folder_and_back(
     assert files == ["model.safetensors"]
     assert sum(key.startswith("heads.small-1%2E5") for key in stored) == 0, "the first stands where an only one does"
     assert stored["heads.wide.normalization.scale"].shape == (generator.for_base("wide").weight_tokenizer.num_tokens,)
+
+
+def test_an_adapter_of_each_base_is_made_again(several: PromptConditionedLoraGenerator) -> None:
+    for name in several.config.base_names:
+        adapter = several.generate_adapter(PROMPTS, base=name)
+        assert adapter.provenance["generator_sha256"] == generator_sha256(several)
+        assert verify_adapter(adapter, several, PROMPTS).passed
+    other = several.generate_adapter(PROMPTS[:2], base="deep")
+    assert not verify_adapter(other, several, PROMPTS).passed
+
+
+def test_a_policy_of_one_bases_modules_is_refused_for_several(
+    several: PromptConditionedLoraGenerator, layouts: dict[str, AdapterLayout], encoder_folder: Path, tmp_path: Path
+) -> None:
+    of_one = GeneratorPolicy(never_written=("*.q_proj",))
+    with pytest.raises(PolicyError, match="this generator has several"):
+        several.set_policy(of_one)
+    assert several.policy is None
+    of_all = make(layouts, encoder_folder)
+    of_all.set_policy(GeneratorPolicy(classifier="ours"))
+    of_all.save_pretrained(tmp_path / "all")
+    assert PromptConditionedLoraGenerator.from_pretrained(tmp_path / "all").policy == of_all.policy
+    of_all.for_base("deep").save_pretrained(tmp_path / "one")
+    assert PromptConditionedLoraGenerator.from_pretrained(tmp_path / "one").policy == of_all.policy
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert config["format_version"] == 2, "those who know no policies must not load it"
+    alone = make(layouts["wide"], encoder_folder)
+    alone.set_policy(of_one)
+    with pytest.raises(GeneratorConfigError, match="bounds the modules of its one base"):
+        alone.add_base(layouts["deep"], name="deep")
 
 
 def test_the_trunk_is_shared_and_counted_once(several: PromptConditionedLoraGenerator) -> None:

@@ -129,6 +129,7 @@ class FittingSides:
             encode=model.config.freeze_text_encoder,
             reads_sets=model.decoder.reads_sets,
             smallest_set=args.smallest_prompt_set,
+            canonical=args.canonical_targets or args.weight_loss == "delta_weights",
         )
         # What is measured is the generator with as many prompts as it will be used with.
         eval_reading = replace(reading, smallest_set=0)

@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 from ..adapters.generated_adapter import GeneratedAdapter
 from ..decoders import CenteredDecoder
 from ..errors import GeneratorConfigError
-from ..evaluation import EvaluationReport, score_generated
+from ..evaluation import EvaluationReport, StoreScorer, score_generated
 from ..generator.checksums import checked_meanwhile
 from ..generator.configuration import TEXT_ENCODER_FOLDER
 from ..generator.model_card import EVALUATION
@@ -33,9 +33,10 @@ from ..storage.processes import agree, check_sharding, separate_noise
 from ..text.out_of_distribution import FEWEST_TASKS
 from ..text.sentence_transformer_encoder import SentenceTransformerTextEncoder
 from .arguments import DnDTrainingArguments
-from .inputs import EpochSampler, TemperedSampler, check_kinds, use_one_gpu
+from .inputs import EpochSampler, TemperedSampler, check_kinds, use_one_gpu, with_mixtures
 from .losses import add_noise
-from .objective import LOSSES
+from .objective import LOSSES, check_dataset
+from .replay import Replay, StoreKeeper
 from .several_bases import sampler_of_bases, split_off
 from .sides import FittingSides
 from .task_loss import LossFunction
@@ -67,6 +68,10 @@ class DnDTrainer(UploadingTrainer):
     the states differ by about 1e-5 from those that the generator will read on the CPU, which is why it is not done
     unasked.
 
+    A generator that was fitted before goes on: the pairs are new tasks, and those before them are replayed from the
+    store in the generator's folder, as `args.replay_share` says, so that they are not forgotten. Every fit brings the
+    store up to date, and adds a [`Revision`] to the generator's card: what became of the earlier tasks.
+
     On a machine with several GPUs one process fits on the first of them. Start one process for each GPU to use them
     all: `torchrun --nproc_per_node=N fit.py`.
 
@@ -91,6 +96,8 @@ class DnDTrainer(UploadingTrainer):
             default. It must compute with the model that it is given, which has the generated adapter in place.
         token_weight: What each token weighs in the weight loss, (N_w,), in place of what `args.loss_weighting` gives;
             [`published_token_weights`] reads it from a released generator's file.
+        store_scorer: `(task name, adapter) -> score` from 0 to 1, larger is better: what an update is judged by on the
+            tasks of the generator's store, in place of the distance between written and stored adapters.
         callbacks: As for `Trainer`.
         optimizers: As for `Trainer`.
 
@@ -116,6 +123,7 @@ class DnDTrainer(UploadingTrainer):
         task_collator: Callable[[Sequence[Mapping[str, Any]]], Any] | None = None,
         task_loss_function: LossFunction | None = None,
         token_weight: torch.Tensor | None = None,
+        store_scorer: StoreScorer | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
@@ -129,6 +137,14 @@ class DnDTrainer(UploadingTrainer):
             raise GeneratorConfigError(
                 "An adapter_scorer is for one base. Score each by a trainer of generator.for_base(name)."
             )
+        # A store is of one base's adapters: several have none, and in a head's own fit nothing else changes.
+        alone = isinstance(train_dataset, PromptCheckpointDataset) and model.whole is None
+        new_pairs: Any = train_dataset if alone else None
+        self.replay = Replay.of(model, args, new_pairs)
+        self._store_keeper = StoreKeeper(model, args, new_pairs, self.replay, store_scorer)
+        if self.replay is not None:
+            train_dataset = self.replay.pairs
+            check_dataset(model, args, train_dataset, "train_dataset")
         self.generator = model
         self.pairs: Any = train_dataset
         self.adapter_scorer = adapter_scorer
@@ -139,7 +155,7 @@ class DnDTrainer(UploadingTrainer):
             self._projection.noise = args.condition_noise  # where the paper's code adds it
         self.embeddings = sides.embeddings
         self.objective = sides.objective
-        data_collator: Any = sides.collator
+        data_collator: Any = with_mixtures(sides.collator, train_dataset, args, model)
         self._eval_data_collator: Any = sides.eval_collator
         if args.ddp_find_unused_parameters is None and model.config.freeze_text_encoder and not model.config.bases:
             args.ddp_find_unused_parameters = False  # every parameter of a decoder has a part in every loss
@@ -162,6 +178,7 @@ class DnDTrainer(UploadingTrainer):
         """Fit the generator; arguments as for `Trainer.train`, `resume_from_checkpoint` for one."""
         self._prepare()
         self._keep_prompts()
+        self._store_keeper.begin()
         self.generator.config.measured.pop(EVALUATION, None)  # it was of the generator as it was before
         separate_noise(self.args)
         with self.generator.head_alone():  # if it shares the rest with other bases
@@ -178,6 +195,7 @@ class DnDTrainer(UploadingTrainer):
                 "training loss": output.training_loss,
             }
         )
+        self._store_keeper.end(self.state.global_step)
         return output
 
     def _name_data(self) -> None:
@@ -300,11 +318,17 @@ class DnDTrainer(UploadingTrainer):
 
     def _sampler_of(self, pairs: PromptCheckpointDataset) -> EpochSampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        if self.args.task_sampling_exponent == 1.0:
+        exponent = self.args.task_sampling_exponent
+        if self.replay is not None and pairs is self.replay.pairs:
+            old, share = frozenset(self.replay.tasks), self.replay.share
+            return TemperedSampler(pairs.item_tasks, exponent, seed, replayed=old, share=share)
+        if exponent == 1.0:
             return EpochSampler(len(pairs), seed)
-        return TemperedSampler(pairs.item_tasks, self.args.task_sampling_exponent, seed)
+        return TemperedSampler(pairs.item_tasks, exponent, seed)
 
     def _prepare(self) -> None:
+        if self.replay is not None:
+            self.replay.prepare()
         if self.pairs is not None:
             self.objective.prepare(self.pairs, self._some_batches)
         reading = self._sides.reading
@@ -317,7 +341,7 @@ class DnDTrainer(UploadingTrainer):
                 decoder.center_on(reading.states_of_tasks(self.pairs))
 
     def _some_batches(self) -> Any:
-        collator: Any = self.data_collator
+        collator: Any = self._eval_data_collator
         return collator.some(self.pairs) if isinstance(collator, ExamplesBesidePairs | CollatorOfBases) else []
 
     def _keep_prompts(self) -> None:

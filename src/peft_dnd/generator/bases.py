@@ -36,6 +36,7 @@ class BasesMixin:
     chunk_width: int | None
     decoder_config: dict[str, Any]
     measured: dict[str, Any]
+    policy: Any
     format_version: int
 
     @property
@@ -172,7 +173,7 @@ class BasesMixin:
             alone.decoder_config = {**self.decoder_config, **entry.get("decoder_config", {})}
         alone = copy.deepcopy(alone)
         alone.base_name = name if self.bases else self.base_name
-        alone.format_version = 1
+        alone.format_version = 2 if self.policy else 1
         return alone
 
     def put_base(

@@ -33,7 +33,9 @@ from .configuration_checks import as_dict, as_list, check_values, refuse_misspel
 from .paper_settings import PaperSettings
 
 
-FORMAT_VERSION = 2  # of a folder with several bases; one with a single base is of version 1
+FORMAT_VERSION = 1
+# Of a generator with a policy or several bases, so that a version which knows neither does not pass over them.
+NEWER_FORMAT_VERSION = 2
 TEXT_ENCODER_FOLDER = "text_encoder"
 
 
@@ -96,6 +98,7 @@ class PromptConditionedLoraGeneratorConfig(BasesMixin, PretrainedConfig):
         decoder_config: That decoder's own settings, e.g. `{"num_templates": 32}`.
         measured: What was measured of the generator: metric -> value, for its model card. `DnDTrainer` fills it in.
         card_metadata: What only you can say at the head of its card: `license`, `datasets`, `language`, `tags`.
+        policy: What [`set_policy`][peft_dnd.PromptConditionedLoraGenerator] keeps here of the generator's policy.
         base_name: What the base of `layout` is called; by default the last part of its model's name.
         bases: Further bases that adapters are written for: name -> its `layout`, `chunk_width` and, of
             `decoder_config`, what the base has its own of.
@@ -131,17 +134,18 @@ class PromptConditionedLoraGeneratorConfig(BasesMixin, PretrainedConfig):
         decoder_config: Mapping[str, Any] | None = None,
         measured: Mapping[str, Any] | None = None,
         card_metadata: Mapping[str, Any] | None = None,
+        policy: Mapping[str, Any] | None = None,
         base_name: str | None = None,
         bases: Mapping[str, Mapping[str, Any]] | None = None,
-        format_version: int = 1,
+        format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
         if not isinstance(format_version, int):
             raise GeneratorConfigError(f"format_version must be an integer, got {format_version!r}.")
-        if format_version > FORMAT_VERSION:
+        if format_version > NEWER_FORMAT_VERSION:
             raise FormatVersionError(
                 f"This generator is of format version {format_version}; this version of peft_dnd reads up to "
-                f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade peft-dnd"
+                f"{NEWER_FORMAT_VERSION}. Upgrade it: pip install --upgrade peft-dnd"
             )
         self.layout = layout.to_dict() if isinstance(layout, AdapterLayout) else layout
         self.text_encoder = text_encoder
@@ -164,11 +168,12 @@ class PromptConditionedLoraGeneratorConfig(BasesMixin, PretrainedConfig):
         self.decoder_config = as_dict("decoder_config", decoder_config)
         self.measured = as_dict("measured", measured)
         self.card_metadata = check_card_metadata(card_metadata or {})
+        self.policy = as_dict("policy", policy)
         if base_name is not None:
             check_base_name(base_name)
         self.base_name = base_name
         self.bases = checked_bases(bases)
-        self.format_version = max(format_version, 2 if self.bases else 1)
+        self.format_version = max(format_version, NEWER_FORMAT_VERSION if self.bases else FORMAT_VERSION)
         check_values(self)
         refuse_misspelt(kwargs, own=[name for name in vars(self) if not name.startswith("_")])
         super().__init__(**kwargs)

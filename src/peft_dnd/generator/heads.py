@@ -142,6 +142,12 @@ class HeadsMixin(nn.Module):
                 f"add_base takes a PromptCheckpointDataset or an AdapterLayout, got {adapters!r:.80}. A pairs folder "
                 "is read by PromptCheckpointDataset.from_folder."
             )
+        policy: Any = getattr(self, "policy", None)
+        if policy is not None and (policy.norms is not None or policy.never_written):
+            raise GeneratorConfigError(
+                "The generator's policy bounds the modules of its one base, and would refuse every adapter of "
+                "another. Set a policy without norms and never_written first: generator.set_policy(...)."
+            )
         layout = layout_of(adapters)
         name = default_base_name(layout) if name is None else name
         before = (self.config.base_name, dict(self.config.bases), self.config.format_version)

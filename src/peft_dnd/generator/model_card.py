@@ -10,9 +10,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..adapters.layout import AdapterLayout
+from ..policy.policy import policy_in_words
 from ..storage.cards import GENERATED_MARK, PLACE, check_card_metadata, loading_the_base
 from ..storage.hub import hub_id
 from .configuration import PromptConditionedLoraGeneratorConfig
+from .revisions import REVISIONS, revisions_section
 
 
 # Under this name a configuration's `measured` holds the rows of the held-out protocol.
@@ -40,11 +42,11 @@ Writes a LoRA adapter for {base} from a handful of a task's unlabelled prompts, 
 | what | value |
 | --- | --- |
 {facts}
-
+{policy}
 ## Measured
 
 {measured}
-"""
+{revisions}"""
 
 
 def generator_card(
@@ -105,8 +107,16 @@ def generator_card(
         else "its base model",
         snippet=_snippet(config, named_base, revision, name or PLACE),
         facts="\n".join(f"| {what} | {value} |" for what, value in facts.items()),
+        policy=_policy_section(config.policy),
         measured=_measured_section(measured),
+        revisions=f"\n{told}\n" if (told := revisions_section(measured)) else "",
     )
+
+
+def _policy_section(policy: Mapping[str, Any]) -> str:
+    """What the generator does not do; nothing where it has no policy."""
+    lines = [f"- {line}" for line in policy_in_words(policy)]
+    return "\n" + "\n".join(["## Policy", "", *lines, ""]) if lines else ""
 
 
 def public_base(layout: AdapterLayout) -> tuple[str | None, str | None]:
@@ -204,9 +214,9 @@ def _texts_read(config: PromptConditionedLoraGeneratorConfig) -> str:
 
 
 def _measured_section(measured: Mapping[str, Any]) -> str:
-    if not measured:
+    if not set(measured) - {REVISIONS}:
         return "Nothing has been measured of this generator yet."
-    facts = {name: value for name, value in measured.items() if name != EVALUATION}
+    facts = {name: value for name, value in measured.items() if name not in (EVALUATION, REVISIONS)}
     rows = [
         f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
         for name, value in facts.items()

@@ -18,6 +18,8 @@ from typing_extensions import Unpack
 
 from ..adapters.tokenizer import WeightNormalization
 from ..errors import CorruptFileError, GeneratorNotFoundError
+from ..pairs.replay_store import STORE_NAME
+from ..policy.policy import POLICY_NAME
 from ..storage.cards import CARD_NAME, may_write_card
 from ..storage.files import PathLike, staged_directory, write_json
 from ..storage.hub import (
@@ -42,11 +44,13 @@ from .configuration import TEXT_ENCODER_FOLDER, PromptConditionedLoraGeneratorCo
 from .generation import AdapterWritingMixin
 from .heads import build_for
 from .model_card import generator_card
+from .replay import ReplayStoreMixin
+from .revisions import MOST_POINTS_LOST, check_regression
 from .stored import check_stored
 from .summary import SUMMARY_NAME, generator_summary
 
 
-class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
+class PromptConditionedLoraGenerator(AdapterWritingMixin, ReplayStoreMixin, PreTrainedModel):
     """Writes the LoRA adapter of a task from a handful of its unlabelled prompts, in one forward pass.
 
     The method is Drag-and-Drop LLMs (arXiv 2506.16406): a text encoder turns the prompts into condition states, a
@@ -63,6 +67,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
             Of several bases these three are the first base's; [`for_base`] gives those of another.
         prompt_reference: What is kept of the fitted tasks' prompts, to tell whether new ones belong with them; `None`
             if nothing is.
+        replay_store: What is kept of the fitted tasks to go on with others; `None` if nothing is.
 
     Raises:
         GeneratorConfigError: If the configuration has no layout, or values that contradict each other.
@@ -238,6 +243,8 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
             if isinstance(module, WeightNormalization):
                 module.check(f"the generator {name!r}")
         self.load_prompt_reference(folder)
+        self.load_policy(folder)
+        self._find_replay_store(folder)
         if not self.config.freeze_text_encoder:
             self.load_text_encoder()
 
@@ -249,6 +256,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         push_to_hub: bool = False,
         *,
         include_text_encoder: bool | None = None,
+        include_replay_store: bool | None = None,
         repo_id: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -265,6 +273,8 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
             include_text_encoder: Whether to put the text encoder into `text_encoder/` as well, which makes the
                 generator self-contained. `None` leaves it as the configuration says. Always done for a text encoder
                 that was fitted too.
+            include_replay_store: Whether to save what is kept of the fitted tasks, some of their prompts among it.
+                `None` saves it into the folder, and does not push it.
             repo_id: Hub id to push to; `None` takes the folder's name.
             kwargs: What any transformers model takes, `max_shard_size` for one; and
                 [`UploadOptions`][peft_dnd.storage.uploading.UploadOptions] for `push_to_hub`.
@@ -277,6 +287,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         if is_main_process:
             carry = self.config.carries_text_encoder(include_text_encoder)
             encoder = self.text_encoder if carry else None  # before anything is written: it may be missing
+            store = None if include_replay_store is False else self.replay_store
             with staged_directory(save_directory) as staged, short_bars_hidden():
                 weights = {
                     key: value
@@ -288,6 +299,9 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
                     super().save_pretrained(staged, state_dict=weights, **kwargs)
                     if self.prompt_reference is not None:
                         self.prompt_reference.save(staged / REFERENCE_NAME)
+                    self.save_policy(staged)
+                    if store is not None:
+                        store.save(staged / STORE_NAME)
                     if encoder is not None:
                         encoder.save_pretrained(staged / TEXT_ENCODER_FOLDER)
                     write_checksums(staged)
@@ -297,7 +311,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
                 written = {path.name for path in staged.iterdir()}
             # transformers reads a single file before shards: what an earlier save left must not win over this one. Nor
             # is what another generator knew of its tasks' prompts this one's.
-            for pattern in ("model*.safetensors*", REFERENCE_NAME):
+            for pattern in ("model*.safetensors*", REFERENCE_NAME, POLICY_NAME, STORE_NAME):
                 for path in Path(save_directory).glob(pattern):
                     if path.name not in written:
                         path.unlink()
@@ -305,7 +319,8 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
             if "max_shard_size" in kwargs:
                 commit["max_shard_size"] = kwargs["max_shard_size"]
             name = repo_id or Path(save_directory).name
-            self.push_to_hub(name, include_text_encoder=include_text_encoder, **commit)
+            stored = bool(include_replay_store)
+            self.push_to_hub(name, include_text_encoder=include_text_encoder, include_replay_store=stored, **commit)
 
     @takes_keywords_of(upload)
     def push_to_hub(  # type: ignore[override]  # the model card is ours
@@ -314,6 +329,8 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         *,
         max_shard_size: int | str = "50GB",
         include_text_encoder: bool | None = None,
+        include_replay_store: bool = False,
+        most_points_lost: float | None = MOST_POINTS_LOST,
         **commit: Unpack[UploadOptions],
     ) -> CommitInfo:
         """Save the generator and upload it to the Hub.
@@ -325,6 +342,10 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
             repo_id: Hub id, `"user/name"`.
             max_shard_size: Largest weights file.
             include_text_encoder: See [`save_pretrained`].
+            include_replay_store: Whether what is kept of the fitted tasks goes along, some of their prompts among it:
+                only then can others go on with new tasks.
+            most_points_lost: How many points of 100 the last update may have lost, in the mean over the earlier tasks
+                of the store; `None` publishes it whatever it lost.
             commit: See [`UploadOptions`][peft_dnd.storage.uploading.UploadOptions].
 
         Returns:
@@ -334,7 +355,10 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
             HfHubHTTPError: The Hub's own, if you may not write there.
             SavingError: If the connection breaks off. The repository is as it was then.
             TextEncoderError: If the text encoder is to go along and cannot be loaded.
+            RegressionError: If the last update lost more than may be.
         """
+        if most_points_lost is not None:
+            check_regression(self.config.measured, most_points_lost)
         names = self.names_for_others(include_text_encoder)
         carry = self.config.carries_text_encoder(include_text_encoder)
         if carry:
@@ -343,7 +367,12 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
             self.model_card()  # what cannot be in a card is refused before anything is made on the Hub
 
             def save(folder: Path, name: str) -> None:
-                self.save_pretrained(folder, max_shard_size=max_shard_size, include_text_encoder=include_text_encoder)
+                self.save_pretrained(
+                    folder,
+                    max_shard_size=max_shard_size,
+                    include_text_encoder=include_text_encoder,
+                    include_replay_store=include_replay_store,
+                )
                 if may_write_card(folder):
                     with _changed(self.config, text_encoder_in_folder=carry):
                         (folder / CARD_NAME).write_text(self.model_card(name), encoding="utf-8")

@@ -18,7 +18,6 @@ from ..adapters.layout import AdapterLayout
 from ..adapters.method_layout import MethodLayout
 from ..errors import GeneratorConfigError
 from ..generator.configuration import PromptConditionedLoraGeneratorConfig
-from ..generator.generation import THRESHOLD
 from ..generator.modeling import PromptConditionedLoraGenerator
 from ..storage.hub import HubOptions, find_generator
 from ..text.out_of_distribution import check_action
@@ -148,8 +147,9 @@ class DnDConfig(LoraConfig):
         answers: Their answers, one each, for a generator that reads them. They are not saved either.
         seed: Decides which prompts are read when they are more or fewer than the generator takes at once.
         out_of_distribution: What to do if the prompts are unlike those of the fitted tasks: `"ignore"`, `"warn"`,
-            `"shrink"` or `"refuse"`; see [`PromptConditionedLoraGenerator.generate_adapter`].
-        threshold: The score above which they are taken to be.
+            `"shrink"`, `"mean"` or `"refuse"`; `None` warns where the generator can tell. See
+            [`PromptConditionedLoraGenerator.generate_adapter`].
+        threshold: The score above which they are taken to be; `None` is what the fitted tasks give.
         base: For which of the bases, if the generator has several: its name there, or its model's Hub id or folder. By
             default the one whose layout fits the model that the adapter is put into, each time anew; until then the
             configuration has no rank or targets.
@@ -181,10 +181,10 @@ class DnDConfig(LoraConfig):
     answers: Sequence[str] | None = field(
         default=None, repr=False, metadata={"help": "The prompts' answers, for a generator that reads them"}
     )
-    out_of_distribution: str = field(
-        default="ignore", metadata={"help": "What to do with prompts unlike the fitted tasks'"}
+    out_of_distribution: str | None = field(
+        default=None, metadata={"help": "What to do with prompts unlike the fitted tasks'"}
     )
-    threshold: float = field(default=THRESHOLD, metadata={"help": "The score above which they are taken to be so"})
+    threshold: float | None = field(default=None, metadata={"help": "The score above which they are taken to be so"})
     base: str | None = field(default=None, metadata={"help": "For which base, if the generator has several"})
 
     def __post_init__(self) -> None:
