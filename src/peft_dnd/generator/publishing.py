@@ -129,9 +129,12 @@ class PublishingMixin:
         Args:
             name: The folder or Hub id that its snippet loads the generator from; `push_to_hub` fills it in.
         """
-        return generator_card(self.config, num_parameters=self._size(), measured=self.config.measured, name=name)
+        return generator_card(
+            self.config, num_parameters=self.num_decoder_parameters(), measured=self.config.measured, name=name
+        )
 
-    def _size(self) -> int:
+    def num_decoder_parameters(self) -> int:
+        """How many parameters the decoder has, of several bases with all its heads."""
         return sum(parameter.numel() for module in (self.decoder, self.heads) for parameter in module.parameters())
 
     def _summary(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -140,7 +143,7 @@ class PublishingMixin:
         return generator_summary(
             self.config,
             folder,
-            num_parameters=self._size(),
+            num_parameters=self.num_decoder_parameters(),
             dtype=", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
             tasks_known=None if reference is None else len(reference.counts),
         )
