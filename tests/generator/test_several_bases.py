@@ -34,7 +34,8 @@ from peft_dnd.errors import (
     NotFittedError,
     PolicyError,
 )
-from peft_dnd.generator import renew_checksums
+from peft_dnd.generator import renew_checksums, verify_adapter
+from peft_dnd.generator.fingerprint import generator_sha256
 from peft_dnd.policy import GeneratorPolicy
 
 
@@ -130,6 +131,11 @@ def test_a_folder_and_back(
         assert adapter.layout.base_model_name_or_path == layout.base_model_name_or_path
         assert_same(adapter, loaded.generate_adapter(PROMPTS, base=name))
         assert_same(adapter, streamed.generate_adapter(PROMPTS, base=name), 1e-5)
+    half = PromptConditionedLoraGenerator.from_pretrained(tmp_path, dtype="bfloat16")
+    for one in map(half.for_base, layouts):
+        assert one.normalization.mean.dtype == torch.float32, "the mean adapter is not rounded"
+        assert {parameter.dtype for parameter in one.decoder.parameters()} == {torch.bfloat16}
+    assert_same(half.generate_adapter(PROMPTS, base="deep"), generator.generate_adapter(PROMPTS, base="deep"), 0.1)
     files = [path.name for path in tmp_path.glob("*.safetensors")]
     stored = load_file(tmp_path / "model.safetensors")
     assert files == ["model.safetensors"]
@@ -137,13 +143,30 @@ def test_a_folder_and_back(
     assert stored["heads.wide.normalization.scale"].shape == (generator.for_base("wide").weight_tokenizer.num_tokens,)
 
 
+def test_an_adapter_of_each_base_is_made_again(several: PromptConditionedLoraGenerator) -> None:
+    for name in several.config.base_names:
+        adapter = several.generate_adapter(PROMPTS, base=name)
+        assert adapter.provenance["generator_sha256"] == generator_sha256(several)
+        assert verify_adapter(adapter, several, PROMPTS).passed
+    other = several.generate_adapter(PROMPTS[:2], base="deep")
+    assert not verify_adapter(other, several, PROMPTS).passed
+
+
 def test_a_policy_of_one_bases_modules_is_refused_for_several(
-    several: PromptConditionedLoraGenerator, layouts: dict[str, AdapterLayout], encoder_folder: Path
+    several: PromptConditionedLoraGenerator, layouts: dict[str, AdapterLayout], encoder_folder: Path, tmp_path: Path
 ) -> None:
     of_one = GeneratorPolicy(never_written=("*.q_proj",))
     with pytest.raises(PolicyError, match="this generator has several"):
         several.set_policy(of_one)
     assert several.policy is None
+    of_all = make(layouts, encoder_folder)
+    of_all.set_policy(GeneratorPolicy(classifier="ours"))
+    of_all.save_pretrained(tmp_path / "all")
+    assert PromptConditionedLoraGenerator.from_pretrained(tmp_path / "all").policy == of_all.policy
+    of_all.for_base("deep").save_pretrained(tmp_path / "one")
+    assert PromptConditionedLoraGenerator.from_pretrained(tmp_path / "one").policy == of_all.policy
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert config["format_version"] == 2, "those who know no policies must not load it"
     alone = make(layouts["wide"], encoder_folder)
     alone.set_policy(of_one)
     with pytest.raises(GeneratorConfigError, match="bounds the modules of its one base"):
@@ -422,6 +445,13 @@ def test_an_edit_on_purpose_is_accepted_when_the_checksums_are_renewed(folder: P
     renew_checksums(target)
     loaded = PromptConditionedLoraGenerator.from_pretrained(target)
     assert {module.alpha for module in loaded.config.layouts["wide"].modules} == {99}
+
+
+def test_a_server_takes_the_generator_of_one_base(folder: Path) -> None:
+    from peft_dnd.serving.generators import load_served_generator
+
+    with pytest.raises(GeneratorConfigError, match=r"3 bases.*saved to a folder of its own"):
+        load_served_generator("several", str(folder))
 
 
 def test_the_command_line(

@@ -14,6 +14,8 @@ from ..generator.modeling import PromptConditionedLoraGenerator
 from ..pairs.packed_adapters import AdapterPacking
 from ..pairs.replay_store import ReplayStore
 from ..storage.progress import with_progress
+from ..text.embedding_cache import PromptEmbeddingCache
+from ..text.token_states import TokenStates
 
 
 StoreScorer = Callable[[str, GeneratedAdapter], float]
@@ -25,19 +27,22 @@ _FEWEST_POINTS = -1e6
 
 
 @torch.no_grad()
-def written_tokens(generator: PromptConditionedLoraGenerator, texts: Sequence[str], *, seed: int = 0) -> torch.Tensor:
+def written_tokens(
+    generator: PromptConditionedLoraGenerator, texts: Sequence[str], *, seed: int = 0, read: TokenStates | None = None
+) -> torch.Tensor:
     """The normalised tokens that a generator writes of texts in the form that it reads.
 
     Args:
         generator: The generator.
         texts: The texts of one task.
         seed: As for `generate_adapter`.
+        read: What the generator's `read_states` gave for these texts, if they have been read already.
 
     Returns:
         Tensor of the tokenizer's `grid_shape`, float32, on the CPU.
     """
     with evaluating(generator):
-        states, mask = generator.encode_prompts(texts, seed=seed)
+        states, mask = generator.encode_prompts(texts, seed=seed, read=read)
         return generator(states[None].to(generator.device), mask[None].to(generator.device))[0].float().cpu()
 
 
@@ -48,6 +53,7 @@ def score_store(
     tasks: Iterable[str] | None = None,
     targets: Mapping[str, torch.Tensor] | None = None,
     store: ReplayStore | None = None,
+    embeddings: PromptEmbeddingCache | None = None,
 ) -> dict[str, float]:
     """Score the adapters that a generator writes for the tasks in a store, from the texts that are kept of them.
 
@@ -66,6 +72,7 @@ def score_store(
         targets: Task -> tokens that should be written, for tasks of which the store has no adapter; such a task is
             left out otherwise, unless there is a scorer.
         store: The store; by default the generator's.
+        embeddings: What its text encoder has read already, if that is frozen.
 
     Returns:
         Task -> points, 100 being the best.
@@ -82,7 +89,8 @@ def score_store(
             target = (targets or {}).get(name)
         if scorer is None and target is None:
             continue
-        tokens = written_tokens(generator, task.texts)
+        read = None if embeddings is None else embeddings.states(name, task.texts)
+        tokens = written_tokens(generator, task.texts, read=read)
         if scorer is not None:
             scores[name] = _finite(100.0 * float(scorer(name, _adapter(generator, tokens))))
         elif target is not None:

@@ -16,6 +16,7 @@ from ..pairs.dataset import PromptCheckpointDataset
 from ..pairs.packed_adapters import AdapterPacking, PackedAdapter
 from ..pairs.replay_store import ReplayStore, StoreBounds, updated_store
 from ..storage.progress import with_progress
+from ..text.embedding_cache import PromptEmbeddingCache
 from .arguments import DnDTrainingArguments
 
 
@@ -117,6 +118,7 @@ class StoreKeeper:
         pairs: The pairs of the fit, without those that are replayed.
         replay: What is replayed.
         scorer: Scores adapters of the store's tasks; see [`score_store`][peft_dnd.evaluation.score_store].
+        embeddings: What the text encoder has read, if that is frozen: it is what takes most of the time.
     """
 
     def __init__(
@@ -126,9 +128,10 @@ class StoreKeeper:
         pairs: PromptCheckpointDataset | None,
         replay: Replay | None,
         scorer: StoreScorer | None,
+        embeddings: PromptEmbeddingCache | None,
     ) -> None:
         self._generator, self._args, self._pairs = generator, args, pairs
-        self._replay, self._scorer = replay, scorer
+        self._replay, self._scorer, self._embeddings = replay, scorer, embeddings
         self._before: dict[str, float] = {}
 
     def begin(self) -> None:
@@ -180,7 +183,7 @@ class StoreKeeper:
         if not names:
             return {}
         targets = {} if self._replay is None else self._replay.target_tokens()
-        return score_store(self._generator, self._scorer, tasks=names, targets=targets)
+        return score_store(self._generator, self._scorer, tasks=names, targets=targets, embeddings=self._embeddings)
 
 
 def _warn_of_forgetting(

@@ -138,10 +138,9 @@ class DnDTrainer(UploadingTrainer):
                 "An adapter_scorer is for one base. Score each by a trainer of generator.for_base(name)."
             )
         # A store is of one base's adapters: several have none, and in a head's own fit nothing else changes.
-        kept = isinstance(train_dataset, PromptCheckpointDataset) and model.whole is None
-        new_pairs = train_dataset if kept else None
+        alone = isinstance(train_dataset, PromptCheckpointDataset) and model.whole is None
+        new_pairs: Any = train_dataset if alone else None
         self.replay = Replay.of(model, args, new_pairs)
-        self._store_keeper = StoreKeeper(model, args, new_pairs, self.replay, store_scorer)
         if self.replay is not None:
             train_dataset = self.replay.pairs
             check_dataset(model, args, train_dataset, "train_dataset")
@@ -154,6 +153,8 @@ class DnDTrainer(UploadingTrainer):
         if self._projection is not None:
             self._projection.noise = args.condition_noise  # where the paper's code adds it
         self.embeddings = sides.embeddings
+        read = self.embeddings if model.config.freeze_text_encoder else None
+        self._store_keeper = StoreKeeper(model, args, new_pairs, self.replay, store_scorer, read)
         self.objective = sides.objective
         data_collator: Any = with_mixtures(sides.collator, train_dataset, args, model)
         self._eval_data_collator: Any = sides.eval_collator

@@ -166,7 +166,7 @@ class UploadingTrainer(Trainer):
         return job
 
     def _public_card(self, config: PromptConditionedLoraGeneratorConfig) -> str:
-        size = sum(parameter.numel() for parameter in self.generator.decoder.parameters())
+        size = self.generator.num_decoder_parameters()
         return generator_card(
             config, num_parameters=size, measured=self.generator.config.measured, name=self.hub_model_id
         )
@@ -221,7 +221,7 @@ def _forget_store(folder: Path) -> None:
         replace(checksums, files=files).write(folder)
 
 
-def _rename(config: PromptConditionedLoraGeneratorConfig, names: Mapping[str, str | None], path: Path) -> None:
+def _rename(config: PromptConditionedLoraGeneratorConfig, names: Mapping[str, Any], path: Path) -> None:
     """Change a configuration's names in its file, of which all else stays as it was saved."""
     before = config.to_dict()
     for name, value in names.items():

@@ -36,6 +36,7 @@ class BasesMixin:
     chunk_width: int | None
     decoder_config: dict[str, Any]
     measured: dict[str, Any]
+    policy: Any
     format_version: int
 
     @property
@@ -76,7 +77,7 @@ class BasesMixin:
             raise GeneratorConfigError(
                 f"The generator writes adapters for {len(self.base_names)} bases: {_listed(self.base_names)}. Say for "
                 f"which: generate_adapter(prompts, base={self.base_names[0]!r}), or take the generator of one base, "
-                f"generator.for_base({self.base_names[0]!r})."
+                f"generator.for_base({self.base_names[0]!r}), which can also be saved to a folder of its own."
             )
 
     def find_base(self, base: str | nn.Module | None = None) -> str:
@@ -172,7 +173,7 @@ class BasesMixin:
             alone.decoder_config = {**self.decoder_config, **entry.get("decoder_config", {})}
         alone = copy.deepcopy(alone)
         alone.base_name = name if self.bases else self.base_name
-        alone.format_version = 1
+        alone.format_version = 2 if self.policy else 1
         return alone
 
     def put_base(

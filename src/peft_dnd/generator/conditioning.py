@@ -119,7 +119,9 @@ class PromptReadingMixin(HeadsMixin):
             prompts, answers, config.condition_text, answer_ratio=config.answer_ratio, seed=seed, what=what
         )
 
-    def encode_prompts(self, prompts: Sequence[str], *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_prompts(
+        self, prompts: Sequence[str], *, seed: int = 0, read: TokenStates | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Read a task's prompts into what `forward` takes for one task.
 
         Args:
@@ -127,14 +129,15 @@ class PromptReadingMixin(HeadsMixin):
                 [`select_prompts`] chooses. One that reads sets reads all, in an order that does not depend on the
                 given one; of more than `SET_LIMIT` it reads that many.
             seed: Seed of that choice.
+            read: What `read_states` gave for just these prompts, where they have been read already.
 
         Returns:
             States of shape (N, L, C), float32, and their bool mask of shape (N, L), on the CPU.
         """
         chosen = self._choose(prompts, seed)
-        distinct = list(dict.fromkeys(chosen))
-        states = self.read_states(self.text_encoder, distinct)
-        position = {prompt: i for i, prompt in enumerate(distinct)}
+        there = list(dict.fromkeys(chosen)) if read is None else prompts
+        states = self.read_states(self.text_encoder, there) if read is None else read
+        position = {prompt: i for i, prompt in enumerate(there)}
         return states.select(torch.tensor([position[prompt] for prompt in chosen]), self.config.max_prompt_length)
 
     def _choose(self, prompts: Sequence[str], seed: int) -> list[str]:

@@ -23,7 +23,8 @@ from .checksums import fitted_settings
 
 
 _BYTES_AT_ONCE = 2**26
-# Says that the statistics are there; transformers makes a float of it where it loads in half precision.
+# Says that the statistics are there; transformers makes a float of it where it loads in half precision. So has each
+# base's head.
 _FLAG = "normalization.fitted"
 
 # Generator -> its settings and tensors when the hash was taken, how often each of these had been changed by then, and
@@ -39,13 +40,15 @@ def generator_sha256(generator: Any) -> str | None:
     What is changed through `tensor.data`, of which torch keeps no count, goes unnoticed.
 
     Args:
-        generator: A `PromptConditionedLoraGenerator`. What a streamed one leaves on disk is read there.
+        generator: A `PromptConditionedLoraGenerator`. What a streamed one leaves on disk is read there. Of one base's
+            part of a generator of several the hash is that of the whole.
 
     Returns:
         `None` where the weights are here in part only, while several processes fit them.
     """
-    tensors = dict(sorted(generator.state_dict(keep_vars=True).items()))
-    tensors.pop(_FLAG, None)
+    generator = generator.whole or generator
+    held_by_name = generator.state_dict(keep_vars=True).items()
+    tensors = dict(sorted((name, tensor) for name, tensor in held_by_name if not name.endswith(_FLAG)))
     held = list(tensors.values())
     if any(is_share(tensor) for tensor in held):
         return None

@@ -89,7 +89,8 @@ class PolicyMixin(PromptReadingMixin):
                     f"{', '.join(map(repr, self.config.base_names))}. Leave them out; refused prompts and a "
                     "classifier hold for all."
                 )
-            policy.check_layout(self.config.adapter_layout)
+            for layout in self.config.layouts.values():
+                policy.check_layout(layout)
         self.policy = policy
         self.config.policy = {} if policy is None else policy.to_dict()
         newer = policy is not None or self.config.bases
@@ -241,7 +242,8 @@ class PolicyMixin(PromptReadingMixin):
         data = self.config.policy
         self.policy = GeneratorPolicy.load(data, folder / POLICY_NAME) if data else None
         if self.policy is not None:
-            self.policy.check_layout(self.config.adapter_layout)
+            for layout in self.config.layouts.values():
+                self.policy.check_layout(layout)
 
     def save_policy(self, folder: Path) -> None:
         """Write what of the policy is not in the configuration."""

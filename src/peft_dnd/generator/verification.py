@@ -109,6 +109,7 @@ def verify_adapter(
             f"It does not say {' and '.join(missing)}: the adapter was not saved by GeneratedAdapter.save_pretrained."
         )
         return Verification((Check("provenance", False, said),), {}, {})
+    generator = _of_base(generator, adapter)
     texts = generator.condition_texts(prompts, answers, seed=kept["seed"])
     checks = [_prompts_check(texts, kept), _generator_check(generator, kept)]
     difference = adapter.layout.difference(generator.config.adapter_layout)
@@ -131,6 +132,17 @@ def verify_adapter(
     return Verification((*checks, _weights_check(differences, tolerances)), differences, tolerances)
 
 
+def _of_base(generator: PromptConditionedLoraGenerator, adapter: GeneratedAdapter) -> PromptConditionedLoraGenerator:
+    """Of a generator of several bases the part that writes such adapters, or else the whole."""
+    bases: list[PromptConditionedLoraGenerator] = [
+        generator.for_base(name) for name in (generator.config.base_names if generator.config.bases else ())
+    ]
+    fitting = [one for one in bases if adapter.layout.difference(one.config.adapter_layout) is None]
+    named = adapter.layout.base_model_name_or_path
+    fitting.sort(key=lambda one: one.config.adapter_layout.base_model_name_or_path != named)
+    return fitting[0] if fitting else generator
+
+
 def _prompts_check(texts: tuple[str, ...], kept: Mapping[str, Any]) -> Check:
     found, expected = prompts_digest(texts), str(kept["prompts_sha256"])
     if found == expected:
@@ -146,7 +158,7 @@ def _prompts_check(texts: tuple[str, ...], kept: Mapping[str, Any]) -> Check:
 
 def _generator_check(generator: PromptConditionedLoraGenerator, kept: Mapping[str, Any]) -> Check:
     expected, found = kept.get("generator_sha256"), generator_sha256(generator)
-    if expected is None:
+    if expected is None or found is None:
         return Check("generator", None, "It does not name the generator's SHA-256: an earlier version wrote it.")
     if found == expected:
         return Check("generator", True, f"The generator is the one that it names, {found[:16]}...")

@@ -113,7 +113,7 @@ def load_served_generator(
         device: Where it runs; `None` is the CPU.
 
     Raises:
-        GeneratorConfigError: If no generator can have such a name, or there is no such device.
+        GeneratorConfigError: If no generator can have such a name, there is no such device, or it has several bases.
         GeneratorNotFoundError: If there is no generator there.
         NotFittedError: If it has never been fitted.
         TextEncoderError: If its text encoder cannot be loaded.
@@ -125,6 +125,7 @@ def load_served_generator(
         )
     folder, commit = find_generator(place, revision=revision)
     generator = PromptConditionedLoraGenerator.from_pretrained(place, revision=commit or revision)
+    generator.config.check_one_base()
     if not generator.normalization.fitted:
         raise NotFittedError(f"The generator {place!r} has never been fitted, so its adapters would mean nothing.")
     try:
