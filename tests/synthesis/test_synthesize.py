@@ -262,6 +262,10 @@ def test_a_whole_task_of_seeds_whose_answers_are_the_bases_own(
         synthesize_task(tmp_path / "x", TaskSeeds(("a ?",)), writer=Script(), **options)
     assert not (tmp_path / "x").exists()
     shorter = {**options, "count": 1, "overwrite": True}
+    with pytest.raises(KeyboardInterrupt):
+        synthesize_task(folder, SEEDS, writer=Broken(), **shorter)
+    assert not read_task(folder).complete, "from here on it is the new request's, and goes on without being told"
+    shorter["overwrite"] = False
     assert synthesize_task(folder, SEEDS, writer=Script(of_task(9)), **shorter).prompts == tuple(of_task(9))
     assert len(PromptCheckpointDataset.from_folder(folder.parent, layout=layout).prompts("law")) == 5
 

@@ -214,7 +214,8 @@ def synthesize_task(
         top_tokens=top_tokens,
         stop=asked.stop,
         task=task,
-        overwrite=overwrite,
+        # What a task that is not done holds of another request is of no use to anybody.
+        overwrite=overwrite or found is None or not found.complete,
     )
     return done
 
