@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far apart adapters are that the same generator makes from the same prompts elsewhere, and what verifying allows.
 
-Elsewhere: with the weights at other addresses in memory, with two threads, with the instructions of older processors.
-Each is made in a process of its own from saved generators: one of each family of decoders, with random weights, and
-others that are named. For each place, the largest difference from the adapter that this process made, and its share
-of the tolerance of its tensor: below 1 the adapter passes for the same.
+Elsewhere: with the weights at other addresses in memory, with two threads, without the library of fused operations;
+and with --processes in a process of its own, and with the instructions of older processors. Generators are one of each
+family of decoders, with random weights, and others that are named. For each place, the largest difference from the
+adapter that this process made, and its share of the tolerance of its tensor: below 1 it passes for the same.
 
-python benchmarks/bench_same_adapter.py [--generator FOLDER [--base FOLDER]]
+python benchmarks/bench_same_adapter.py [--generator FOLDER [--base FOLDER]] [--processes]
 """
 
 from __future__ import annotations
@@ -43,10 +43,9 @@ PROMPTS = [
     "Where is the home of Quillan, which city? Say it in Spanish.",
 ]
 FAMILIES = ("set_transformer", "hyper_convolution", "core", "text_to_lora")
-COPIES = 8
+COPIES = 4
 PLACES: dict[str, dict[str, str]] = {
     "another process": {},
-    "two threads": {"OMP_NUM_THREADS": "2"},
     "AVX2 alone": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "no vector instructions": {
         "ATEN_CPU_CAPABILITY": "default",
@@ -62,22 +61,32 @@ def main() -> None:
     parser.add_argument("--generator", type=Path, action="append", default=[], help="another generator's folder")
     parser.add_argument("--base", type=Path, help="the language model that such a generator reads prompts with")
     parser.add_argument("--families", nargs="*", default=FAMILIES, choices=FAMILIES, help="decoders to build")
-    parser.add_argument("--write", nargs=2, type=Path, metavar=("GENERATOR", "ADAPTER"), help=argparse.SUPPRESS)
+    parser.add_argument("--processes", action="store_true", help="the places that want a process of their own too")
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.write:
-        load(options.write[0], options.base).generate_adapter(PROMPTS).save_pretrained(options.write[1])
+    if options.write:  # another place, in a process of its own
+        for number, generator in enumerate(options.generator):
+            load(generator, options.base).generate_adapter(PROMPTS).save_pretrained(options.write / str(number))
         return
     torch.set_num_threads(1)
-    found = {}
     with tempfile.TemporaryDirectory() as scratch:
         for family in options.families:
-            folder = Path(scratch, family)
-            build(family).save_pretrained(folder)
-            found[family] = figures(folder, None, Path(scratch))
-        for number, folder in enumerate(options.generator):
-            found[f"given {number}"] = figures(folder, options.base, Path(scratch))
-    command = "python benchmarks/bench_same_adapter.py" + " --generator FOLDER" * len(options.generator)
-    write_result("same_adapter", {"generators": found}, command + (" --base FOLDER" if options.base else ""))
+            build(family).save_pretrained(Path(scratch, family))
+        generators = [*(Path(scratch, family) for family in options.families), *options.generator]
+        places = PLACES if options.processes else {}
+        for place, variables in places.items():
+            arguments = [word for generator in generators for word in ("--generator", str(generator))]
+            arguments += ["--base", str(options.base)] if options.base else []
+            command = [sys.executable, __file__, "--write", str(Path(scratch, place)), *arguments]
+            subprocess.run(command, check=True, env={**os.environ, **variables})
+        names = [*options.families, *(f"given {number}" for number in range(len(options.generator)))]
+        found = {
+            name: figures(generator, options.base, {place: Path(scratch, place, str(number)) for place in places})
+            for number, (name, generator) in enumerate(zip(names, generators, strict=True))
+        }
+    called = f"python benchmarks/bench_same_adapter.py --families {' '.join(options.families)}"
+    called += " --generator FOLDER" * len(options.generator) + (" --base FOLDER" if options.base else "")
+    write_result("same_adapter", {"generators": found}, called + (" --processes" if options.processes else ""))
 
 
 def build(family: str) -> PromptConditionedLoraGenerator:
@@ -115,19 +124,20 @@ def load(folder: Path, base: Path | None) -> PromptConditionedLoraGenerator:
     return loaded
 
 
-def figures(folder: Path, base: Path | None, scratch: Path) -> dict[str, Any]:
-    """What verifying allows of one generator's adapters, and how far apart they are."""
+def figures(folder: Path, base: Path | None, elsewhere_made: dict[str, Path]) -> dict[str, Any]:
+    """What verifying allows of one generator's adapters, and how far apart they are: place -> the one made there."""
     generator = load(folder, base)
     here = generator.generate_adapter(PROMPTS)
     tolerances = verify_adapter(here, generator, PROMPTS).tolerances
     weights = here.state_dict()
     places = {"elsewhere in memory": differences(weights, tolerances, [elsewhere(generator) for _ in range(COPIES)])}
-    for place, variables in PLACES.items():
-        target = scratch / f"adapter of {folder.name} {place}"
-        arguments = [sys.executable, __file__, "--write", str(folder), str(target)]
-        arguments += ["--base", str(base)] if base else []
-        subprocess.run(arguments, check=True, env={**os.environ, **variables})
-        places[place] = differences(weights, tolerances, [GeneratedAdapter.from_pretrained(target)])
+    torch.set_num_threads(2)
+    places["two threads"] = differences(weights, tolerances, [generator.generate_adapter(PROMPTS)])
+    torch.set_num_threads(1)
+    with torch.backends.mkldnn.flags(enabled=False):
+        places["without fused operations"] = differences(weights, tolerances, [generator.generate_adapter(PROMPTS)])
+    for place, made in elsewhere_made.items():
+        places[place] = differences(weights, tolerances, [GeneratedAdapter.from_pretrained(made)])
     relative = sorted(tolerances[key] / float(tensor.abs().max()) for key, tensor in weights.items())
     return {
         "decoder": generator.config.decoder_type,

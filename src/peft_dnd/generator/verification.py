@@ -160,6 +160,8 @@ def _generator_check(generator: PromptConditionedLoraGenerator, kept: Mapping[st
     expected, found = kept.get("generator_sha256"), generator_sha256(generator)
     if expected is None or found is None:
         return Check("generator", None, "It does not name the generator's SHA-256: an earlier version wrote it.")
+    if found is None:
+        return Check("generator", None, "The generator's weights are here in part only, so they have no SHA-256.")
     if found == expected:
         return Check("generator", True, f"The generator is the one that it names, {found[:16]}...")
     dtype = str(generator.dtype).removeprefix("torch.")
