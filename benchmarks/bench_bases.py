@@ -3,11 +3,12 @@
 
     python benchmarks/bench_bases.py --seed 0
 
-The first base is the worked example's, as is its own generator, which are taken from its folder or made there. Two more, of other widths and depths, are pretrained in the same way, and
-adapters of the 24 training tasks trained on each. One generator is fitted for all three together, and for each base
-one of its own with the same settings. Then the third base is added to generators that do not know it, by fitting its
-head alone, to all of its tasks and to a fifth of them, beside a generator of its own that is fitted to as few. All are
-scored on the held-out tasks. What has been made is kept in --output: a second run starts from there.
+The first base and its own generator are the worked example's, taken from its folder or made there. Two more, of other
+widths and depths, are pretrained in the same way, and adapters of the 24 training tasks trained on each. One generator
+is fitted for all three together, and for each base one of its own with the same settings. Then the third base is added
+to generators that do not know it, by fitting its head alone, to all of its tasks and to a fifth of them, beside a
+generator of its own that is fitted to as few. All are scored on the held-out tasks. What has been made is kept in
+--output: a second run starts from there.
 """
 
 from __future__ import annotations
