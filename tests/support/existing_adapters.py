@@ -19,6 +19,7 @@ from torch import nn
 
 BASE = "org/base"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PROMPTS = {"law": ["what is law ?", "a court please"], "tax": ["tax ?"], "med": ["what is medicine ?"]}
 
 
 def make_adapter(base: nn.Module, folder: Path, seed: int = 0, *, card: str | None = None, **lora: Any) -> Path:
@@ -71,3 +72,10 @@ def updates_of_task(folder: Path, step: int = 1) -> dict[str, torch.Tensor]:
     """The updates of one of a task's checkpoints."""
     config = json.loads((folder / CONFIG).read_text())
     return updates(config, load_file(folder / "checkpoints" / f"step-{step:08d}.safetensors"))
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Make sure that the updates are the same up to rounding."""
+    assert found.keys() == expected.keys()
+    for name, update in expected.items():
+        torch.testing.assert_close(found[name], update, rtol=0, atol=1e-6 * update.abs().max().item())
