@@ -37,7 +37,14 @@ PORT = 8377
 URL = f"http://127.0.0.1:{PORT}"
 LOAD = Path(__file__).parent / "serving_load.lua"
 # The bounds: what is kept turns over several times, and more ask at once than may.
-BOUNDS = {"--max-requests": 48, "--max-queue": 24, "--max-queue-per-client": 24, "--max-cache-adapters": 500}
+QUEUE_SECONDS = 30
+BOUNDS = {
+    "--max-requests": 48,
+    "--max-queue": 24,
+    "--max-queue-per-client": 24,
+    "--max-queue-seconds": QUEUE_SECONDS,
+    "--max-cache-adapters": 500,
+}
 WITHIN, BEYOND = 16, 96
 KNOWN = 50
 GROWTH = 1.05
@@ -61,21 +68,24 @@ def main() -> None:
         beyond = load(process, requests, BEYOND, "beyond", known)
         resident = memory.stop()
         kept = {"adapters": len(list((Path(name) / "cache" / "adapters").iterdir())), "bound": 500}
-    result = {
-        "bounds": BOUNDS,
-        "within_bounds": {"connections": WITHIN, **within},
-        "beyond_bounds": {"connections": BEYOND, **beyond},
-        "resident_mib": resident,
-        "kept": kept,
-    }
-    write_result("serving", result)
+        result = {
+            "bounds": BOUNDS,
+            "client_seconds": CLIENT_SECONDS,
+            "within_bounds": {"connections": WITHIN, **within},
+            "beyond_bounds": {"connections": BEYOND, **beyond},
+            "resident_mib": resident,
+            "kept": kept,
+        }
+        write_result("serving", result)
     check(within, beyond, resident, kept)
 
 
 def check(within: dict[str, Any], beyond: dict[str, Any], resident: dict[str, float], kept: dict[str, int]) -> None:
     """End with an error if the service did not keep what is promised."""
     faults = []
-    if set(within["statuses"]) - {"200", "201"}:
+    # On a machine that others keep busy a turn can take so long that even few clients would wait for more than may be.
+    slow = within["max_ms"] > 1000 * QUEUE_SECONDS
+    if set(within["statuses"]) - {"200", "201", *(["429"] if slow else [])}:
         faults.append(f"within its bounds it answered {within['statuses']}")
     if set(beyond["statuses"]) - {"200", "201", "429"} or "429" not in beyond["statuses"]:
         faults.append(f"beyond its bounds it answered {beyond['statuses']}")
@@ -183,7 +193,9 @@ def served(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         wait_until_ready(process)
         yield process
         process.send_signal(signal.SIGTERM)
-        if process.wait(60):
+        if process.wait(
+            600
+        ):  # its own grace is 30 s, and on a machine that others keep busy ending takes its time too
             sys.exit("It did not stop as it should.")
     finally:
         process.kill()
