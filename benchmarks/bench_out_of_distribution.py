@@ -25,7 +25,6 @@ from record import RESULTS, ROOT, write_result
 from sklearn.metrics import roc_auc_score, roc_curve
 from strange_prompts import strange_prompts
 
-from peft_dnd.generator import THRESHOLD
 from peft_dnd.storage.files import staged_file
 from peft_dnd.text import SentenceTransformerTextEncoder
 from peft_dnd.text.out_of_distribution import PromptReference, prompt_points, prompts_kept
@@ -38,6 +37,8 @@ from world import build_world
 
 
 SEEDS = (0, 1, 2)
+# With few tasks the derived threshold is this one; see benchmarks/reliability for the derived ones.
+THRESHOLD = 0.95
 SIZES = (1, 4, 16, 64)
 SETS_PER_TASK = 8
 SETS_PER_KIND = 8

@@ -41,6 +41,8 @@ BOUNDS = {"--max-requests": 48, "--max-queue": 24, "--max-queue-per-client": 24,
 WITHIN, BEYOND = 16, 96
 KNOWN = 50
 GROWTH = 1.05
+# What a patient client allows; who answers later than that has answered nobody.
+CLIENT_SECONDS = 60
 
 
 def main() -> None:
@@ -102,7 +104,17 @@ def load(
     Seconds are those that passed, and depend on what else the machine does; the service's processor seconds do not.
     """
     wait_until_idle()  # what the load before left behind is not of this one
-    command = ["wrk", "--threads", "1", "--connections", str(connections), "--duration", "1h", "--timeout", "300s"]
+    command = [
+        "wrk",
+        "--threads",
+        "1",
+        "--connections",
+        str(connections),
+        "--duration",
+        "1h",
+        "--timeout",
+        f"{CLIENT_SECONDS}s",
+    ]
     command += ["--script", str(LOAD), URL, "--", str(requests), seed, *known]
     began = processor_seconds(process)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as wrk:

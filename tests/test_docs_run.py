@@ -45,6 +45,7 @@ SMALLER: dict[str, dict[str, str]] = {
         "window_tokens=512": "window_tokens=32",
     },
     "docs/how-to/fit-on-task-loss.md": {'output_dir="generator",': 'output_dir="fitted", max_steps=2,'},
+    "docs/how-to/several-bases.md": {"max_steps=3000": "max_steps=2", "max_steps=1000": "max_steps=2"},
 }
 
 
@@ -107,11 +108,17 @@ def for_sharing(names: dict[str, Any], base: nn.Module, layout: AdapterLayout) -
     shutil.copytree("org/generator", "me/generator")
 
 
+def for_several_bases(names: dict[str, Any], base: nn.Module, layout: AdapterLayout) -> None:
+    for size in ("0.5b", "1.5b", "7b"):
+        shutil.copytree("pairs", f"pairs-{size}")
+
+
 # What a page takes for granted besides; it may give names that each block finds as they were.
 PREPARED: dict[str, Callable[[dict[str, Any], nn.Module, AdapterLayout], dict[str, Any] | None]] = {
     "docs/how-to/collect-pairs.md": without_pairs,
     "docs/how-to/pairs-from-adapters-that-exist.md": for_existing_adapters,
     "docs/how-to/share-a-generator.md": for_sharing,
+    "docs/how-to/several-bases.md": for_several_bases,
     "docs/how-to/choose-a-condition.md": for_conditions,
     "docs/how-to/fit-on-task-loss.md": for_task_loss,
     "docs/how-to/evaluate-a-generator.md": for_evaluation,

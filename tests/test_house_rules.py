@@ -31,6 +31,7 @@ ROOMS = [
     "text",
     "decoders",
     "pairs",
+    "policy",
     "generator",
     "peft_integration",
     "evaluation",
@@ -38,6 +39,7 @@ ROOMS = [
     "published",
     "serving",
     "engines",
+    "synthesis",
     "page",
     "cli",
 ]

@@ -104,6 +104,7 @@ class Bench:
             report_to="none",
             use_cpu=True,
             disable_tqdm=True,
+            replay_share=0.0,  # what comes without it is what these curves show; bench_arrivals.py has the rest
             **{**FITTING_SETTINGS, "max_steps": steps},
         )
         began = time.perf_counter()

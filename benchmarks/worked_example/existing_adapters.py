@@ -13,6 +13,7 @@ started from one initialisation. What has been made is kept in --output: a secon
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -42,6 +43,7 @@ from peft_dnd import (  # noqa: E402
     PromptConditionedLoraGeneratorConfig,
     import_adapters,
 )
+from peft_dnd.pairs import PairWriter  # noqa: E402
 from peft_dnd.storage.files import read_json, staged_directory, write_json  # noqa: E402
 
 
@@ -50,8 +52,9 @@ ALPHAS = (8, 16, 32)
 # How pairs are made of the adapters, and what the loss is taken on.
 WAYS: dict[str, dict[str, Any]] = {
     "one A of rank 16 for all": {"factors": "shared"},
-    "canonical factors": {},
-    "canonical factors, loss on updates": {"weight_loss": "delta_weights"},
+    "canonical factors": {"factors": "canonical"},
+    "canonical factors, loss on updates": {"factors": "canonical", "weight_loss": "delta_weights"},
+    "canonical factors, turned towards their mean": {"factors": "canonical", "turned": True},
     "one A of rank 8 for all": {"factors": "shared", "rank": 8},
     "factors as they are": {"factors": "kept"},
     "one A of rank 24 for all": {"factors": "shared", "rank": 24},
@@ -106,7 +109,9 @@ class Bench:
             scores.append(score(model, tokenizer, self.world.scored_examples(task)))
         self.keep("adapters themselves, on their tasks", {"exact match": fmean(scores), "lowest": min(scores)})
 
-    def measure(self, name: str, copies: int, *, weight_loss: str = "factors", **options: Any) -> None:
+    def measure(
+        self, name: str, copies: int, *, weight_loss: str = "factors", turned: bool = False, **options: Any
+    ) -> None:
         """Make pairs of the adapters, fit a generator to them and score it."""
         pools = {task.name: self.world.prompts(task) for task in self.world.training_tasks}
         pairs = self.folder / "pairs" / "-".join([str(copies), *(f"{key}-{value}" for key, value in options.items())])
@@ -115,6 +120,8 @@ class Bench:
         tasks = import_adapters(adapters, pairs, prompts=pools, **options)
         seconds = time.process_time() - began
         lost = [adapter["lost_share"] for task in tasks for adapter in task.adapters]
+        if turned:
+            pairs = turn_towards_mean(pairs, pairs.with_name(f"{pairs.name}-turned"))
         began = time.process_time()
         generator = self.fit(PromptCheckpointDataset.from_folder(pairs), weight_loss)
         figures = {"held out": self.score(generator), "seconds of fitting": time.process_time() - began}
@@ -151,6 +158,36 @@ class Bench:
             model = generator.generate_adapter(self.world.prompts(task), seed=self.world.seed).load_into(model)
             scores.append(score(model, tokenizer, self.world.scored_examples(task)))
         return fmean(scores)
+
+
+def turn_towards_mean(pairs: Path, target: Path, rounds: int = 50) -> Path:
+    """Copy pairs of one adapter a task, with each module's factors turned so that they lie near to all tasks' mean.
+
+    (B G)(Gᵀ A) is the same update for each orthogonal G. Each adapter's is the one that brings both factors nearest to
+    the mean of the turned ones (generalised Procrustes analysis): what differs then is neither the sign nor the order
+    of singular vectors.
+    """
+    given = PromptCheckpointDataset.from_folder(pairs)
+    states = {task: given.state_dict(task) for task in given.tasks}
+    for module in given.layout.modules:
+        key_a, key_b = (tensor.key for tensor in module.tensors)
+        a = torch.stack([state[key_a].double() for state in states.values()])
+        b = torch.stack([state[key_b].double() for state in states.values()])
+        mean_a, mean_b = a[0], b[0]
+        for _ in range(rounds):
+            u, _, vt = torch.linalg.svd(a @ mean_a.T + b.mT @ mean_b)
+            turn = u @ vt
+            turned_a, turned_b = turn.mT @ a, b @ turn
+            mean_a, mean_b = turned_a.mean(0), turned_b.mean(0)
+        for state, new_a, new_b in zip(states.values(), turned_a.float(), turned_b.float(), strict=True):
+            state[key_a], state[key_b] = new_a.contiguous(), new_b.contiguous()
+    shutil.rmtree(target, ignore_errors=True)
+    for task, state in states.items():
+        writer = PairWriter(target / task, given.prompts(task), given.layout, task=task)
+        writer.begin()
+        writer.add(state, 1)
+        writer.close()
+    return target
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from base import as_question, collate_examples, load_base, tokenize_example
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from stages import Progress
 from torch import nn
 from tqdm.auto import tqdm
@@ -45,8 +45,9 @@ def train_adapter(
     seed: int,
     callbacks: Sequence[TrainerCallback] = (),
     settings: Mapping[str, Any] = SETTINGS,
+    config: PeftConfig | None = None,
 ) -> nn.Module:
-    """Train a LoRA adapter on a task's examples, with plain PEFT and transformers.
+    """Train an adapter on a task's examples, with plain PEFT and transformers.
 
     Args:
         base_folder: The base model's folder.
@@ -54,16 +55,19 @@ def train_adapter(
         seed: Seed of the adapter's start and of the order of the examples.
         callbacks: More callbacks, a `CheckpointCollector` for one.
         settings: `rank`, `alpha`, `steps`, `batch_size` and `learning_rate`.
+        config: The adapter's configuration, of any method; by default LoRA on all linear layers, of that rank and
+            alpha.
 
     Returns:
         The trained `PeftModel`.
     """
     base, tokenizer = load_base(base_folder)
     torch.manual_seed(seed)
-    lora = LoraConfig(
-        r=settings["rank"], lora_alpha=settings["alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(base, lora)
+    if config is None:
+        config = LoraConfig(
+            r=settings["rank"], lora_alpha=settings["alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+    model = get_peft_model(base, config)
     with tempfile.TemporaryDirectory() as output:
         arguments = TrainingArguments(
             output_dir=output,

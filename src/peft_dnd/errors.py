@@ -91,6 +91,10 @@ class NotFittedError(PeftDndError, RuntimeError):
     """The generator has never been fitted, so what it would write means nothing."""
 
 
+class RegressionError(PeftDndError, ValueError):
+    """An update of a generator lost more on the tasks that it was fitted to before than may be published."""
+
+
 class EvaluationError(PeftDndError, ValueError):
     """An evaluation cannot be run as asked for: tasks, scores or reports do not belong together."""
 
@@ -103,8 +107,26 @@ class OutOfDistributionError(PeftDndError, ValueError):
     """The prompts do not belong with those of the fitted tasks, and no adapter was to be written for such."""
 
 
+class PolicyError(PeftDndError, ValueError):
+    """A generator's policy does not allow what was asked for.
+
+    Args:
+        message: What is refused, and why; never a prompt.
+        reason: In one word, for programs: `"refused_prompts"`, `"norm"`, `"behaviour"`, `"classifier"` (the policy
+            wants one that was not given) or `"policy"` (it cannot be applied).
+    """
+
+    def __init__(self, message: str, reason: str = "policy") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class EngineError(PeftDndError, RuntimeError):
     """A serving engine, or the service that it gets adapters from, is set up wrongly, out of reach, or refuses."""
+
+
+class SynthesisError(PeftDndError, RuntimeError):
+    """A writer of synthetic prompts gives too little that can be used, or something else than was asked for."""
 
 
 def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:

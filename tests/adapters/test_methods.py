@@ -7,35 +7,23 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import (
-    AdaLoraConfig,
     BOFTConfig,
-    C3AConfig,
-    FourierFTConfig,
-    HRAConfig,
-    IA3Config,
-    LNTuningConfig,
-    LoHaConfig,
-    LoKrConfig,
     LoraConfig,
-    OFTConfig,
     PeftConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
-    PromptTuningConfig,
-    TrainableTokensConfig,
-    VBLoRAConfig,
     VeraConfig,
     get_peft_model,
     get_peft_model_state_dict,
 )
 from support.collecting import train
 from support.live_models import OTHER_PROMPTS, PROMPTS, TOKENS, assert_untouched, snapshot
+from support.methods import CAUSAL, INJECTED, METHODS, QV, SOFT, trained
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -64,32 +52,6 @@ from peft_dnd.errors import BaseModelMismatchError, GeneratorConfigError, Layout
 
 pytest_plugins = ("support.adapter_fixtures",)
 
-QV: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
-CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM"}
-# What PEFT injects into a model.
-INJECTED: dict[str, PeftConfig] = {
-    "DoRA": LoraConfig(r=3, use_dora=True, **QV),
-    "LoRA with a whole module": LoraConfig(r=3, modules_to_save=["norm"], **QV),
-    "LoRA with tokens": LoraConfig(r=3, trainable_token_indices=[1, 2], **QV),
-    "IA3": IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
-    "VeRA": VeraConfig(r=8, **QV),
-    "LoHa": LoHaConfig(r=3, **QV),
-    "LoKr": LoKrConfig(r=3, **QV),
-    "OFT": OFTConfig(oft_block_size=4, **QV),
-    "HRA": HRAConfig(r=2, **QV),
-    "FourierFT": FourierFTConfig(n_frequency=10, **QV),
-    "norms": LNTuningConfig(target_modules=["input_layernorm"]),
-    "tokens": TrainableTokensConfig(token_indices=[1, 2, 3]),
-    "AdaLoRA": AdaLoraConfig(total_step=10, init_r=3, **QV),
-    "VB-LoRA": VBLoRAConfig(r=2, num_vectors=8, vector_length=4, **QV),
-    "C3A": C3AConfig(block_size=4, **QV),
-}
-SOFT: dict[str, PeftConfig] = {
-    "prompt tuning": PromptTuningConfig(num_virtual_tokens=4, **CAUSAL),
-    "prefix tuning": PrefixTuningConfig(num_virtual_tokens=4, **CAUSAL),
-}
-METHODS = {**INJECTED, **SOFT}
-
 GeneratorFor = Callable[[AdapterLayout], PromptConditionedLoraGenerator]
 FreshBase = Callable[[], nn.Module]
 
@@ -97,17 +59,6 @@ FreshBase = Callable[[], nn.Module]
 @torch.no_grad()
 def logits(model: nn.Module) -> torch.Tensor:
     return model.eval()(input_ids=TOKENS).logits[:, -TOKENS.shape[1] :].float()
-
-
-def trained(base: nn.Module, config: PeftConfig, seed: int = 0) -> PeftModel:
-    """A model whose adapter's numbers are drawn from a seed."""
-    model = get_peft_model(base, copy.deepcopy(config))
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.1)
-    return model
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -250,10 +201,10 @@ def test_what_is_for_plain_lora_alone_says_so(
         DnDConfig(generator=soft, prompts=PROMPTS)
     with pytest.raises(GeneratorConfigError, match="whose form it decides"):
         DnDConfig(generator=generator, prompts=PROMPTS, r=4)
-    with pytest.raises(LayoutError, match="A loss of the base is for plain LoRA"):
+    with pytest.raises(LayoutError, match=r"Distillation is taken at the places .* and a PROMPT_TUNING adapter"):
         DnDTrainer(
-            generator,
-            DnDTrainingArguments(str(tmp_path), task_loss_weight=1.0, use_cpu=True, report_to="none"),
+            soft,
+            DnDTrainingArguments(str(tmp_path), distillation_weight=1.0, use_cpu=True, report_to="none"),
             base_model=base_model,
         )
 

@@ -54,6 +54,22 @@ def test_a_fit_that_was_cut_off_goes_on(run, collected, encoder_folder, tmp_path
     assert ran.facts["measured"]["steps"] == 4
 
 
+def test_a_generator_goes_on_with_new_tasks(run, fitted, collected, encoder_folder, tmp_path) -> None:
+    start = ("fit", "--update", fitted, "--pairs", collected, "--set", "tasks=[law]", *QUICK, "--json", "-q")
+    ran = run(*start, "-o", tmp_path / "next")
+    assert ran.code == 0, ran.err
+    assert (ran.facts["revision"], ran.facts["training_tasks"]) == (2, ["law"])
+    assert "revisions" not in ran.facts["measured"]
+    again = PromptConditionedLoraGenerator.from_pretrained(tmp_path / "next")
+    assert again.config.num_prompts == 4  # as it was
+    wrong = run(*start, "-o", tmp_path / "other", "--text-encoder", encoder_folder)
+    assert wrong.code == 1 and "leave yours out" in wrong.err and not (tmp_path / "other").exists()
+    typo = run("fit", "--update", tmp_path / "nothing", "--pairs", collected, "-o", tmp_path / "other", *QUICK)
+    assert typo.code == 1 and "nothing" in typo.err
+    inside = run("fit", "--update", fitted, "--pairs", collected, "-o", fitted, *QUICK)
+    assert inside.code == 1 and "--overwrite" in inside.err
+
+
 def test_mistakes_in_a_recipe_are_named(run, collected, encoder_folder, tmp_path) -> None:
     recipe = tmp_path / "recipe.yaml"
     common = f"pairs: {collected}\noutput: {tmp_path / 'generator'}\ntext_encoder: {encoder_folder}\n"

@@ -6,7 +6,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -184,3 +186,53 @@ def test_an_out_of_distribution_action_needs_a_generator_that_knows_its_tasks(ru
     path = write(tmp_path, "txt", PROMPTS)
     ran = run("generate", generator_folder, path, tmp_path / "adapter", "--out-of-distribution", "refuse")
     assert ran.code == 1 and "fitted tasks' prompts" in ran.err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_reads_what_a_shell_pipes(run, generator, generator_folder, tmp_path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("\n".join(PROMPTS),))
+    writer.start()
+    ran = run("generate", generator_folder, pipe, tmp_path / "adapter")
+    writer.join()
+    assert ran.code == 0, ran.err
+    assert same(tmp_path / "adapter", generator.generate_adapter(PROMPTS))
+    ran = run("generate", generator_folder, os.devnull, tmp_path / "none")
+    assert ran.code == 1 and "is empty" in ran.err
+
+
+def test_does_not_write_among_the_files_of_something_else(
+    run, generator_folder, base_folder, pairs_folder, tmp_path
+) -> None:
+    """transformers would put the adapter on the base, whoever loads it from then on."""
+    prompts = write(tmp_path, "txt", PROMPTS)
+    for there, file in (
+        (base_folder, "config.json"),
+        (generator_folder, "config.json"),
+        (pairs_folder / "law", "task"),
+    ):
+        before = sorted(there.iterdir())
+        ran = run("generate", generator_folder, prompts, there)
+        assert ran.code == 1 and file in ran.err and "a folder of the adapter's own" in ran.err
+        assert sorted(there.iterdir()) == before
+    (tmp_path / "tasks").mkdir()
+    write(tmp_path / "tasks", "txt", PROMPTS).rename(tmp_path / "tasks" / "law.txt")
+    assert run("generate", generator_folder, tmp_path / "tasks", pairs_folder).code == 1
+    assert run("generate", generator_folder, prompts, tmp_path / "adapter").code == 0
+    assert run("export", tmp_path / "adapter", base_folder, "--to", "vllm").code == 1
+    assert run("generate", generator_folder, prompts, tmp_path / "adapter").code == 0, "its own may be written again"
+
+
+def test_a_misspelt_folder_is_recognised(run, generator_folder, tmp_path) -> None:
+    prompts = write(tmp_path, "txt", PROMPTS)
+    near = generator_folder.with_name(generator_folder.name.replace("e", "a", 1))
+    ran = run("generate", near, prompts, tmp_path / "adapter")
+    assert ran.code == 1 and f"There is a folder {str(generator_folder)!r} here." in ran.err
+
+
+def test_a_file_without_line_breaks_is_not_taken_for_a_prompt(run, generator_folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("peft_dnd.cli.prompt_files._LONGEST", 1000)
+    (tmp_path / "prompts.txt").write_text("law\n" + "law " * 300, encoding="utf-8")
+    ran = run("generate", generator_folder, tmp_path / "prompts.txt", tmp_path / "adapter")
+    assert ran.code == 1 and "row 2" in ran.err and "1,200 characters; the most are 1,000" in ran.err

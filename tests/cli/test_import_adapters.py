@@ -47,7 +47,8 @@ tax:
 card: {{adapter: {loras / "tax"}, prompts: card}}
 """,
     )
-    ran = run("import-adapters", tmp_path / "list.yaml", tmp_path / "pairs", "--rank", 4, "--json")
+    given = ("import-adapters", tmp_path / "list.yaml", tmp_path / "pairs", "--rank", 4)
+    ran = run(*given, "--factors", "canonical", "--json")
     assert ran.code == 0, ran.err
     assert [(task["task"], task["written"]) for task in ran.facts["tasks"]] == [
         ("law", True),
@@ -59,7 +60,7 @@ card: {{adapter: {loras / "tax"}, prompts: card}}
     assert pairs.prompts("law") == ("what is law ?", "a court please") and pairs.answers("law") is None
     assert pairs.prompts("tax") == ("what tax ?",) and pairs.answers("tax") == ("none",)
     assert pairs.prompts("card") == ("Knows what is due, and says when.",)
-    ran = run("import-adapters", tmp_path / "list.yaml", tmp_path / "pairs", "--rank", 4)
+    ran = run(*given)
     assert "3 complete before" in ran.out and "rank 3 to 5 and scaling 2 to 8" in ran.out
     assert "by 2 of them: tax " in ran.out and "(most in model.layers." in ran.out
 
@@ -71,6 +72,9 @@ def test_a_folder_of_adapters_and_one_alone(run, loras: Path, tmp_path: Path) ->
     assert ran.code == 1 and "'tax' has no prompts" in ran.err and "--prompts-from-card" in ran.err
     ran = run("import-adapters", loras, tmp_path / "pairs", *given, "--prompts-from-card")
     assert ran.code == 0 and "2 task(s) written" in ran.out and "Nothing of any update was lost" in ran.out
+    assert (tmp_path / "pairs" / "initialization").is_dir()  # two adapters have no more inputs than a shared A holds
+    whole = run("import-adapters", loras, tmp_path / "whole", *given, "--prompts-from-card", "--factors", "canonical")
+    assert whole.code == 0 and not (tmp_path / "whole" / "initialization").exists()
     pairs = PromptCheckpointDataset.from_folder(tmp_path / "pairs")
     assert pairs.prompts("law") == ("what is law ?",) and pairs.prompts("tax")[0].startswith("Knows")
     ran = run("import-adapters", loras / "law", tmp_path / "one", *given, "--like", tmp_path / "pairs", "-q")

@@ -75,6 +75,7 @@ def test_a_base_against_a_generator(run, generator_folder, base_folder, tmp_path
 
 def test_the_first_difference(run, generator_folder, adapter, collected) -> None:
     assert run("inspect", generator_folder, "--against", adapter, "--json").facts["difference"] is None
+    assert "same layout: yes" in run("inspect", generator_folder, "--against", adapter).out
     ran = run("inspect", generator_folder, "--against", collected, "--json")
     assert ran.code == 1 and "rank 3 in the first and 2 in the second" in ran.facts["difference"]
 
@@ -91,10 +92,12 @@ def test_the_first_difference(run, generator_folder, adapter, collected) -> None
 )
 def test_vllm_is_not_let_be_silently_wrong(run, adapter, values, words) -> None:
     changed(adapter, base_model_name_or_path="org/base")
-    assert run("inspect", adapter, "--for", "vllm", "--served", "org/base").code == 0
+    good = run("inspect", adapter, "--for", "vllm", "--served", "org/base")
+    assert good.code == 0 and "taken by vllm: yes" in good.out
     changed(adapter, **values)
     ran = run("inspect", adapter, "--for", "vllm", "--served", "org/base", "--json")
     assert ran.code == 1 and any(words in problem for problem in ran.facts["problems"])
+    assert ran.facts["taken_by_vllm"] is False
 
 
 def test_vllm_and_a_generator_of_several_ranks(run, fresh_base, generator_folder, tmp_path) -> None:
@@ -144,7 +147,11 @@ def test_an_adapter_that_is_no_plain_lora(run, fresh_base, tmp_path) -> None:
 
 def test_wrong_places_are_named(run, generator_folder, tmp_path) -> None:
     (tmp_path / "file").write_text("x", encoding="utf-8")
-    for name, words in (("typo", "typo"), (".", "neither a generator"), ("file", "is a file")):
+    for name, words in (
+        ("typo", "neither a generator nor an adapter"),
+        (".", "neither a generator"),
+        ("file", "is a file"),
+    ):
         ran = run("inspect", tmp_path / name)
         assert ran.code == 1 and words in ran.err
     assert run("inspect", generator_folder, "--served", "x").code == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +250,19 @@ def test_ridge_chooses_its_penalty_by_what_it_predicts() -> None:
     assert _left_out_error(x, products, 1e-6) < 1e-3 * _left_out_error(x, products, None)
     noise = _products_of_scaled([{"w": torch.tensor(chance.normal(size=7))} for _ in x])
     assert _left_out_error(x, noise, 1e3) < _left_out_error(x, noise, 1e-6)
+
+
+def test_ridge_writes_the_mean_adapter_where_all_tasks_have_the_same_prompts(
+    pairs: PromptCheckpointDataset, generator: PromptConditionedLoraGenerator
+) -> None:
+    encoder = generator.text_encoder
+    alike = [replace(task, prompts=("what is the law ?", "a river")) for task in pairs._tasks.values()]
+    training = PromptCheckpointDataset(alike)
+    baseline = RidgeBaseline.fit(training, encoder)
+    assert set(baseline.errors.values()) == {1.0}  # no better than the mean adapter, and no worse
+    written = baseline.write(encoder, ["tax law please"]).state_dict()
+    for key, value in training.mean_state_dict().items():
+        torch.testing.assert_close(written[key], value)
 
 
 def test_leave_one_out_refits_and_resumes(

@@ -7,6 +7,7 @@ import copy
 import json
 from typing import Any
 
+import yaml
 from hypothesis import strategies as st
 
 
@@ -113,6 +114,33 @@ def lines_of_json(content: bytes) -> st.SearchStrategy[bytes]:
         spoiled(lines).map(lambda rows: b"\n".join(map(as_json, rows if isinstance(rows, list) else [rows])) + b"\n"),
         damaged(content),
     )
+
+
+def yaml_files(content: bytes) -> st.SearchStrategy[bytes]:
+    """What a YAML file may have become; JSON is YAML too."""
+    oddities = [
+        b"a: 2001-99-99\n",
+        b"a: &a [*a]\n",
+        b"? [a]\n: b\n",
+        b"a: !!python/name:os.system\n",
+        b"a: 1" + b"0" * 9000,
+    ]
+    return st.one_of(
+        spoiled(yaml.safe_load(content)).map(as_json), damaged(content), st.sampled_from(oddities).map(content.__add__)
+    )
+
+
+@st.composite
+def gguf_files(draw: st.DrawFn, content: bytes) -> bytes:
+    """What a GGUF file may have become: bytes of it are others, or a number in its header lies."""
+    if draw(st.integers(0, 2)) == 0:
+        return draw(damaged(content))
+    spoil = bytearray(content)
+    at = draw(st.integers(4, min(len(spoil), 1000) - 8))
+    number = draw(st.sampled_from([0, 1, 9, 2**16, 10**8, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1]))
+    size = draw(st.sampled_from([4, 8]))
+    spoil[at : at + size] = (number % 2 ** (8 * size)).to_bytes(size, "little")
+    return bytes(spoil)
 
 
 def safetensors_files(content: bytes) -> st.SearchStrategy[bytes]:

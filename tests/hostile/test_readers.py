@@ -4,20 +4,16 @@
 from __future__ import annotations
 
 import json
-import os
-import resource
 import shutil
-import signal
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hostile.fuzzing import LONG, QUICK, fuzz, read
 from hostile.mutations import damaged, json_files, lines_of_json, safetensors_files
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.live_models import PROMPTS
 
@@ -29,56 +25,12 @@ from peft_dnd import (
     PromptConditionedLoraGeneratorConfig,
     StreamedLoraGenerator,
 )
-from peft_dnd.cli.console import CommandError
 from peft_dnd.cli.prompt_files import read_rows, texts_of
-from peft_dnd.errors import PeftDndError
 from peft_dnd.published.files import read_published_prompts, read_tensors
 from peft_dnd.storage.files import write_json
 
 
 pytest_plugins = ("support.adapter_fixtures",)
-
-# Over what the process has when it begins, and for one file.
-_MEMORY, _SECONDS = 3 * 2**30, 60
-QUICK = settings(
-    max_examples=12,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
-LONG = settings(QUICK, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "1000")), derandomize=False, print_blob=True)
-
-
-@contextmanager
-def bounded() -> Iterator[None]:
-    """Within this context the process can take only so much more memory, and so long."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + _MEMORY
-
-    def too_long(*_: object) -> None:
-        raise TimeoutError(f"more than {_SECONDS} s for one file")
-
-    before = signal.signal(signal.SIGALRM, too_long)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    signal.alarm(_SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def read(reader: Callable[[Path], Any], folder: Path) -> None:
-    """Call a reader on a spoiled folder: anything but a result or an error of ours passes on."""
-    with bounded(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            reader(folder)
-        except (PeftDndError, CommandError) as error:
-            assert len(str(error)) < 5000, "nobody reads that"
 
 
 def _generate(folder: Path) -> None:
@@ -145,6 +97,8 @@ KINDS: dict[str, tuple[str, Callable[[Path], Any], dict[str, Callable[[bytes], s
             "law/task.json": json_files,
             "law/prompts.jsonl": lines_of_json,
             "law/examples.jsonl": lines_of_json,
+            "law/distillation.json": json_files,
+            "law/distillation.jsonl": lines_of_json,
             "law/adapter_config.json": json_files,
             "law/checkpoints/step-00000008.safetensors": safetensors_files,
         },
@@ -170,6 +124,10 @@ def originals(
     shutil.copytree(pairs_folder, root / "pairs")
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 3
     (root / "pairs" / "law" / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    top = {"top_tokens": [[1, 2]] * 3, "top_log_probs": [[-0.5, -1.5]] * 3}
+    (root / "pairs" / "law" / "distillation.jsonl").write_text("".join(json.dumps(row | top) + "\n" for row in rows))
+    record = {"format_version": 1, "teacher": {"base": "x"}, "asked": {}, "rows": 3, "complete": True}
+    write_json(root / "pairs" / "law" / "distillation.json", record)
     shutil.copytree(adapter_folder, root / "adapter")
     return {path.name: path for path in root.iterdir()}
 
@@ -177,31 +135,20 @@ def originals(
 CASES = [(kind, name) for kind, (_, _, files) in KINDS.items() for name in files]
 
 
-def fuzz(kind: str, name: str, originals: dict[str, Path], tmp_path: Path, how: settings) -> None:
+def spoil_one(kind: str, name: str, originals: dict[str, Path], tmp_path: Path, how: settings) -> None:
     original, reader, files = KINDS[kind]
-    folder = tmp_path / original
-    shutil.copytree(originals[original], folder)
-    good = (folder / name).read_bytes()
-    reader(folder)  # good as it is
-
-    @how
-    @given(files[name](good))
-    def spoil(content: bytes) -> None:
-        (folder / name).write_bytes(content)
-        read(reader, folder)
-
-    spoil()
+    fuzz(originals[original], reader, {name: files[name]}, tmp_path / original, how)
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_a_spoiled_folder(kind: str, name: str, originals: dict[str, Path], tmp_path: Path) -> None:
-    fuzz(kind, name, originals, tmp_path, QUICK)
+    spoil_one(kind, name, originals, tmp_path, QUICK)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_a_spoiled_folder_for_long(kind: str, name: str, originals: dict[str, Path], tmp_path: Path) -> None:
-    fuzz(kind, name, originals, tmp_path, LONG)
+    spoil_one(kind, name, originals, tmp_path, LONG)
 
 
 PROMPT_FILES = {

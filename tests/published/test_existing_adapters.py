@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from peft_dnd.pairs.writer import PairWriter
 
 
 Make = Callable[..., Path]
+import_whole = partial(import_adapters, factors="canonical")  # so that no update loses anything
 PROMPTS = {"law": ["what is law ?", "a court please"], "tax": ["tax ?"], "med": ["what is medicine ?"]}
 FORMS: dict[str, dict[str, Any]] = {
     "law": {"r": 2, "lora_alpha": 16},
@@ -73,7 +75,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def test_alpha_and_rank_become_one_layout_and_updates_stay(three: dict[str, Path], tmp_path: Path) -> None:
-    done = import_adapters(three, tmp_path / "pairs", prompts=PROMPTS)
+    done = import_whole(three, tmp_path / "pairs", prompts=PROMPTS)
     assert [(task.name, task.written) for task in done] == [("law", True), ("tax", True), ("med", True)]
     pairs = PromptCheckpointDataset.from_folder(tmp_path / "pairs")
     assert {(module.rank, pairs.layout.scaling(module)) for module in pairs.layout.modules} == {(6, 1.0)}
@@ -91,7 +93,7 @@ def test_alpha_and_rank_become_one_layout_and_updates_stay(three: dict[str, Path
 
 
 def test_stock_peft_makes_the_same_of_them(three: dict[str, Path], tmp_path: Path, fresh_base: Any) -> None:
-    import_adapters(three, tmp_path / "pairs", prompts=PROMPTS)
+    import_whole(three, tmp_path / "pairs", prompts=PROMPTS)
     tokens = torch.arange(12)[None]
     for task, folder in three.items():
         expected = PeftModel.from_pretrained(fresh_base(), folder)(tokens).logits
@@ -118,7 +120,7 @@ def test_factors_can_be_kept_and_powers_of_two_are_exact(make: Make, tmp_path: P
 
 def test_a_higher_rank_is_cut_to_the_nearest_update_and_what_is_lost_is_said(make: Make, tmp_path: Path) -> None:
     adapters = {"law": make("law", r=6, lora_alpha=9), "tax": make("tax", 1, r=2)}
-    done = import_adapters(adapters, tmp_path / "pairs", prompts={t: PROMPTS[t] for t in adapters}, rank=2)
+    done = import_whole(adapters, tmp_path / "pairs", prompts={t: PROMPTS[t] for t in adapters}, rank=2)
     whole, lost, shares = 0.0, 0.0, {}
     found = updates_of_task(tmp_path / "pairs" / "law")
     for name, update in updates_of(adapters["law"]).items():
@@ -185,6 +187,52 @@ def test_one_a_for_all(make: Make, tmp_path: Path) -> None:
         import_adapters({"art": adapters["law"]}, tmp_path / "whole", prompts={"art": ["x"]}, factors="shared", rank=5)
 
 
+def test_factors_are_shared_unless_the_folder_has_others(
+    make: Make, three: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One A for all in a new folder; afterwards, and beside tasks that were made otherwise, what these have."""
+    few = {task: three[task] for task in ("law", "tax")}
+    prompts = {task: PROMPTS[task] for task in few}
+    import_adapters(few, tmp_path / "pairs", prompts=prompts)
+    import_adapters(few, tmp_path / "asked", prompts=prompts, factors="shared", rank=10)  # twice the largest
+    files = {path.relative_to(tmp_path / "asked"): path.read_bytes() for path in (tmp_path / "asked").rglob("*.*")}
+    assert {
+        path.relative_to(tmp_path / "pairs"): path.read_bytes() for path in (tmp_path / "pairs").rglob("*.*")
+    } == files
+    assert not caplog.records
+    (med,) = import_adapters({"med": three["med"]}, tmp_path / "pairs", prompts={"med": PROMPTS["med"]})
+    data = PromptCheckpointDataset.from_folder(tmp_path / "pairs")
+    a_of_tasks = [{k: m for k, m in data.state_dict(task).items() if "lora_A" in k} for task in data.tasks]
+    assert all(torch.equal(each[key], matrix) for each in a_of_tasks for key, matrix in a_of_tasks[0].items())
+    # Random inputs, of which two adapters have other ones: hardly anything can be kept, which is no silent matter.
+    assert med.adapters[0]["lost_share"] > 0.5
+    assert ("loses" in caplog.text) == (med.adapters[0]["lost_share"] > 0.75)
+
+    import_whole(few, tmp_path / "whole", prompts=prompts)
+    layout = PromptCheckpointDataset.from_folder(tmp_path / "whole").layout
+    same = import_adapters(few, tmp_path / "whole", prompts=prompts)
+    assert not any(task.written for task in same) and not (tmp_path / "whole" / "initialization").exists()
+    more = {"more": make("more", 9, r=5)}
+    import_adapters(more, tmp_path / "whole", prompts={"more": ["more ?"]}, layout=layout)
+    assert_same(updates_of_task(tmp_path / "whole" / "more"), updates_of(more["more"]))
+
+
+def test_a_shared_a_is_found_anew_where_all_is_replaced(three: dict[str, Path], tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs"
+    law = {"law": three["law"]}
+    import_adapters(law, pairs, prompts={"law": PROMPTS["law"]}, rank=5)
+    before = load_file(pairs / "initialization" / WEIGHTS)
+    rewrite(three["law"], lambda state: {key: matrix.flip(-1) for key, matrix in state.items()})
+    (done,) = import_adapters(law, pairs, prompts={"law": PROMPTS["law"]}, rank=5, overwrite=True)
+    assert done.written and done.adapters[0]["lost_share"] == 0.0
+    assert_same(updates_of_task(pairs / "law"), updates_of(three["law"]))
+    tax = {"tax": three["tax"]}
+    after = load_file(pairs / "initialization" / WEIGHTS)
+    assert any(not torch.equal(after[key], matrix) for key, matrix in before.items())
+    import_adapters(tax, pairs, prompts={"tax": PROMPTS["tax"]}, overwrite=True)  # another task's A stays
+    assert all(torch.equal(load_file(pairs / "initialization" / WEIGHTS)[key], after[key]) for key in after)
+
+
 def test_the_shared_a_of_many_adapters_takes_bounded_memory() -> None:
     layout = AdapterLayout((LoraModule("q", "linear", (2, 30), (20, 2), 2),))
     basis = torch.linalg.qr(torch.randn(30, 2, generator=torch.Generator().manual_seed(0))).Q.T
@@ -218,7 +266,7 @@ def test_keys_of_other_tools(how: str, make: Make, tmp_path: Path) -> None:
     folder = make("law")
     expected = updates_of(folder)
     rewrite(folder, lambda state: {RENAMINGS[how](key): matrix for key, matrix in state.items()})
-    import_adapters({"law": folder}, tmp_path / "pairs", prompts={"law": PROMPTS["law"]})
+    import_whole({"law": folder}, tmp_path / "pairs", prompts={"law": PROMPTS["law"]})
     assert_same(updates_of_task(tmp_path / "pairs" / "law"), expected)
 
 
@@ -226,7 +274,7 @@ def test_embeddings_and_half_precision(make: Make, tmp_path: Path) -> None:
     folder = make("law", target_modules=["embed_tokens", "q_proj"])
     own = load_file(folder / WEIGHTS)
     rewrite(folder, lambda state: {key: matrix.bfloat16() for key, matrix in state.items()})
-    import_adapters({"law": folder}, tmp_path / "pairs", prompts={"law": PROMPTS["law"]}, rank=4)
+    import_whole({"law": folder}, tmp_path / "pairs", prompts={"law": PROMPTS["law"]}, rank=4)
     found = PromptCheckpointDataset.from_folder(tmp_path / "pairs").state_dict("law")
     start = "base_model.model.model.embed_tokens.lora_embedding_"
     expected = 2 * own[f"{start}B"].bfloat16().float() @ own[f"{start}A"].bfloat16().float()
@@ -237,9 +285,9 @@ def test_modules_that_some_lack(make: Make, tmp_path: Path) -> None:
     adapters = {"law": make("law"), "tax": make("tax", 1, target_modules=["q_proj", "v_proj"])}
     options: dict[str, Any] = {"prompts": {task: PROMPTS[task] for task in adapters}}
     with pytest.raises(LayoutError, match=r"tax' does not adapt 'model.layers.0.*missing_modules='zeros'"):
-        import_adapters(adapters, tmp_path / "pairs", **options)
+        import_whole(adapters, tmp_path / "pairs", **options)
     assert not (tmp_path / "pairs").exists()
-    done = import_adapters(adapters, tmp_path / "pairs", missing_modules="zeros", **options)
+    done = import_whole(adapters, tmp_path / "pairs", missing_modules="zeros", **options)
     assert len(done[1].adapters[0]["zero_modules"]) == 10 and done[0].adapters[0]["zero_modules"] == []
     expected = updates_of(adapters["tax"])
     for name, update in updates_of_task(tmp_path / "pairs" / "tax").items():
@@ -251,9 +299,7 @@ def test_one_module_under_two_names_is_no_missing_module(make: Make, tmp_path: P
     adapters = {"law": make("law", **some), "tax": make("tax", 1, **some)}
     rewrite(adapters["tax"], lambda state: {key.replace("model.model.", "model."): m for key, m in state.items()})
     with pytest.raises(LayoutError, match="bare model"):
-        import_adapters(
-            adapters, tmp_path / "pairs", prompts={t: PROMPTS[t] for t in adapters}, missing_modules="zeros"
-        )
+        import_whole(adapters, tmp_path / "pairs", prompts={t: PROMPTS[t] for t in adapters}, missing_modules="zeros")
 
 
 def test_pickles_are_read_when_asked_for_and_code_never(make: Make, tmp_path: Path) -> None:
@@ -263,19 +309,19 @@ def test_pickles_are_read_when_asked_for_and_code_never(make: Make, tmp_path: Pa
     (folder / WEIGHTS).unlink()
     options: dict[str, Any] = {"prompts": {"law": PROMPTS["law"]}}
     with pytest.raises(MissingFileError, match="pickles=True"):
-        import_adapters({"law": folder}, tmp_path / "pairs", **options)
-    import_adapters({"law": folder}, tmp_path / "pairs", pickles=True, **options)
+        import_whole({"law": folder}, tmp_path / "pairs", **options)
+    import_whole({"law": folder}, tmp_path / "pairs", pickles=True, **options)
     assert_same(updates_of_task(tmp_path / "pairs" / "law"), expected)
     save({"weights": print}, folder / "adapter_model.bin")
     with pytest.raises(CorruptFileError, match="more or other than tensors"):
-        import_adapters({"law": folder}, tmp_path / "more", pickles=True, **options)
+        import_whole({"law": folder}, tmp_path / "more", pickles=True, **options)
 
 
 def test_several_adapters_of_a_task_and_what_a_trainer_leaves(make: Make, tmp_path: Path) -> None:
     for seed, step in enumerate((30, 9)):
         make(f"law/checkpoint-{step}", seed)
     adapters = {"law": tmp_path / "loras" / "law", "tax": [make("tax-a", 4), ExistingAdapter(make("tax-b", 5))]}
-    import_adapters(adapters, tmp_path / "pairs", prompts={t: PROMPTS[t] for t in adapters})
+    import_whole(adapters, tmp_path / "pairs", prompts={t: PROMPTS[t] for t in adapters})
     pairs = PromptCheckpointDataset.from_folder(tmp_path / "pairs")
     assert [path.stem[-2:] for path in pairs.checkpoints("law")] == ["09", "30"]
     assert_same(updates_of_task(tmp_path / "pairs/law", 30), updates_of(tmp_path / "loras/law/checkpoint-30"))
@@ -286,7 +332,7 @@ def test_an_interrupted_import_goes_on(
     three: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    import_adapters(three, whole, prompts=PROMPTS)
+    import_whole(three, whole, prompts=PROMPTS)
     convert, calls = peft_dnd.published.existing.convert_adapter, []
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
@@ -297,9 +343,9 @@ def test_an_interrupted_import_goes_on(
 
     monkeypatch.setattr(peft_dnd.published.existing, "convert_adapter", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        import_adapters(three, cut, prompts=PROMPTS)
+        import_whole(three, cut, prompts=PROMPTS)
     assert [path.name for path in cut.iterdir()] == ["law"]
-    done = import_adapters(three, cut, prompts=PROMPTS)
+    done = import_whole(three, cut, prompts=PROMPTS)
     assert [task.written for task in done] == [False, True, True] and len(calls) == 4
     files = {path.relative_to(whole): path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     assert {path.relative_to(cut): path.read_bytes() for path in cut.rglob("*") if path.is_file()} == files
@@ -307,26 +353,26 @@ def test_an_interrupted_import_goes_on(
 
 def test_what_is_there_is_not_replaced_unasked(three: dict[str, Path], tmp_path: Path) -> None:
     pairs = tmp_path / "pairs"
-    import_adapters(three, pairs, prompts=PROMPTS)
+    import_whole(three, pairs, prompts=PROMPTS)
     for change in ({"prompts": {**PROMPTS, "law": ["other ?"]}}, {"factors": "kept"}):
         with pytest.raises(PairsFolderError, match=r"'law'.*overwrite=True"):
-            import_adapters(three, pairs, **{"prompts": PROMPTS, **change})
+            import_whole(three, pairs, **{"prompts": PROMPTS, **change})
     rewrite(three["tax"], lambda state: {key: 2 * matrix for key, matrix in state.items()})
     with pytest.raises(PairsFolderError, match=r"'tax'.*overwrite=True"):
-        import_adapters(three, pairs, prompts=PROMPTS)
-    done = import_adapters(three, pairs, prompts=PROMPTS, overwrite=True)
+        import_whole(three, pairs, prompts=PROMPTS)
+    done = import_whole(three, pairs, prompts=PROMPTS, overwrite=True)
     assert [task.written for task in done] == [False, True, False]
     assert_same(updates_of_task(pairs / "tax"), updates_of(three["tax"]))
     alone = {"geo": three["law"]}
     with pytest.raises(LayoutError, match=r"'law', which is in.*another layout.*layout="):
-        import_adapters(alone, pairs, prompts={"geo": ["river ?"]})
+        import_whole(alone, pairs, prompts={"geo": ["river ?"]})
     layout = PromptCheckpointDataset.from_folder(pairs).layout
-    import_adapters(alone, pairs, prompts={"geo": ["river ?"]}, layout=layout)
+    import_whole(alone, pairs, prompts={"geo": ["river ?"]}, layout=layout)
     assert len(PromptCheckpointDataset.from_folder(pairs).tasks) == 4
     (pairs / "art").mkdir()
     (pairs / "art" / "thesis.txt").write_text("mine")
     with pytest.raises(PairsFolderError, match=r"thesis.txt"):
-        import_adapters({"art": three["law"]}, pairs, prompts={"art": ["colour ?"]}, layout=layout)
+        import_whole({"art": three["law"]}, pairs, prompts={"art": ["colour ?"]}, layout=layout)
     assert (pairs / "art" / "thesis.txt").read_text() == "mine"
 
 
@@ -335,25 +381,25 @@ def test_beside_a_collection_that_was_cut_off(make: Make, tmp_path: Path) -> Non
     writer = PairWriter(tmp_path / "pairs" / "law", PROMPTS["law"], AdapterLayout.from_folder(folder))
     writer.begin()
     writer.add(load_file(folder / WEIGHTS), 7)
-    import_adapters({"law": folder}, tmp_path / "pairs", prompts={"law": PROMPTS["law"]})
+    import_whole({"law": folder}, tmp_path / "pairs", prompts={"law": PROMPTS["law"]})
     assert [p.name for p in (tmp_path / "pairs/law/checkpoints").iterdir()] == ["step-00000001.safetensors"]
 
 
 def test_bases_go_by_their_names(three: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     reconfigure(three["tax"], base_model_name_or_path="org/base-instruct")
     with pytest.raises(LayoutError, match=r"tax.* is for the base 'org/base-instruct', and .*law.* is for 'org/base'"):
-        import_adapters(three, tmp_path / "pairs", prompts=PROMPTS)
+        import_whole(three, tmp_path / "pairs", prompts=PROMPTS)
     with pytest.raises(LayoutError, match=r"the base is called 'org/other'"):
-        import_adapters(three, tmp_path / "pairs", prompts=PROMPTS, base_model="org/other")
+        import_whole(three, tmp_path / "pairs", prompts=PROMPTS, base_model="org/other")
     reconfigure(three["med"], base_model_name_or_path=None)
-    import_adapters(three, tmp_path / "pairs", prompts=PROMPTS, base_model=[BASE, "org/base-instruct"])
+    import_whole(three, tmp_path / "pairs", prompts=PROMPTS, base_model=[BASE, "org/base-instruct"])
     assert PromptCheckpointDataset.from_folder(tmp_path / "pairs").layout.base_model_name_or_path == BASE
     assert "med' does not say what base" in caplog.text
     layout = AdapterLayout.from_folder(three["law"])
     other = copy.deepcopy(layout)
     object.__setattr__(other, "base_model_name_or_path", "org/third")
     with pytest.raises(LayoutError, match="is for the base 'org/base', and the given layout is for 'org/third'"):
-        import_adapters({"law": three["law"]}, tmp_path / "x", prompts={"law": ["law ?"]}, layout=other)
+        import_whole({"law": three["law"]}, tmp_path / "x", prompts={"law": ["law ?"]}, layout=other)
 
 
 def test_from_the_hub_the_commit_is_kept_and_a_damaged_download_seen(
@@ -376,14 +422,14 @@ def test_from_the_hub_the_commit_is_kept_and_a_damaged_download_seen(
 
     monkeypatch.setattr(peft_dnd.storage.hub, "snapshot_download", download)
     source = ExistingAdapter("org/law", revision="v2")
-    (task,) = import_adapters({"law": source}, tmp_path / "pairs", prompts={"law": PROMPTS["law"]})
+    (task,) = import_whole({"law": source}, tmp_path / "pairs", prompts={"law": PROMPTS["law"]})
     assert task.adapters[0]["adapter"] == "org/law" and task.adapters[0]["commit"] == "c0ffee"
     assert asked[0]["name"] == "org/law" and asked[0]["revision"] == "v2"
     assert not {"adapter_model.bin"} & set(asked[0]["allow_patterns"])
     blob = (snapshot / WEIGHTS).resolve()
     blob.write_bytes(blob.read_bytes()[:-1] + b"\x01")
     with pytest.raises(CorruptFileError, match="SHA-256"):
-        import_adapters({"law": source}, tmp_path / "more", prompts={"law": PROMPTS["law"]})
+        import_whole({"law": source}, tmp_path / "more", prompts={"law": PROMPTS["law"]})
 
 
 def test_cards_speak_for_their_adapters(make: Make, tmp_path: Path) -> None:
@@ -395,7 +441,7 @@ def test_cards_speak_for_their_adapters(make: Make, tmp_path: Path) -> None:
         "---\nwidget:\n- text: what is law ?\n- messages: [{role: user, content: a court please}]\n---\nIt is good."
     )
     adapters = {"law": make("law", card=widgets), "tax": make("tax", 1, card=prose)}
-    import_adapters(adapters, tmp_path / "pairs", prompts={"law": "card", "tax": "card"})
+    import_whole(adapters, tmp_path / "pairs", prompts={"law": "card", "tax": "card"})
     pairs = PromptCheckpointDataset.from_folder(tmp_path / "pairs")
     assert pairs.prompts("law") == ("what is law ?", "a court please")
     assert pairs.prompts("tax") == ("It answers questions of tax law briefly.",)
@@ -406,7 +452,7 @@ def test_cards_speak_for_their_adapters(make: Make, tmp_path: Path) -> None:
     ]
     for given, words in cases:
         with pytest.raises(PromptError, match=words):
-            import_adapters(given, tmp_path / "more", prompts=dict.fromkeys(given, "card"))
+            import_whole(given, tmp_path / "more", prompts=dict.fromkeys(given, "card"))
 
 
 def test_wrong_use_is_named(three: dict[str, Path], tmp_path: Path) -> None:
@@ -430,5 +476,5 @@ def test_wrong_use_is_named(three: dict[str, Path], tmp_path: Path) -> None:
     ]
     for adapters, options, error, words in cases:
         with pytest.raises(error, match=words):
-            import_adapters(adapters, tmp_path / "pairs", **options)
+            import_whole(adapters, tmp_path / "pairs", **options)
     assert not (tmp_path / "pairs").exists()

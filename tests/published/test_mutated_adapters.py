@@ -58,7 +58,7 @@ def read(sound: Path, hurt: Path, adapter: ExistingAdapter | None = None, **opti
     pairs = hurt.parent / f"pairs-{next(_numbers)}"
     given = {"sound": sound, "hurt": adapter or hurt}
     prompts = {"sound": ["law ?"], "hurt": ["tax ?"]}
-    import_adapters(given, pairs, prompts=prompts, missing_modules="zeros", **options)
+    import_adapters(given, pairs, prompts=prompts, missing_modules="zeros", factors="canonical", **options)
     return updates_of_task(pairs / "hurt")
 
 

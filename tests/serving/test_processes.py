@@ -120,7 +120,8 @@ def test_a_kill_in_the_midst_of_100_requests_leaves_no_half(
     generator_folder: Path, tmp_path: Path, after: int
 ) -> None:
     cache = tmp_path / "cache"
-    with serving(generator_folder, cache, "--max-queue", "200", "--max-requests", "200") as service:
+    bounds = ("--max-queue", "200", "--max-requests", "200", "--max-queue-seconds", "600")
+    with serving(generator_folder, cache, *bounds) as service:
         service.wait_until_ready()
         with ThreadPoolExecutor(100) as pool:
             asked = [pool.submit(post, service, seed) for seed in range(100)]

@@ -185,7 +185,7 @@ def test_prompts_that_do_not_belong(serve, served, discerning) -> None:
         (b'{"prompts": ["a"], "seed": -1}', 422, "seed"),
         (b'{"prompts": ["a"], "seed": "1"}', 422, "seed"),
         (b'{"prompts": ["a"], "threshold": NaN}', 422, "threshold"),
-        (b'{"prompts": ["a"], "out_of_distribution": "warn"}', 422, "'ignore', 'shrink' or 'refuse'"),
+        (b'{"prompts": ["a"], "out_of_distribution": "warn"}', 422, "'ignore', 'shrink', 'mean' or 'refuse'"),
         (b'{"prompts": ["a"], "generator": "typo"}', 422, "There are: tiny"),
         (b'{"prompts": ["a"], "generator": "../../etc"}', 422, "generator"),
         (b'{"prompts": ["a"], "answers": ["b"]}', 422, "answers"),

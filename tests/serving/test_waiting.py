@@ -178,3 +178,58 @@ def test_a_failure_is_its_own_clients_alone() -> None:
         queue.close()
 
     asyncio.run(run())
+
+
+def test_none_waits_longer_than_may_be(serve, gate: Gate) -> None:
+    client = serve(queue_seconds=0.2)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(client.post, "/v1/adapters", json={"prompts": PROMPTS, "seed": 0})
+        gate.wait_for(1)
+        begun = time.monotonic()
+        late = client.post("/v1/adapters", json={"prompts": PROMPTS, "seed": 1})
+        assert late.status_code == 429 and "waited 0.2 s" in late.json()["detail"] and time.monotonic() - begun > 0.19
+        assert int(late.headers["Retry-After"]) >= 1
+        assert measured(client, "peft_dnd_adapters_waiting") == 0
+        gate.opened.set()
+        assert first.result().status_code == 201, "what is at the device is made to its end"
+    assert client.post("/v1/adapters", json={"prompts": PROMPTS, "seed": 1}).status_code == 201
+    assert gate.begun == [0, 1], "and nothing for who was sent away"
+
+
+def test_who_would_wait_too_long_is_told_at_once() -> None:
+    async def run() -> None:
+        queue, hold = DeviceQueue(10, 10, patience=30), threading.Event()
+        await queue.run("a", lambda: time.sleep(0.01))
+        queue._seconds = 16.0  # what one takes, as it were
+        first = asyncio.create_task(queue.run("a", hold.wait))
+        await asyncio.sleep(0.05)
+        second = asyncio.create_task(queue.run("a", lambda: 2))  # in 16 s
+        await asyncio.sleep(0)
+        begun = time.monotonic()
+        with pytest.raises(Problem, match="about 32 s, and the most is 30 s") as refused:
+            await queue.run("a", lambda: 3)
+        assert refused.value.status == 429 and refused.value.headers["Retry-After"] == "2"
+        with pytest.raises(Problem, match="about 32 s"):
+            await queue.run("b", lambda: 3)
+        assert time.monotonic() - begun < 10
+        second.cancel()
+        await asyncio.sleep(0)
+        third = asyncio.create_task(queue.run("b", lambda: 4))
+        hold.set()
+        assert await third == 4 and await first
+        queue.close()
+
+    asyncio.run(run())
+
+
+def test_two_adapters_with_one_lock_wait_side_by_side(serve, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = serve()
+    cache = client.app.state.service.cache
+    monkeypatch.setattr(cache, "lock_for", lambda name: cache.folder / "locks" / "make-one")
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(client.post, "/v1/adapters", json={"prompts": PROMPTS, "seed": 0})]
+        gate.wait_for(1)
+        asked.append(pool.submit(client.post, "/v1/adapters", json={"prompts": PROMPTS, "seed": 1}))
+        until(lambda: measured(client, "peft_dnd_adapters_waiting") == 1)
+        gate.opened.set()
+        assert [answer.result().status_code for answer in asked] == [201, 201]

@@ -203,14 +203,49 @@ def test_the_reference_is_saved_with_the_generator(own: PromptConditionedLoraGen
         old.generate_adapter(PROMPTS, out_of_distribution="warn")
 
 
+@pytest.mark.parametrize("size", [1, 8, 100])
+def test_one_in_twenty_new_tasks_is_above_the_threshold_whatever_their_tails(size: int) -> None:
+    # A mixture with far outliers, for which no normal distribution would do.
+    def strangenesses(tasks: int, draw: torch.Generator) -> torch.Tensor:
+        far = torch.rand(tasks, generator=draw) < 0.2
+        return 0.2 + 0.02 * torch.randn(tasks, generator=draw) + far * torch.rand(tasks, generator=draw) * 0.5
+
+    above = 0
+    trials, tasks = 400, 39
+    draw = torch.Generator().manual_seed(size)
+    for _ in range(trials):
+        known, new = strangenesses(tasks, draw), float(strangenesses(1, draw))
+        distances = known.repeat_interleave(8) + 0.05 * torch.randn(8 * tasks, generator=draw)
+        reference = PromptReference(torch.eye(8 * tasks), distances, torch.full((tasks,), 8))
+        found = new + 0.05 * float(torch.randn(min(size, 8), generator=draw).mean())
+        above += reference._score(found, size) > reference.threshold(size)
+    # Two of 40 ranks are above: 5 %, here give or take three standard deviations.
+    assert 0.05 - 0.033 < above / trials < 0.05 + 0.033
+    assert reference.threshold(size, 0.5) < reference.threshold(size, 0.1) <= reference.threshold(size)
+
+
+def test_few_tasks_give_the_threshold_that_the_score_claims() -> None:
+    few = PromptReference.fit(world(18, seed=0))
+    enough = PromptReference.fit(world(19, seed=0))
+    assert few is not None and enough is not None
+    assert few.threshold(4) == 0.95 != enough.threshold(4)
+    strangest = max(float(own.mean()) for own in enough.distances.split(enough.counts.tolist()))
+    assert enough.threshold(40) == enough._score(strangest, 40)
+    for count, share in ((0, 0.1), (4, 0.0), (4, 1.0)):
+        with pytest.raises(GeneratorConfigError, match="between 0 and 1"):
+            enough.threshold(count, share)
+
+
 def test_what_is_done_about_it(own: PromptConditionedLoraGenerator) -> None:
-    junk = own.generate_adapter(JUNK)
+    with pytest.warns(OutOfDistributionWarning, match="unlike those of the tasks") as caught:
+        junk = own.generate_adapter(JUNK)
+    assert caught[0].filename == __file__
     score = junk.out_of_distribution
     assert score is not None and 0 < score < 1
     below, above = score / 2, (1 + score) / 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for action in ("ignore", "warn", "shrink", "refuse"):
+        for action in ("ignore", "warn", "shrink", "mean", "refuse"):
             same = own.generate_adapter(JUNK, out_of_distribution=action, threshold=above)
             assert all(torch.equal(same.state_dict()[k], v) for k, v in junk.state_dict().items())
     with pytest.warns(OutOfDistributionWarning, match="unlike those of the tasks") as caught:
@@ -221,11 +256,24 @@ def test_what_is_done_about_it(own: PromptConditionedLoraGenerator) -> None:
     shrunk = own.generate_adapter(JUNK, out_of_distribution="shrink", threshold=below)
     factor = shrinkage(score, below)
     assert shrunk.provenance["shrunk_by"] == factor < 1
-    tokenizer, mean = own.weight_tokenizer, own.normalization.mean
+    tokenizer = own.weight_tokenizer
     valid = tokenizer.valid_mask()
-    full, less = ((tokenizer.encode(a.state_dict()) - mean)[valid] for a in (junk, shrunk))
+    full, less = ((tokenizer.encode(a.state_dict()) - own.normalization.mean)[valid] for a in (junk, shrunk))
     assert torch.allclose(less, factor * full, atol=1e-6)
-    with pytest.raises(GeneratorConfigError, match="'refused'"):
+    mean = own.generate_adapter(JUNK, out_of_distribution="mean", threshold=below)
+    assert torch.equal(tokenizer.encode(mean.state_dict())[valid], own.normalization.mean[valid])
+    for made, done, by in (
+        (junk, "warn", None),
+        (shrunk, "shrink", factor),
+        (mean, "mean", 0.0),
+        (same, "none", None),
+    ):
+        kept = made.provenance
+        assert (kept["out_of_distribution_action"], kept.get("shrunk_by")) == (done, by)
+        assert kept["out_of_distribution"] == score
+        assert kept["nearest_tasks"] and sum(made.nearest_tasks.values()) <= 1 + 1e-9
+    assert [made.provenance["out_of_distribution_threshold"] for made in (junk, mean, same)] == [0.95, below, above]
+    with pytest.raises(GeneratorConfigError, match=r"'refused'.*Did you mean 'refuse'"):
         own.generate_adapter(JUNK, out_of_distribution="refused")
     with pytest.raises(GeneratorConfigError, match="less than 1"):
         own.generate_adapter(JUNK, out_of_distribution="refuse", threshold=1.0)

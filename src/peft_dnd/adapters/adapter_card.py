@@ -65,7 +65,7 @@ def adapter_card(
     )
     facts = {"base_model": base, "base_model_revision": revision, **provenance}
     rows = [
-        f"| {what.replace('_', ' ')} | `{value}` |"
+        f"| {what.replace('_', ' ')} | `{_in_words(value)}` |"
         for what, value in facts.items()
         if value is not None and not Path(str(value)).is_absolute()  # where it lay on this machine tells nobody
     ]
@@ -80,6 +80,15 @@ def adapter_card(
         snippet=_snippet(layout, base, revision, name or PLACE),
         provenance="\n\n".join(parts),
     )
+
+
+def _in_words(value: Any) -> str:
+    """A value of the provenance; the nearest tasks with their shares, as they are recorded."""
+    if isinstance(value, list) and value and all(isinstance(of, list | tuple) and len(of) == 2 for of in value):
+        return ", ".join(
+            f"{name!r} {share:.2f}" if isinstance(share, float) else f"{name!r} {share}" for name, share in value
+        )
+    return str(value)
 
 
 def _snippet(layout: AdapterLayout, base: str | None, revision: str | None, name: str) -> str:

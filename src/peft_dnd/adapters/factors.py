@@ -162,6 +162,57 @@ def canonical_state_dict(layout: AdapterLayout, state_dict: Matrices) -> dict[st
     return {tensor.key: done[tensor.key] for tensor in layout.tensors}
 
 
+def interpolated_adapter(
+    layout: AdapterLayout, first: Matrices, second: Matrices, share: float, *, canonical: bool = False
+) -> dict[str, torch.Tensor]:
+    """An adapter for the update that lies between those of two others: λ B A + (1 - λ) B' A', of the layout's rank.
+
+    What an adapter does is its update, so that is what is interpolated, not its factors: the product of interpolated
+    factors has cross terms B A' and B' A, which belong to neither. The interpolated update has up to twice the rank.
+    Of it is kept
+
+    - by default what the row space of the interpolated Ā = λ A + (1 - λ) A' holds, B̄ = (λ B A + (1 - λ) B' A') Ā⁺:
+      factors that lie where those of the two adapters do, as targets must that are compared entry by entry. Where A is
+      the same nothing is lost, and B̄ = λ B + (1 - λ) B'. Adapters from one common initialisation come near to that.
+    - `canonical`: the best approximation of the rank (Eckart and Young), in [`canonical_factors`].
+
+    Args:
+        layout: The layout.
+        first: Matrices of the layout, of which λ is the share.
+        second: Matrices of the layout.
+        share: λ, from 0 to 1.
+        canonical: Which of the two.
+
+    Returns:
+        Matrices of the layout, in its order and in the dtypes of `first`. Arithmetic is float64.
+
+    Raises:
+        LayoutError: If a matrix is missing or has another shape.
+    """
+    done: dict[str, torch.Tensor] = {}
+    shares = (share, 1 - share)
+    for _, modules in _alike(layout):
+        a = [_stack(matrices, modules, 0).double() for matrices in (first, second)]
+        b = [
+            _stack(matrices, modules, 1).double() * part
+            for matrices, part in zip((first, second), shares, strict=True)
+        ]
+        if canonical:
+            rank = a[0].shape[-2]
+            whole_a, whole_b = canonical_factors(torch.cat(a, -2), torch.cat(b, -1))
+            mixed = (whole_a[..., :rank, :], whole_b[..., :rank])
+        else:
+            mean = shares[0] * a[0] + shares[1] * a[1]
+            back = mean.mT @ torch.linalg.pinv(mean @ mean.mT, hermitian=True)
+            mixed = (mean, b[0] @ (a[0] @ back) + b[1] @ (a[1] @ back))
+        for side, stacked in enumerate(mixed):
+            for module, matrix in zip(modules, stacked.unbind(-3), strict=True):
+                tensor = module.tensors[side]
+                kept = matrix.reshape(*matrix.shape[:-2], *tensor.shape)
+                done[tensor.key] = kept.to(first[tensor.key].dtype).contiguous()
+    return {tensor.key: done[tensor.key] for tensor in layout.tensors}
+
+
 def _alike(layout: AdapterLayout) -> Iterator[tuple[list[int], list[LoraModule]]]:
     """The modules in groups of one form, each with its place in the layout."""
     layout.check_plain_lora("An update B A, and its canonical factors,")

@@ -253,3 +253,13 @@ def on_meta(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.to("meta")
     return copy.deepcopy(model, memo)
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model's structure whose weights are the model's own, but for being frozen: no weight is copied."""
+    # deepcopy takes what its memo already has for an object.
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        plain = type(parameter) is nn.Parameter  # quantised kinds carry more than their data, and are frozen anyway
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
+    return copy.deepcopy(model, memo)

@@ -86,6 +86,11 @@ class MethodLayout(AdapterLayout):
         """PEFT's name of the method, such as `"IA3"`."""
         return str(self.settings.get("peft_type"))
 
+    @property
+    def is_soft_prompt(self) -> bool:
+        """Whether it stands before a model's input rather than in its layers."""
+        return self.method in _SOFT_PROMPTS
+
     def in_words(self) -> str:
         """What it is, in a few words."""
         return f"{self.method}, {len(self.entries)} tensors"

@@ -36,6 +36,26 @@ def load_method_adapter(
         BaseModelMismatchError: If the adapter does not fit the base model, which is left untouched.
         LayoutError: If there is an adapter of that name and it differs in more than its weights.
     """
+    model = attach_method_adapter(model, adapter_name, layout)
+    fill_method_adapter(trained_tensors(uncompiled(model), adapter_name), state_dict)
+    return model
+
+
+def attach_method_adapter(model: nn.Module, adapter_name: str, layout: MethodLayout) -> nn.Module:
+    """Make sure that a model has an adapter of a layout: add a fresh one, or check the one that has the name.
+
+    Args:
+        model: As for [`load_method_adapter`].
+        adapter_name: The adapter's name in the model.
+        layout: The layout.
+
+    Returns:
+        A new `PeftModel` for a base model, otherwise the given model.
+
+    Raises:
+        BaseModelMismatchError: As for [`load_method_adapter`].
+        LayoutError: As for [`load_method_adapter`].
+    """
     configs = getattr(uncompiled(model), "peft_config", None) or {}
     if adapter_name in configs:
         live = _layout_of(uncompiled(model), adapter_name)
@@ -48,7 +68,6 @@ def load_method_adapter(
     else:
         check_method_fits(model, layout)
         model = _add(model, adapter_name, layout.peft_config())
-    fill_method_adapter(trained_tensors(uncompiled(model), adapter_name), state_dict)
     return model
 
 

@@ -129,7 +129,7 @@ def convert_adapter(
     for name, module in wanted.items():
         given = None if shared is None else shared[module.tensors[0].key].double().reshape(module.rank, -1)
         if name not in own:
-            converted.update({tensor.key: torch.zeros(tensor.shape) for tensor in module.tensors})
+            converted.update({tensor.key: torch.zeros(tensor.shape, dtype=torch.float32) for tensor in module.tensors})
             if shared is not None:
                 converted[module.tensors[0].key] = shared[module.tensors[0].key].float()
             continue

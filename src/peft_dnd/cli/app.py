@@ -24,6 +24,8 @@ from .import_adapters import import_adapters
 from .import_generator import import_generator
 from .inspect import inspect
 from .serve import serve
+from .synthesize import synthesize
+from .verify import verify
 
 
 _INTERRUPTED = 130
@@ -31,10 +33,12 @@ _INTERRUPTED = 130
 _VERBS: dict[Callable[..., None], str] = {
     generate: "Write adapters from prompts.",
     inspect: "Say what something is, and what it fits.",
+    verify: "Make an adapter again and compare.",
     export: "Write an adapter for a serving engine.",
     card: "Print or write a model card.",
     collect: "Train adapters, keeping their checkpoints.",
     distil: "Let a teacher answer a task's inputs.",
+    synthesize: "Make a task of a few seed prompts.",
     fit: "Fit a generator to a pairs folder.",
     serve: "Serve adapters over HTTP.",
     evaluate: "Score a generator on held-out tasks.",

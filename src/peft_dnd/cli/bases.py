@@ -157,5 +157,14 @@ def example_of(tokenizer: Any, question: str, answer: str, max_length: int) -> d
 
 
 def _not_there(what: str, name: str, error: Exception) -> str:
-    folder = "" if Path(name).is_dir() else "there is no such folder, and the Hub gave none; "
-    return f"There is no {what} at {name!r} ({folder}{one_paragraph(error)})."
+    if not Path(name).is_dir():
+        return (
+            f"There is no {what} at {name!r} (there is no such folder, and the Hub gave none; "
+            f"{one_paragraph(error)}). Check the spelling, and from where the path is counted."
+        )
+    if what == "tokenizer" and not any(Path(name).glob("*token*")):  # the library's own error speaks of others
+        return (
+            f"The base's folder {name!r} holds no tokenizer: expected tokenizer.json and tokenizer_config.json beside "
+            f"the model. Save it there: AutoTokenizer.from_pretrained(...).save_pretrained({name!r})."
+        )
+    return f"There is no {what} at {name!r} ({one_paragraph(error)})."

@@ -92,12 +92,12 @@ def progress(quiet: bool) -> Iterator[None]:
 
 
 def existing_file(path: Path, what: str) -> Path:
-    """The path, if there is a file.
+    """The path, if there is a file, or a pipe or terminal such as shells make of `<(...)`.
 
     Raises:
         CommandError: Otherwise; it says what is there instead.
     """
-    if path.is_file():
+    if path.is_file() or path.is_fifo() or path.is_char_device():
         return path
     found = "is a folder" if path.is_dir() else "does not exist"
     parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
@@ -108,3 +108,20 @@ def existing_file(path: Path, what: str) -> Path:
     )
     hint = f" There is {str(path.parent / near[0])!r}." if near and parent == path.absolute().parent else ""
     raise CommandError(f"{what} {str(path)!r} {found}.{hint} Check the spelling, and from where the path is counted.")
+
+
+def adapter_place(place: str) -> str:
+    """The folder to write an adapter to, if it is one of its own.
+
+    transformers puts an adapter that lies among a model's files on the model, whenever that is loaded.
+
+    Raises:
+        CommandError: If a model, a generator or a task of a pairs folder is there.
+    """
+    for file, what in (("config.json", "a model or a generator"), ("task.json", "a task of a pairs folder")):
+        if Path(place, file).is_file():
+            raise CommandError(
+                f"{place!r} holds {what} ({file}), which an adapter among its files would change. Name a folder of "
+                "the adapter's own, which need not exist."
+            )
+    return place

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .bases import skeleton
-from .console import CommandError, Json, Quiet, Revision, report
+from .console import CommandError, Json, Quiet, Revision, adapter_place, report
 
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def export(
         facts["bytes"] = Path(place).stat().st_size
     else:
         written = _for_vllm(found, base, served)
-        written.save_pretrained(place)
+        written.save_pretrained(adapter_place(place))
         facts |= _changes(found, written)
     report(facts, f"{adapter}: written to {place} for {to}", as_json=as_json, quiet=quiet)
 

@@ -21,6 +21,7 @@ _NAMES = (
     "text_encoder",
     "tasks",
     "held_out",
+    "update",
     "seed",
     "generator",
     "training",
@@ -42,6 +43,9 @@ def fit(
     ] = None,
     held_out: Annotated[
         list[str] | None, typer.Option(help="A task to measure on and not to fit to; may be repeated.")
+    ] = None,
+    update: Annotated[
+        str | None, typer.Option(metavar="GENERATOR", help="A fitted generator to go on from, with new tasks.")
     ] = None,
     num_prompts: Annotated[
         int | None, typer.Option(min=1, help="Prompts read at once, generator.num_prompts.")
@@ -70,11 +74,13 @@ def fit(
 
     Sections of a recipe: generator (what PromptConditionedLoraGeneratorConfig.from_adapters takes), training (what
     DnDTrainingArguments takes) and, for pairs without checkpoints, lora (what peft.LoraConfig takes). On several GPUs
-    use DnDTrainer in Python.
+    use DnDTrainer in Python. With --update the pairs are new tasks for a generator that is there already; what it
+    keeps of the tasks before them is mixed in.
 
     Example:
       peft-dnd fit --pairs pairs -o generator --text-encoder sentence-transformers/all-MiniLM-L6-v2 --held-out law \
           --max-steps 2000
+      peft-dnd fit --update generator --pairs new-pairs -o generator-2 --max-steps 700
 
       pairs: pairs                      # the same as recipe.yaml: peft-dnd fit recipe.yaml
       output: generator
@@ -90,6 +96,7 @@ def fit(
         output=output,
         text_encoder=text_encoder,
         held_out=held_out,
+        update=update,
         base=base,
         seed=seed,
         include_text_encoder=include_text_encoder or None,
@@ -103,7 +110,10 @@ def fit(
     )
     folder = Path(wanted(plan, "output", "--output"))
     wanted(plan, "pairs", "--pairs")
-    wanted(plan, "text_encoder", "--text-encoder")
+    if plan.get("update") is None:
+        wanted(plan, "text_encoder", "--text-encoder")
+    elif plan.get("text_encoder") or section(plan, "generator"):
+        raise CommandError("A generator to go on from has a text encoder and settings of its own: leave yours out.")
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
     if resume and not checkpoints:
         raise CommandError(f"There is no checkpoint in {str(folder)!r} to resume from. Leave --resume out.")
@@ -120,7 +130,8 @@ def fit(
 
 def _fit(plan: dict[str, Any], folder: Path, device: str | None, *, resume: bool, quiet: bool) -> dict[str, Any]:
     from peft_dnd.fitting import DnDTrainer, DnDTrainingArguments
-    from peft_dnd.generator import PromptConditionedLoraGenerator, PromptConditionedLoraGeneratorConfig
+    from peft_dnd.generator import PromptConditionedLoraGenerator, PromptConditionedLoraGeneratorConfig, revisions
+    from peft_dnd.generator.revisions import REVISIONS
 
     own = {"output_dir": str(folder), "seed": plan.get("seed", 0), "disable_tqdm": quiet, **_TRAINING}
     if device == "cpu":
@@ -129,14 +140,17 @@ def _fit(plan: dict[str, Any], folder: Path, device: str | None, *, resume: bool
     arguments = built(DnDTrainingArguments, "training", section(plan, "training"), known, **own)
     base = None if plan.get("base") is None else load_base(str(plan["base"]), device=device)
     training, held_out = _read_pairs(plan, base)
-    make_config = PromptConditionedLoraGeneratorConfig.from_adapters
-    config = built(
-        lambda **settings: make_config(training, str(plan["text_encoder"]), **settings),
-        "generator",
-        section(plan, "generator"),
-        set(inspect.signature(make_config).parameters) - {"adapters", "text_encoder"},
-    )
-    generator = PromptConditionedLoraGenerator(config)
+    if plan.get("update") is not None:
+        generator = PromptConditionedLoraGenerator.from_pretrained(str(plan["update"]))
+    else:
+        make_config = PromptConditionedLoraGeneratorConfig.from_adapters
+        config = built(
+            lambda **settings: make_config(training, str(plan["text_encoder"]), **settings),
+            "generator",
+            section(plan, "generator"),
+            set(inspect.signature(make_config).parameters) - {"adapters", "text_encoder"},
+        )
+        generator = PromptConditionedLoraGenerator(config)
     trainer = DnDTrainer(generator, arguments, training, held_out, base_model=base)
     trainer.train(resume_from_checkpoint=resume or None)
     if held_out is not None:
@@ -145,14 +159,22 @@ def _fit(plan: dict[str, Any], folder: Path, device: str | None, *, resume: bool
     generator.save_pretrained(folder, include_text_encoder=carry)
     repository = plan.get("push_to_hub")
     if repository:
-        generator.push_to_hub(str(repository), include_text_encoder=carry)
+        generator.push_to_hub(str(repository), include_text_encoder=carry, most_points_lost=arguments.most_points_lost)
+    last = revisions(generator.config.measured)[-1]
     return {
         "generator": str(folder),
         "repository": repository,
         "training_tasks": list(training.tasks),
         "held_out": [] if held_out is None else list(held_out.tasks),
         "decoder_parameters": sum(parameter.numel() for parameter in generator.decoder.parameters()),
-        "measured": {name: value for name, value in config.measured.items() if not isinstance(value, dict)},
+        "revision": last.number,
+        "replayed_tasks": last.replayed,
+        "mean_points_lost": last.mean_lost if last.lost else None,
+        "measured": {
+            name: value
+            for name, value in generator.config.measured.items()
+            if not isinstance(value, dict) and name != REVISIONS
+        },
     }
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .bases import load_tokenizer
-from .console import CommandError, Json, Quiet, Revision, progress, report
+from .console import CommandError, Json, Quiet, Revision, adapter_place, progress, report
 from .prompt_files import STANDARD_INPUT, Format, Row, files_of_tasks, read_dataset, read_prompts, read_rows, texts_of
 
 
@@ -42,13 +42,24 @@ def generate(
         str | None,
         typer.Option(metavar="BASE", help="Folder or Hub id of a base, in whose chat template prompts are read."),
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="For which base, if the generator has several: as inspect names them.")
+    ] = None,
     revision: Revision = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides which prompts are read if there are too many.")] = 0,
     out_of_distribution: Annotated[
-        Literal["ignore", "warn", "shrink", "refuse"],
-        typer.Option(help="What to do if the prompts are unlike those of the tasks that the generator was fitted on."),
-    ] = "ignore",
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Score above which prompts are unlike them.")] = 0.95,
+        Literal["ignore", "warn", "shrink", "mean", "refuse"] | None,
+        typer.Option(
+            help="What to do if the prompts are unlike those of the tasks that the generator was fitted on; by "
+            "default it warns where it can tell."
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Score above which prompts are unlike them; by default what those tasks give."
+        ),
+    ] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Read the decoder's weights from disk as it runs, to save memory.")
     ] = False,
@@ -71,7 +82,7 @@ def generate(
     as its file.
 
     Example:
-      peft-dnd generate org/generator prompts.txt adapter --out-of-distribution warn
+      peft-dnd generate org/generator prompts.txt adapter --out-of-distribution refuse
       peft-dnd generate org/generator adapter --dataset allenai/ai2_arc --dataset-config ARC-Easy --column question
       head -100 questions.txt | peft-dnd generate org/generator - --push-to-hub me/adapter
     """
@@ -93,10 +104,12 @@ def generate(
     else:
         rows = {"": _rows(str(prompts), column, file_format)}
     texts = {task: texts_of(of, column, dataset or task or str(prompts)) for task, of in rows.items()}
+    for task in rows if adapter is not None else ():
+        adapter_place(str(Path(str(adapter), task)))
     if chat_template is not None:
         texts = _in_chat_template(chat_template, rows, column)
     with progress(quiet):
-        loaded = _load(generator, revision, stream=stream)
+        loaded = _load(generator, revision, stream=stream).for_base(base)
         if prompts_in_card and loaded.config.condition_text != "prompts":
             raise CommandError("--prompts-in-card is for generators that read prompts alone; this one reads answers.")
         adapters = _generated(

@@ -43,7 +43,7 @@ def import_adapters(
     rank: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Rank to bring all to. [default: the largest, which loses nothing; shared: twice that]"
+            min=1, help="Rank to bring all to. [default: with a shared A twice the largest, otherwise the largest]"
         ),
     ] = None,
     like: Annotated[
@@ -56,9 +56,12 @@ def import_adapters(
         Literal["refuse", "zeros"], typer.Option(help="What becomes of modules that some adapters lack.")
     ] = "refuse",
     factors: Annotated[
-        Literal["canonical", "shared", "kept"],
-        typer.Option(help="Factors that follow from each update; one A for all adapters; A and B as they are."),
-    ] = "canonical",
+        Literal["shared", "canonical", "kept"] | None,
+        typer.Option(
+            help="One A for all adapters; factors that follow from each update; A and B as they are. "
+            "[default: as in the pairs folder, shared in a new one]"
+        ),
+    ] = None,
     pickles: Annotated[
         bool, typer.Option("--pickles", help="Read adapter_model.bin, tensors alone, where there is nothing else.")
     ] = False,
@@ -89,7 +92,7 @@ def import_adapters(
     files = _files_of(prompts)
     if settings is not None:
         own = {"--rank": rank, "--like": like, "--base": base, "--prompts-from-card": from_card, "--pickles": pickles}
-        own.update({"--answer-column": answer_column, "--factors": factors != "canonical", "--overwrite": overwrite})
+        own.update({"--answer-column": answer_column, "--factors": factors, "--overwrite": overwrite})
         _of_the_release(adapters, pairs, settings, files, column, own, as_json=as_json, quiet=quiet)
         return
     if rank is not None and like is not None:

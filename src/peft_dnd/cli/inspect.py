@@ -12,6 +12,7 @@ import typer
 
 from .bases import fit_to_skeleton
 from .console import CommandError, Json, Quiet, Revision, report
+from .policies import held_against_policy
 
 
 if TYPE_CHECKING:
@@ -45,6 +46,14 @@ def inspect(
         list[str] | None,
         typer.Option(help="With --for: a module that the engine adapts, if not all, as it was told; may be repeated."),
     ] = None,
+    policy_of: Annotated[
+        str | None,
+        typer.Option(metavar="GENERATOR", help="Of an adapter: hold its weights against this generator's policy."),
+    ] = None,
+    gate_base: Annotated[
+        str | None,
+        typer.Option(help="With --policy-of: the base, to be loaded, on which the behaviour gate is checked."),
+    ] = None,
     revision: Revision = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -55,6 +64,7 @@ def inspect(
 
     Ends with 1 if anything is wrong: it does not fit the base, differs from the other, an engine would be silently
     wrong with it, tasks of a pairs folder are incomplete or differ in their layouts.
+    With --policy-of an adapter is loaded, and held against a generator's policy.
 
     Example:
       peft-dnd inspect org/generator --base Qwen/Qwen2.5-0.5B
@@ -64,11 +74,17 @@ def inspect(
         raise typer.BadParameter(
             "--served and --target-modules say how an engine serves the base: they go with --for."
         )
+    if gate_base is not None and policy_of is None:
+        raise typer.BadParameter("--gate-base is for a policy's behaviour gate: it goes with --policy-of.")
     kind = what_is(what, revision)
     if renew_checksums:
         _renew_checksums(kind, what)
     facts, layout, problems = _LOOKS[kind](what, revision)
     renamed: dict[str, str] = {}
+    if facts.get("bases") and (base, against, engine) != (None, None, None):
+        layout, found = _layout_of_one_base(what, revision, base)
+        facts["fits_base"] = None if base is None else found is None
+        problems += [found] if found else []
     if layout is not None and base is not None:
         renamed, found = fit_to_skeleton(layout, base)
         facts["fits_base"] = found is None
@@ -77,7 +93,7 @@ def inspect(
         from peft_dnd.engines import vllm_problems
 
         config = _engine_config(kind, what, revision, layout)
-        problems += vllm_problems(
+        found_by_engine = vllm_problems(
             config,
             modules=[] if layout is None else [module.name for module in layout.modules],
             served=served,
@@ -85,14 +101,19 @@ def inspect(
             renamed=renamed,
             target_modules=target_modules,
         )
+        if layout is None and not problems and not found_by_engine:
+            found_by_engine = ["there is no adapter in it that an engine could serve"]
+        facts[f"taken_by_{engine}"] = not found_by_engine
+        problems += found_by_engine
     if layout is not None and against is not None:
         _, other, _ = _LOOKS[what_is(against, None)](against, None)
         difference = layout.difference(other) if other is not None else "it has no layout"
-        facts["difference"] = difference
+        facts |= {"same_layout": difference is None, "difference": difference}
         if difference:
             problems.append(f"the layouts of {what!r} (the first) and {against!r} (the second) differ: {difference}")
-    if engine is not None and layout is None and not problems:
-        problems.append("there is no adapter in it that an engine could serve")
+    if policy_of is not None:
+        facts["policy"], found_of_policy = held_against_policy(kind, what, policy_of, gate_base, revision)
+        problems += found_of_policy
     facts = {"kind": kind, "name": what, **facts, "problems": problems}
     report(facts, _in_words(facts), as_json=as_json, quiet=quiet and not problems)
     if problems:
@@ -155,13 +176,15 @@ def _on_hub(name: str, revision: str | None) -> Kind:
 
     try:
         find_generator(name, (CONFIG_NAME,), revision=revision)
-    except GeneratorNotFoundError:
+    except GeneratorNotFoundError as error:
         try:
             folder = find_adapter(name, (ADAPTER_CONFIG_NAME,), revision=revision)
         except OSError:
             folder = None
         if folder is None or not (folder / ADAPTER_CONFIG_NAME).is_file():
-            raise
+            raise CommandError(
+                f"{name!r} is neither a generator nor an adapter, nor a pairs folder. {error}"
+            ) from error
         return "adapter"
     return "generator"
 
@@ -173,6 +196,7 @@ def _look_at_generator(name: str, revision: str | None) -> tuple[dict[str, Any],
     from peft_dnd.generator import PromptConditionedLoraGeneratorConfig
     from peft_dnd.generator.checksums import checksum_differences
     from peft_dnd.generator.summary import SUMMARY_NAME, read_summary
+    from peft_dnd.policy.policy import policy_in_words
     from peft_dnd.storage.files import read_safetensors_shapes
     from peft_dnd.storage.hub import find_generator
     from peft_dnd.text.out_of_distribution import REFERENCE_NAME
@@ -180,7 +204,7 @@ def _look_at_generator(name: str, revision: str | None) -> tuple[dict[str, Any],
     folder, commit = find_generator(name, (CONFIG_NAME, SUMMARY_NAME), revision=revision)
     config = PromptConditionedLoraGeneratorConfig.from_pretrained(folder)
     check_decoder_type(config.decoder_type)  # what would not load must not be shown as if it were fine
-    layout = config.adapter_layout
+    layout = None if config.bases else config.adapter_layout
     problems: list[str] = []
     if commit is None:
         sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
@@ -195,7 +219,8 @@ def _look_at_generator(name: str, revision: str | None) -> tuple[dict[str, Any],
     differing = checksum_differences(folder) if commit is None and weights else None
     problems += [f"{what} is not as it was saved: it was damaged or edited" for what in differing or []]
     facts = {
-        **_facts_of(layout),
+        **({} if layout is None else _facts_of(layout)),
+        "bases": {name: _facts_of(of_base) for name, of_base in config.layouts.items()} if config.bases else {},
         "commit": commit,
         "decoder": config.decoder_type,
         "weights_bytes": sum(sizes[file] for file in weights) if weights else None,
@@ -205,10 +230,35 @@ def _look_at_generator(name: str, revision: str | None) -> tuple[dict[str, Any],
         "max_prompt_length": config.max_prompt_length,
         "condition": config.condition,
         "condition_text": config.condition_text,
+        "policy": "; ".join(policy_in_words(config.policy)) or None,
         "knows_its_tasks": REFERENCE_NAME in sizes if sizes else None,
         "measured": config.measured,
     }
     return facts, layout, problems
+
+
+def _layout_of_one_base(name: str, revision: str | None, base: str | None) -> tuple[AdapterLayout | None, str | None]:
+    """The layout of the base that a model is, of a generator of several, or what is in the way of telling it."""
+    from transformers.utils import CONFIG_NAME
+
+    from peft_dnd.errors import GeneratorConfigError
+    from peft_dnd.generator import PromptConditionedLoraGeneratorConfig
+    from peft_dnd.storage.hub import find_generator
+
+    config = PromptConditionedLoraGeneratorConfig.from_pretrained(
+        find_generator(name, (CONFIG_NAME,), revision=revision)[0]
+    )
+    if base is None:
+        return None, f"it has {len(config.base_names)} bases: say by --base which one is to be looked at"
+    layouts = config.layouts
+    problems = {of: fit_to_skeleton(layout, base)[1] for of, layout in layouts.items()}
+    fitting = [of for of, problem in problems.items() if problem is None]
+    if not fitting:
+        return None, f"{base!r} is none of its bases; the first: {problems[config.base_names[0]]}"
+    try:
+        return layouts[config.choose_among(fitting, base)], None
+    except GeneratorConfigError as error:
+        return None, str(error)
 
 
 def _look_at_adapter(name: str, revision: str | None) -> tuple[dict[str, Any], AdapterLayout | None, list[str]]:
@@ -309,6 +359,9 @@ def _in_words(facts: dict[str, Any]) -> str:
 def _value_in_words(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name.replace('_', ' ')} {_value_in_words(of)}" for name, of in value.items())
+    if isinstance(value, list):
+        parts = (" ".join(map(_value_in_words, of)) if isinstance(of, list) else _value_in_words(of) for of in value)
+        return ", ".join(parts) or "none"
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -28,6 +28,8 @@ _SUFFIXES: dict[str, Format] = {
     ".parquet": "parquet",
 }
 _RELEASED = ".json"
+# In characters. Nobody means a longer prompt, but a file without line breaks, which would fill the memory as tokens.
+_LONGEST = 10_000_000
 _SHAPE = 'Expected a text file with one prompt a line, a .jsonl with {{"{0}": "..."}} a line, or a .csv or .parquet.'
 
 Row = dict[str, Any]
@@ -85,7 +87,10 @@ def read_dataset(name: str, column: str, answer_column: str, *, config: str | No
     try:
         found = datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError) as error:
-        raise CommandError(f"The data set {name!r}, split {split!r}, cannot be read: {error}") from error
+        raise CommandError(
+            f"The data set {name!r}, split {split!r}, cannot be read: {error}. Check the name and the split, and "
+            "whether the network is allowed."
+        ) from error
     if column not in found.column_names:
         raise CommandError(f"The data set {name!r} has no column {column!r}.{suggestion(column, found.column_names)}")
     wanted = [name for name in (column, answer_column) if name in found.column_names]
@@ -121,6 +126,11 @@ def _text_of(value: Any, what: str, *, are_answers: bool) -> str:
             raise CommandError(str(error)) from error
     if not isinstance(value, str):
         raise CommandError(f"{what} must be a text or a list of chat messages, found {value!r:.60}.")
+    if len(value) > _LONGEST:
+        raise CommandError(
+            f"{what} has {len(value):,} characters; the most are {_LONGEST:,}. A text file has one prompt a line: if "
+            "it is of another form, name it so. Otherwise cut the prompt."
+        )
     return value
 
 

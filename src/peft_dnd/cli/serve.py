@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import CommandError, Device, Quiet, existing_file, progress
+from .bases import load_base
+from .console import CommandError, Device, Quiet, existing_file, progress, suggestion
 from .prompt_files import files_of_tasks, read_rows, texts_of
 
 
@@ -72,6 +73,17 @@ def serve(
         ),
     ] = False,
     device: Device = None,
+    gate_base: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]PLACE",
+            help="Folder or Hub id of the base on which the behaviour gate of a generator's policy is checked, of the "
+            "one called NAME or of all; may be repeated.",
+        ),
+    ] = None,
+    no_gate: Annotated[
+        bool, typer.Option("--no-gate", help="Serve adapters of a generator with a behaviour gate unchecked.")
+    ] = False,
     max_request_bytes: Annotated[int, typer.Option(min=1, help="Largest body of a request.")] = 1 << 20,
     max_prompts: Annotated[int, typer.Option(min=1, help="Most prompts of a task.")] = 1024,
     max_prompt_characters: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 20_000,
@@ -80,6 +92,9 @@ def serve(
     max_queue_per_client: Annotated[
         int | None, typer.Option(min=1, help="How many of them one client may have; half by default.")
     ] = None,
+    max_queue_seconds: Annotated[
+        float, typer.Option(min=0.1, help="How long one may wait there; who would wait longer gets 429 at once.")
+    ] = 30.0,
     max_cache_gb: Annotated[float, typer.Option(min=1e-6, help="Size of all adapters kept, in GB.")] = 10.0,
     max_cache_adapters: Annotated[int, typer.Option(min=1, help="How many adapters are kept.")] = 1000,
     max_cache_hours: Annotated[float, typer.Option(min=1e-6, help="How long one is kept.")] = 168.0,
@@ -104,6 +119,7 @@ def serve(
     if missing:
         raise CommandError(f"To serve, install what it needs ({', '.join(missing)}): pip install 'peft-dnd[serve]'")
     places = _places(generator)
+    bases = _gate_bases(gate_base or [], list(places))
     rows = _rows_of_tasks(tasks, column)
     if token_file is not None:
         existing_file(token_file, "The file of tokens")
@@ -118,6 +134,7 @@ def serve(
             "requests": max_requests,
             "queue": max_queue,
             "queue_per_client": max_queue_per_client,
+            "queue_seconds": max_queue_seconds,
             "cache_bytes": round(max_cache_gb * _GIGABYTE),
             "cache_adapters": max_cache_adapters,
             "cache_seconds": max_cache_hours * 3600,
@@ -125,6 +142,7 @@ def serve(
         }
         with progress(quiet):
             service = _service(places, cache, limits, rows, answer_column, device, remember_prompts=remember_prompts)
+            _set_gates(service, bases, device, unchecked=no_gate)
         _run(service, tokens, None if tokens or open_to_all else (*_THIS_MACHINE, host), bound, grace_seconds)
 
 
@@ -142,6 +160,51 @@ def _places(generators: list[str]) -> dict[str, tuple[str, str | None]]:
             place, _, revision = place.rpartition("@")
         found[name] = (place, revision)
     return found
+
+
+def _gate_bases(given: list[str], names: list[str]) -> dict[str, str]:
+    """Name of a generator -> folder or Hub id of the base that its behaviour gate is checked on."""
+    found: dict[str, str] = {}
+    for one in given:
+        name, equals, place = one.partition("=")
+        if equals and (name not in names or not place):
+            raise typer.BadParameter(f"--gate-base {one!r}: there is no generator {name!r}.{suggestion(name, names)}")
+        found |= {name: place} if equals else dict.fromkeys(names, one)
+    return found
+
+
+def _set_gates(service: AdapterService, bases: dict[str, str], device: str | None, *, unchecked: bool) -> None:
+    """Load the bases of generators with a behaviour gate, each once.
+
+    Raises:
+        CommandError: If there is none for such a generator, or a policy wants what the command does not have.
+    """
+    loaded: dict[str, Any] = {}
+    try:
+        for name, served in service.generators.items():
+            policy = served.generator.policy
+            if policy is None:
+                continue
+            if policy.classifier is not None:
+                raise CommandError(
+                    f"The policy of the generator {name!r} wants prompts to be classified by {policy.classifier!r}, "
+                    "which is a function of Python. Serve it from Python, with create_app."
+                )
+            if policy.gate is None:
+                continue
+            if name in bases:
+                place = bases[name]
+                task_type = served.generator.config.adapter_layout.task_type
+                loaded[place] = loaded.get(place) or load_base(place, task_type, device)
+                served.generator.set_gate_base(loaded[place])
+            elif not unchecked:
+                raise CommandError(
+                    f"The policy of the generator {name!r} has a behaviour gate: adapters are checked on the base. "
+                    f"Give it: --gate-base {name}=PLACE; or serve them unchecked, with --no-gate."
+                )
+    except BaseException:
+        service.close()
+        raise
 
 
 def _rows_of_tasks(folder: Path | None, column: str) -> dict[str, list[dict[str, Any]]]:

@@ -20,6 +20,7 @@ from ..adapters.positions import TokenPositions
 from ..errors import GeneratorConfigError
 from .cascade import derive_cascade
 from .core import CoreDecoder
+from .heads import HeadedDecoder, check_headed, head_of, share_trunk
 from .hyper_convolution import HyperConvolutionDecoder, HyperConvolutionLayer
 from .set_transformer import SetTransformerDecoder
 from .text_to_lora import TextToLoraDecoder
@@ -30,6 +31,7 @@ __all__ = [
     "CenteredDecoder",
     "CoreDecoder",
     "Decoder",
+    "HeadedDecoder",
     "HyperConvolutionDecoder",
     "HyperConvolutionLayer",
     "PartialDecoder",
@@ -38,7 +40,10 @@ __all__ = [
     "TokenPositions",
     "build_decoder",
     "check_decoder_type",
+    "check_headed",
     "derive_cascade",
+    "head_of",
+    "share_trunk",
 ]
 
 

@@ -134,6 +134,8 @@ class CoreDecoder(nn.Module):
     """
 
     reads_sets = True
+    head_modules = ("writer",)
+    head_settings = ("core_rank", "num_bases", "zero_init_output")
     written_sides = ("B",)  # each A is the same whatever the prompts
     _no_split_modules = ("CoreWriter",)  # what FSDP shards and gathers one by one, and no device map splits
     center: torch.Tensor

@@ -35,12 +35,12 @@ def discriminants(states_of_tasks: Sequence[torch.Tensor], count: int) -> torch.
     task = torch.repeat_interleave(
         torch.arange(len(states_of_tasks)), torch.tensor([len(states) for states in states_of_tasks])
     ).to(states.device)
-    found = torch.zeros(count, states.shape[1], device=states.device)
+    found = states.new_zeros(count, states.shape[1])
     if len(states_of_tasks) < 2:
         return found
     components = _principal_components(states)
     reduced = states @ components.T
-    means = torch.zeros(len(states_of_tasks), reduced.shape[1], device=states.device).index_add_(0, task, reduced)
+    means = reduced.new_zeros(len(states_of_tasks), reduced.shape[1]).index_add_(0, task, reduced)
     means /= torch.bincount(task)[:, None]
     whitening = _whitening(reduced - means[task], len(states) - len(states_of_tasks))
     between = (means - means.mean(0)) @ whitening
@@ -66,6 +66,6 @@ def _whitening(scatter: torch.Tensor, freedom: int) -> torch.Tensor:
     """(k, k): what brings the scatter within tasks, shrunk towards a sphere, to unit variance."""
     covariance = scatter.T @ scatter / max(1, freedom)
     size = covariance.diagonal().mean().clamp_min(_SCATTER_FLOOR)
-    identity = torch.eye(len(covariance), device=covariance.device)
+    identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     values, vectors = torch.linalg.eigh((1 - _SHRINKAGE) * covariance + _SHRINKAGE * size * identity)
     return vectors * values.rsqrt()

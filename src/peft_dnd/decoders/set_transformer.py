@@ -183,6 +183,8 @@ class SetTransformerDecoder(nn.Module):
     """
 
     reads_sets = True
+    head_modules = ("writer",)
+    head_settings = ("num_templates", "zero_init_output")
     _no_split_modules = ("SetTransformerBlock",)  # what FSDP shards and gathers one by one, and no device map splits
     center: torch.Tensor
     centered: torch.Tensor

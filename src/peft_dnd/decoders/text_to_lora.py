@@ -119,6 +119,8 @@ class TextToLoraDecoder(nn.Module):
     """
 
     reads_sets = True
+    head_modules = ("layer_encoder", "kind_encoder", "side_encoder", "heads")
+    head_settings = ("head_bias", "zero_init_output")
     _no_split_modules = ("ZeroHead",)  # what FSDP shards and gathers one by one, and no device map splits
 
     def __init__(

@@ -23,6 +23,8 @@ from ..storage.hub import hub_id
 # in ways of their own, where an adapter that was merely renamed would be silently wrong.
 _PERMUTED = frozenset({"llama"})  # rows of q and k, from halves to neighbours that are rotated together
 _AS_THEY_ARE = frozenset({"gemma2", "gemma3", "qwen2", "qwen3"})
+# Of single values in a header, each of which the reader keeps: a vocabulary of 250,000 words takes a million.
+_MOST_READS = 1 << 23
 SUPPORTED_ARCHITECTURES = tuple(sorted(_PERMUTED | _AS_THEY_ARE))
 
 
@@ -119,7 +121,7 @@ def read_gguf_base(base: PathLike, architecture: str | None = None) -> GgufBase:
 
 def _from_file(path: Path) -> GgufBase:
     try:
-        reader = _gguf().GGUFReader(path)
+        reader = _read_within_bounds(path)
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
         architecture = str(fields["general.architecture"])
         heads = fields[f"{architecture}.attention.head_count"]
@@ -131,8 +133,29 @@ def _from_file(path: Path) -> GgufBase:
             _one(fields.get(f"{architecture}.attention.head_count_kv", heads)),
             {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors},
         )
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError) as error:
-        raise CorruptFileError(f"{str(path)!r} is no readable GGUF file of a model ({error!r}).") from error
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError, RecursionError) as error:
+        raise CorruptFileError(f"{str(path)!r} is no readable GGUF file of a model ({error!r:.300}).") from error
+
+
+def _read_within_bounds(path: Path) -> Any:
+    """The `gguf` package's reader, which a count that lies does not keep busy until all memory is used."""
+    gguf = _gguf()
+
+    class Reader(gguf.GGUFReader):  # type: ignore[name-defined]
+        """It takes what it asks for beyond the file's end for an empty array, and goes on."""
+
+        reads = 0
+
+        def _get(self, offset: int, dtype: Any, count: Any = 1, *rest: Any, **named: Any) -> Any:
+            self.reads += 1
+            if self.reads > _MOST_READS:
+                raise ValueError("its header says more than that of any model")
+            found = super()._get(offset, dtype, count, *rest, **named)
+            if len(found) < int(count):
+                raise ValueError(f"it ends within what its header says to be at byte {offset}")
+            return found
+
+    return Reader(path)
 
 
 def _from_config(base: str, architecture: str | None) -> GgufBase:

@@ -97,7 +97,9 @@ class HttpClient:
     def _refused(self, error: HTTPError) -> EngineError:
         try:
             facts = json.loads(error.read(_MOST_JSON))
+            said = facts.get("error")  # as OpenAI's protocol has it
             detail = facts.get("detail") or facts.get("error_message")
+            detail = detail or (said.get("message") if isinstance(said, dict) else said)
         except (OSError, ValueError, AttributeError, RecursionError, HTTPException):
             detail = None
         said = f": {detail!s:.300}" if detail else ""

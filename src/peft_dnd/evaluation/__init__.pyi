@@ -18,4 +18,6 @@ from .report import EvaluationReport as EvaluationReport
 from .rows import PROTOCOL_ROWS as PROTOCOL_ROWS
 from .scorers import AnswerScorer as AnswerScorer
 from .scorers import LabelScorer as LabelScorer
+from .store_scores import StoreScorer as StoreScorer
+from .store_scores import score_store as score_store
 from .while_fitting import score_generated as score_generated

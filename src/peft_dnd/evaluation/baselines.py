@@ -18,6 +18,8 @@ from ..text.encoder import TextEncoder
 
 # Strengths of the penalty that are tried, as multiples of the mean eigenvalue of the kernel.
 _PENALTIES = tuple(10.0**power for power in range(-6, 4))
+# Embeddings that differ by less, relative to the largest number in them, differ by an encoder's rounding alone.
+_ROUNDING = 8 * float(np.finfo(np.float32).eps)
 
 
 def nearest_tasks(
@@ -48,7 +50,8 @@ class RidgeBaseline:
     tasks, whatever the size of an adapter.
 
     The penalty is chosen by leave-one-out on the training tasks alone: each is predicted from the others, and the
-    penalty with the least squared error of the scaled weights wins.
+    penalty with the least squared error of the scaled weights wins. Where all training tasks have the same prompts,
+    which then say nothing, what it writes is the mean adapter.
 
     Make one with [`fit`][RidgeBaseline.fit].
 
@@ -124,7 +127,9 @@ def _shares(embeddings: np.ndarray, new: np.ndarray, penalty: float) -> np.ndarr
 
     count, mean = len(embeddings), embeddings.mean(0)
     centred = embeddings - mean
-    strength = penalty * max(float((centred**2).sum()) / count, np.finfo(np.float64).tiny)
+    if np.abs(centred).max() <= _ROUNDING * np.abs(embeddings).max():
+        return np.full(count, 1 / count)
+    strength = penalty * float((centred**2).sum()) / count
     # Fitted to the identity: whatever the targets are, the prediction is this combination of them.
     ridge = KernelRidge(alpha=strength, kernel="linear").fit(centred, np.eye(count))
     of_deviations: np.ndarray = ridge.predict((new - mean)[None])[0]

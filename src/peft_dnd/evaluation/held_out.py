@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from ..adapters.generated_adapter import GeneratedAdapter
 from ..pairs.dataset import PromptCheckpointDataset
+from ..text.out_of_distribution import OutOfDistributionWarning
 from ..text.prompt_shapes import PromptsLike
 from ..text.prompts import ConditionText
 from ..text.prompts_and_answers import condition_texts
@@ -84,7 +86,10 @@ def write_adapter(generator: AdapterGenerator, texts: Sequence[str], *, seed: in
     """Have an adapter written from texts that are just what the generator reads, junk among them."""
     if _reads(generator)[0] != "prompts":
         texts = [ConditionText(text) for text in texts]
-    return generator.generate_adapter(list(texts), seed=seed)
+    with warnings.catch_warnings():
+        # That they are unlike the fitted tasks is what the protocol means to find out.
+        warnings.simplefilter("ignore", OutOfDistributionWarning)
+        return generator.generate_adapter(list(texts), seed=seed)
 
 
 def _reads(generator: AdapterGenerator) -> tuple[str, float]:

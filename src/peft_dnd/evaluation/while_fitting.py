@@ -31,7 +31,7 @@ def score_generated(
         `score`: mean over the tasks of their own adapters' scores; `shuffled_score`, if there are two tasks or more:
         mean score of each task with the adapter of the next one.
     """
-    adapters = generator.generate_adapters(prompts, seed=seed)
+    adapters = generator.generate_adapters(prompts, seed=seed, out_of_distribution="ignore")
     tasks = list(adapters)
     result = {"score": fmean(scorer(task, adapters[task]) for task in tasks)}
     if len(tasks) > 1:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The frozen base with generated adapters in place: one at a time, or many in one pass, each on its own rows.
 
-What is taken of it, loss or logits, is a differentiable function of LoRA matrices.
+What is taken of it, loss or logits, is a differentiable function of the adapters' tensors: LoRA's matrices, or what
+another of PEFT's methods trains.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _MOST_LOGITS = 2**26
 
 
 class AdaptedBase:
-    """A frozen base model in which LoRA matrices are put in place, of one adapter or of many.
+    """A frozen base model in which adapters' tensors are put in place, of one adapter or of many.
 
     The given model is not touched, not even for a moment: this is a copy of its structure that shares its weights, in
     evaluation mode, frozen, in its own dtype whatever mixed precision is in force. Nothing is merged or copied.
@@ -50,7 +51,8 @@ class AdaptedBase:
     Many adapters: the rows of all items go through the base together, each item's with its own A and B beside every
     adapted layer, and the head computes the logits that are asked for and no others. Where a model does not allow the
     one or the other, which its layers tell and a comparison on the first rows that come, items are taken one by one,
-    or all logits are computed; it is logged, and the results are the same.
+    or all logits are computed; it is logged, and the results are the same. Adapters of other methods than plain LoRA
+    are always taken one by one.
 
     Args:
         base_model: The base: a plain model, or a `PeftModel` whose active adapter has the layout.
@@ -67,7 +69,8 @@ class AdaptedBase:
     Raises:
         BaseModelMismatchError: If the layout does not fit the base model.
         LayoutError: If the `PeftModel`'s active adapter has another layout, or is merged.
-        GeneratorConfigError: If gradient checkpointing is asked of a model without transformers' layers for it.
+        GeneratorConfigError: If gradient checkpointing is asked of a model without transformers' layers for it, or
+            with an adapter that those layers read as keys and values.
     """
 
     def __init__(
@@ -82,13 +85,14 @@ class AdaptedBase:
     ) -> None:
         self.layout = layout
         self.tokens_per_pass = tokens_per_pass
-        self.model, self._slots = frozen_copy(base_model, layout, seed)
+        copied = frozen_copy(base_model, layout, seed)
+        self.model, self._tensors = copied.model, copied.tensors
         if gradient_checkpointing:
-            checkpoint_layers(self.model)
+            checkpoint_layers(self.model, layout)
         if device is not None and not hasattr(self.model, "hf_device_map"):
             self.model.to(device)
-        self._own = [slot.parameter for slot in self._slots]
-        self._layers = GroupedLayers(self._slots)
+        self._own = [tensor.value for tensor in self._tensors]
+        self._layers = GroupedLayers(copied.slots)
         self._head = head_of(self.model)
         self._vocabulary = _vocabulary(self.model)
         self._reading: dict[str, Any] = {
@@ -111,8 +115,8 @@ class AdaptedBase:
         return self._groups
 
     def initial_adapter(self) -> dict[str, torch.Tensor]:
-        """The matrices that the base brought along, float32 on the CPU: for a plain model B = 0 and a random A."""
-        return {slot.key: own.detach().cpu().float() for slot, own in zip(self._slots, self._own, strict=True)}
+        """The tensors that the base brought along, float32 on the CPU: for a plain model PEFT's own start."""
+        return {each.key: own.detach().cpu().float() for each, own in zip(self._tensors, self._own, strict=True)}
 
     def values(self, matrices: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """An adapter's matrices, or those of many with a batch axis, in the layout's order.
@@ -120,24 +124,24 @@ class AdaptedBase:
         Raises:
             LayoutError: If one is missing.
         """
-        missing = [slot.key for slot in self._slots if slot.key not in matrices]
+        missing = [each.key for each in self._tensors if each.key not in matrices]
         if missing:
             raise LayoutError(f"The adapter lacks {missing[0]!r}, which the base's adapter has.")
-        return [matrices[slot.key] for slot in self._slots]
+        return [matrices[each.key] for each in self._tensors]
 
     @contextmanager
     def in_place(self, matrices: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Within this context the copy's LoRA parameters are these matrices, in the layout's order.
+        """Within this context the copy's adapter consists of these tensors, in the layout's order.
 
         It does what `torch.func.functional_call` does, but for any function of the model and for its backward pass.
         """
         try:
-            for slot, own, matrix in zip(self._slots, self._own, matrices, strict=True):
-                slot.holder._parameters[slot.name] = matrix.to(own.device, own.dtype)  # type: ignore[assignment]
+            for each, own, matrix in zip(self._tensors, self._own, matrices, strict=True):
+                each.put(matrix.to(own.device, own.dtype))
             yield
         finally:
-            for slot, own in zip(self._slots, self._own, strict=True):
-                slot.holder._parameters[slot.name] = own
+            for each, own in zip(self._tensors, self._own, strict=True):
+                each.put(own)
 
     def losses(
         self,
@@ -215,7 +219,7 @@ class AdaptedBase:
     ) -> torch.Tensor:
         """The items' losses. Their gradients, which do not depend on each other, are added to the given tensors."""
         counts = torch.stack([wanted.sum() for wanted in at]).to(self.device)
-        total = torch.zeros(len(at), device=self.device)
+        total = torch.zeros(len(at), device=self.device, dtype=torch.float32)  # whatever torch's default is
 
         def take(part: Pass) -> None:
             leaves = [value.detach().requires_grad_(gradients is not None) for value in self._share(values, part)]
@@ -301,9 +305,11 @@ class AdaptedBase:
         self._compared = True
         chance = torch.Generator().manual_seed(0)
         values = [
-            torch.randn(2, *tensor.shape, generator=chance).mul_(tensor.long_size**-0.5)
+            torch.randn(2, *tensor.shape, generator=chance, dtype=torch.float32).mul_(tensor.long_size**-0.5)
             for tensor in self.layout.tensors
         ]
+        if not self.layout.modules:  # LoRA's matrices may be anything; what others train stays near where it began
+            values = [value + own.detach().cpu() for value, own in zip(values, self._own, strict=True)]
         groups, head, self._groups, self._head = self._groups, self._head, False, None
         expected = self._ordered_logits(values, few)
         if head is not None:
@@ -331,7 +337,7 @@ class AdaptedBase:
     def _ordered_logits(self, values: Sequence[torch.Tensor], few: list[Any]) -> torch.Tensor:
         """The logits of one or two items' rows, each with one of two adapters, in the order of their places."""
         batches, at = zip(*(few if len(few) > 1 else few * 2), strict=True)
-        matrices = dict(zip((slot.key for slot in self._slots), values, strict=True))
+        matrices = dict(zip((each.key for each in self._tensors), values, strict=True))
         found = list(self.logits_at(matrices, batches, at))
         order = torch.cat([places.order() for places, _ in found]).argsort()
         return torch.cat([logits for _, logits in found])[order]

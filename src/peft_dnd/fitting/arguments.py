@@ -10,10 +10,12 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from ..errors import GeneratorConfigError
+from ..generator.revisions import MOST_POINTS_LOST
 
 
 LOSS_WEIGHTINGS = ("between_task", "within_task", "none")
 WEIGHT_LOSSES = ("factors", "delta_weights")
+REPLAY_TARGETS = ("checkpoints", "former_self")
 
 
 @dataclass
@@ -39,6 +41,20 @@ class DnDTrainingArguments(TrainingArguments):
         task_sampling_exponent: How often a task comes in an epoch, which has as many items as there are checkpoints:
             in proportion to the number of its own to this power. 1: each checkpoint once; 0: all tasks alike, however
             few checkpoints some have; between, as languages are sampled for multilingual models.
+        mixture_share: How many of the items are mixtures of two tasks, from 0 to 1: a set of prompts of both, whose
+            target lies between their adapters, and rows of both in the same shares. A regulariser where tasks are few;
+            see [`MixtureCollator`][peft_dnd.pairs.MixtureCollator]. For plain LoRA.
+        replay_share: Where a fitted generator goes on: the share of the items that are earlier tasks from its replay
+            store, all of them alike. 0: none are replayed, and what is not in the new pairs will be forgotten.
+        replay_targets: What replayed tasks are held against. `"checkpoints"`: the mean of each one's checkpoints,
+            as the store has it, or, where there was no room for that, what the generator itself wrote before the
+            update; `"former_self"`: always the latter.
+        replay_store_share: How large the replay store that is kept of the fitted tasks may be, in relation to the
+            pairs, from 0 to 1. 0: none is kept.
+        replay_store_prompts: How many texts it keeps of each task at most.
+        replay_store_bytes: How large it may be altogether, whatever the pairs' size; no bound by default.
+        most_points_lost: How many points of 100 an update may have lost in the mean over the earlier tasks of the
+            store and still be uploaded; `None` turns the check off.
         prompt_states_dir: A folder where what the text encoder gives for the tasks' prompts is kept, so that a run
             that goes on, or another one on the same tasks, need not read them again. Worth its space where the
             encoder is slow: 4 bytes a number, so 1.5 kB a token of all-MiniLM-L6-v2. By default they are kept in
@@ -88,6 +104,23 @@ class DnDTrainingArguments(TrainingArguments):
     task_sampling_exponent: float = field(
         default=1.0, metadata={"help": "Tasks come in proportion to their checkpoints to this power, 0 to 1."}
     )
+    mixture_share: float = field(
+        default=0.0, metadata={"help": "How many items are mixtures of two tasks, 0 to 1; 0: none."}
+    )
+    replay_share: float = field(
+        default=0.5, metadata={"help": "Share of the items that replay earlier tasks; 0: none."}
+    )
+    replay_targets: Literal["checkpoints", "former_self"] = field(
+        default="checkpoints", metadata={"help": f"What replayed tasks are held against, one of {REPLAY_TARGETS}."}
+    )
+    replay_store_share: float = field(
+        default=0.1, metadata={"help": "Size of the replay store in relation to the pairs; 0: none is kept."}
+    )
+    replay_store_prompts: int = field(default=64, metadata={"help": "Most texts of a task in the replay store."})
+    replay_store_bytes: int | None = field(default=None, metadata={"help": "Most bytes of the replay store."})
+    most_points_lost: float | None = field(
+        default=MOST_POINTS_LOST, metadata={"help": "Points that an update may lose and be uploaded; None: any."}
+    )
     prompt_states_dir: str | None = field(
         default=None,
         metadata={"help": "Folder that keeps what the text encoder gives, for other runs; default: none."},
@@ -123,6 +156,14 @@ class DnDTrainingArguments(TrainingArguments):
             raise GeneratorConfigError(
                 f"task_sampling_exponent must be from 0 to 1, got {self.task_sampling_exponent}."
             )
+        if not 0 <= self.mixture_share <= 1:
+            raise GeneratorConfigError(f"mixture_share must be from 0 to 1, got {self.mixture_share}.")
+        if not 0 <= self.replay_share < 1:
+            raise GeneratorConfigError(f"replay_share must be at least 0 and less than 1, got {self.replay_share}.")
+        if not 0 <= self.replay_store_share <= 1:
+            raise GeneratorConfigError(f"replay_store_share must be from 0 to 1, got {self.replay_store_share}.")
+        if self.replay_targets not in REPLAY_TARGETS:
+            raise GeneratorConfigError(f"replay_targets must be one of {REPLAY_TARGETS}, got {self.replay_targets!r}.")
         if self.weight_loss not in WEIGHT_LOSSES:
             raise GeneratorConfigError(f"weight_loss must be one of {WEIGHT_LOSSES}, got {self.weight_loss!r}.")
         for name in ("task_loss_weight", "distillation_weight", "rebuild_steps", "rebuild_weight"):
@@ -130,7 +171,10 @@ class DnDTrainingArguments(TrainingArguments):
                 raise GeneratorConfigError(f"{name} must be at least 0, got {getattr(self, name)}.")
         if self.prompt_pool_size is not None and self.prompt_pool_size < 1:
             raise GeneratorConfigError(f"prompt_pool_size must be at least 1, got {self.prompt_pool_size}.")
-        for name in ("task_examples", "task_tokens_per_pass"):
+        for name in ("replay_store_bytes", "most_points_lost"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise GeneratorConfigError(f"{name} must be at least 0, or None; got {getattr(self, name)}.")
+        for name in ("task_examples", "task_tokens_per_pass", "replay_store_prompts"):
             if getattr(self, name) < 1:
                 raise GeneratorConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.remove_unused_columns:

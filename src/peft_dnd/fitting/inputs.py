@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch.utils.data import Sampler
 from ..errors import GeneratorConfigError, PairsFolderError
 from ..generator.modeling import PromptConditionedLoraGenerator
 from ..pairs.dataset import PromptCheckpointDataset
+from ..pairs.mixtures import MixtureCollator
 from .arguments import DnDTrainingArguments
 
 
 # An item that comes again within an epoch is that of an epoch which is never reached.
-_EPOCHS_APART = 2**24
+EPOCHS_APART = 2**24
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -57,19 +58,35 @@ class TemperedSampler(EpochSampler):
     than they would, and frequent ones less, as languages do in XLM (arXiv 1901.07291, section 3.1). A task's items
     come in random order, all of them before one comes again; when it does, it has another seed.
 
+    Tasks that are replayed get a share of their own, in which all are alike; then there are as many items more.
+
     Args:
         tasks: The task of each item of the data set.
         exponent: From 0 to 1.
         seed: As for [`EpochSampler`].
+        replayed: Which tasks are replayed.
+        share: The share of the items that is theirs, less than 1.
     """
 
-    def __init__(self, tasks: Sequence[str], exponent: float, seed: int) -> None:
-        super().__init__(len(tasks), seed)
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        exponent: float,
+        seed: int,
+        *,
+        replayed: Collection[str] = (),
+        share: float = 0.0,
+    ) -> None:
+        others = sum(task not in replayed for task in tasks)
+        super().__init__(round(others / (1 - share)) if replayed else len(tasks), seed)
         items: dict[str, list[int]] = {}
         for number, task in enumerate(tasks):
             items.setdefault(task, []).append(number)
         self._items = [torch.tensor(numbers) for numbers in items.values()]
         weights = torch.tensor([float(len(numbers)) for numbers in self._items], dtype=torch.float64) ** exponent
+        if replayed:
+            again = torch.tensor([task in replayed for task in items])
+            weights = torch.where(again, share / again.sum(), (1 - share) * weights / weights[~again].sum())
         self._bounds = torch.cat([torch.zeros(1, dtype=torch.float64), weights.cumsum(0) / weights.sum() * self.size])
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -80,7 +97,7 @@ class TemperedSampler(EpochSampler):
         for items, count in zip(self._items, bounds.diff().tolist(), strict=True):
             for visit in range(-(-count // len(items))):
                 few = items[torch.randperm(len(items), generator=draw)][: count - visit * len(items)]
-                drawn += [(self.epoch + visit * _EPOCHS_APART, number) for number in few.tolist()]
+                drawn += [(self.epoch + visit * EPOCHS_APART, number) for number in few.tolist()]
         return (drawn[i] for i in torch.randperm(len(drawn), generator=draw).tolist())
 
 
@@ -107,6 +124,26 @@ def check_kinds(model: object, args: object, *datasets: object) -> None:
                 f"DnDTrainer needs a data set, got the name {str(dataset)!r}. Read the pairs folder with "
                 "PromptCheckpointDataset.from_folder."
             )
+
+
+def with_mixtures(
+    collate: Any, dataset: Any, args: DnDTrainingArguments, model: PromptConditionedLoraGenerator
+) -> Any:
+    """A collator that mixes tasks before this one, if the arguments ask for it.
+
+    Raises:
+        GeneratorConfigError: If nothing can be mixed: one task, sets of one prompt, or another kind of data set.
+        LayoutError: If the adapters are no plain LoRA, between which nothing is defined here.
+    """
+    if args.mixture_share == 0 or dataset is None:
+        return collate
+    if not isinstance(dataset, PromptCheckpointDataset) or model.config.num_prompts < 2:
+        raise GeneratorConfigError(
+            "mixture_share above 0 needs a PromptCheckpointDataset and a generator that reads at least 2 prompts; got "
+            f"{type(dataset).__name__} and num_prompts={model.config.num_prompts}. Set mixture_share=0."
+        )
+    model.config.adapter_layout.check_plain_lora("A mixture of tasks")
+    return MixtureCollator(collate, dataset, args.mixture_share)
 
 
 def use_one_gpu(args: DnDTrainingArguments) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..adapters.factors import delta_weight_mse
+from ..adapters.method_layout import MethodLayout
 from ..adapters.tokenizer import denormalized, weight_statistics
 from ..decoders import PartialDecoder
 from ..errors import GeneratorConfigError, LayoutError, PairsFolderError
@@ -179,7 +180,7 @@ class FittingObjective:
             from the NaN that a generator which diverged gives.
         """
         targets, known, examples = supervision.targets, supervision.has_target, supervision.examples
-        losses = torch.full((len(tokens), len(LOSSES)), torch.nan, device=tokens.device)
+        losses = torch.full((len(tokens), len(LOSSES)), torch.nan, dtype=torch.float32, device=tokens.device)
         mean = torch.zeros_like(tokens)
         if targets is not None:
             target = self.generator.normalization.normalize(targets)
@@ -326,10 +327,15 @@ def _task_loss(
             f"{name} is {getattr(args, name):g}, so DnDTrainer needs base_model=..., the frozen base "
             "whose loss is taken; or set {name}=0."
         )
-    generator.config.adapter_layout.check_plain_lora("A loss of the base")
+    layout = generator.config.adapter_layout
+    if args.distillation_weight > 0 and isinstance(layout, MethodLayout) and layout.is_soft_prompt:
+        raise LayoutError(
+            f"Distillation is taken at the places of a prompt's tokens, and a {layout.method} adapter stands before "
+            "them. Set distillation_weight=0 and use task loss, or fit adapters of another method."
+        )
     return TaskLoss(
         base_model,
-        generator.config.adapter_layout,
+        layout,
         function,
         gradient_checkpointing=args.base_gradient_checkpointing,
         device=args.device,

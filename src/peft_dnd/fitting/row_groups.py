@@ -96,10 +96,10 @@ class GroupedLayers:
     """
 
     def __init__(self, slots: Sequence[MatrixSlot]) -> None:
+        self.refusal: str | None = None if slots else "only plain LoRA's adapters can share a pass"
         self._layers: list[Any] = [slot.layer for slot in slots[::2]]
         self._owns = [slot.parameter for slot in slots]
         self._updates: list[_Update] = []
-        self.refusal: str | None = None
         for layer, slot in zip(self._layers, slots[::2], strict=True):
             try:
                 self._updates.append(_update_of(layer))

@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from ..adapters.layout import AdapterLayout
+from ..adapters.method_layout import MethodLayout
 from ..errors import GeneratorConfigError
 from .adapted_base import AdaptedBase, of_item
 from .chosen_places import output_of
@@ -33,12 +34,13 @@ _ADVICE = "Check the task_loss_function, and that it computes with the model tha
 
 
 class TaskLoss:
-    """The base model's loss on batches of tasks' examples, as a differentiable function of LoRA matrices.
+    """The base model's loss on batches of tasks' examples, as a differentiable function of an adapter's tensors.
 
     The given model is not touched; see [`AdaptedBase`]. Of one adapter the loss is what PEFT's own forward pass gives,
-    for every kind of module that LoRA adapts. Of many it is taken in passes that many adapters share, with the same
-    result, where the base's own loss is the mean cross-entropy of its logits at the labels, as it is of language
-    models; the first batch tells. Otherwise, and with a loss function, it is taken item by item.
+    for every kind of module that LoRA adapts, and for every method of PEFT's of which there is a layout. Of many LoRA
+    adapters it is taken in passes that they share, with the same result, where the base's own loss is the mean
+    cross-entropy of its logits at the labels, as it is of language models; the first batch tells. Otherwise, and with
+    a loss function, it is taken item by item.
 
     The gradient with respect to the matrices is taken within the call, while they are in place, and kept in the graph:
     the activations of only one pass are held at a time, however many items are in a step. Gradients of the gradient
@@ -61,7 +63,8 @@ class TaskLoss:
     Raises:
         BaseModelMismatchError: If the layout does not fit the base model.
         LayoutError: If the `PeftModel`'s active adapter has another layout, or is merged.
-        GeneratorConfigError: If gradient checkpointing is asked of a model without transformers' layers for it.
+        GeneratorConfigError: If gradient checkpointing is asked of a model without transformers' layers for it, or
+            with an adapter that those layers read as keys and values.
     """
 
     def __init__(
@@ -84,7 +87,8 @@ class TaskLoss:
             tokens_per_pass=tokens_per_pass,
         )
         self._loss_function = loss_function or default_loss
-        self._shares = loss_function is None
+        # A soft prompt's labels and logits have other places than those of the batch.
+        self._shares = loss_function is None and not (isinstance(layout, MethodLayout) and layout.is_soft_prompt)
         self._shift: int | None = None
 
     @property

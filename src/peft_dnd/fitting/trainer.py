@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +18,35 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from ..adapters.generated_adapter import GeneratedAdapter
 from ..decoders import CenteredDecoder
-from ..evaluation import EvaluationReport, score_generated
+from ..errors import GeneratorConfigError
+from ..evaluation import EvaluationReport, StoreScorer, score_generated
 from ..generator.checksums import checked_meanwhile
 from ..generator.configuration import TEXT_ENCODER_FOLDER
 from ..generator.model_card import EVALUATION
 from ..generator.modeling import PromptConditionedLoraGenerator
-from ..pairs.collator import DistillationCollator, ExampleCollator, ExamplesBesidePairs, PromptCheckpointCollator
+from ..pairs.collator import ExamplesBesidePairs
 from ..pairs.dataset import PromptCheckpointDataset
+from ..pairs.several_bases import CollatorOfBases, PairsOfBases
 from ..storage.cards import CARD_NAME, may_write_card
 from ..storage.files import write_text
 from ..storage.processes import agree, check_sharding, separate_noise
-from ..text.embedding_cache import PromptEmbeddingCache
 from ..text.out_of_distribution import FEWEST_TASKS
 from ..text.sentence_transformer_encoder import SentenceTransformerTextEncoder
 from .arguments import DnDTrainingArguments
-from .inputs import EpochSampler, TemperedSampler, as_asked, check_kinds, use_one_gpu
+from .inputs import EpochSampler, TemperedSampler, check_kinds, use_one_gpu, with_mixtures
 from .losses import add_noise
-from .objective import LOSSES, FittingObjective, Supervision, check_dataset
+from .objective import LOSSES, check_dataset
+from .replay import Replay, StoreKeeper
+from .several_bases import sampler_of_bases, split_off
+from .sides import FittingSides
 from .task_loss import LossFunction
 from .uploads import UploadingTrainer
 
 
 logger = logging.getLogger(__name__)
+
+# Of a generator of several bases, for each base by its name.
+Datasets = PromptCheckpointDataset | Mapping[str, PromptCheckpointDataset]
 
 
 class DnDTrainer(UploadingTrainer):
@@ -62,6 +68,10 @@ class DnDTrainer(UploadingTrainer):
     the states differ by about 1e-5 from those that the generator will read on the CPU, which is why it is not done
     unasked.
 
+    A generator that was fitted before goes on: the pairs are new tasks, and those before them are replayed from the
+    store in the generator's folder, as `args.replay_share` says, so that they are not forgotten. Every fit brings the
+    store up to date, and adds a [`Revision`] to the generator's card: what became of the earlier tasks.
+
     On a machine with several GPUs one process fits on the first of them. Start one process for each GPU to use them
     all: `torchrun --nproc_per_node=N fit.py`.
 
@@ -73,19 +83,21 @@ class DnDTrainer(UploadingTrainer):
     Args:
         model: The generator.
         args: The arguments.
-        train_dataset: The training pairs.
-        eval_dataset: Pairs of held-out tasks.
+        train_dataset: The training pairs; for a generator of several bases a dictionary, base's name -> its pairs.
+        eval_dataset: Pairs of held-out tasks, likewise.
         adapter_scorer: `(task name, adapter) -> score`, larger is better: what adapters generated for the held-out
             tasks are worth. Evaluation then reports the mean score, and beside it the mean score of adapters generated
             from another held-out task's prompts, because an error in weights says little of either.
         base_model: The frozen base, for task loss: a plain model, or a `PeftModel` whose active adapter has the
-            generator's layout. It is not changed.
+            generator's layout. It is not changed. Of several bases a dictionary; so is `token_weight`.
         task_collator: Makes the base's batch of a list of examples, rows of `examples.jsonl`; an [`ExampleCollator`]
             by default, which pads lists of numbers.
         task_loss_function: `(model, batch) -> loss` for bases whose forward gives none; `model(**batch).loss` by
             default. It must compute with the model that it is given, which has the generated adapter in place.
         token_weight: What each token weighs in the weight loss, (N_w,), in place of what `args.loss_weighting` gives;
             [`published_token_weights`] reads it from a released generator's file.
+        store_scorer: `(task name, adapter) -> score` from 0 to 1, larger is better: what an update is judged by on the
+            tasks of the generator's store, in place of the distance between written and stored adapters.
         callbacks: As for `Trainer`.
         optimizers: As for `Trainer`.
 
@@ -97,65 +109,56 @@ class DnDTrainer(UploadingTrainer):
     """
 
     args: DnDTrainingArguments
-    objective: FittingObjective
+    objective: Any
 
     def __init__(
         self,
         model: PromptConditionedLoraGenerator,
         args: DnDTrainingArguments | None = None,
-        train_dataset: PromptCheckpointDataset | None = None,
-        eval_dataset: PromptCheckpointDataset | None = None,
+        train_dataset: Datasets | None = None,
+        eval_dataset: Datasets | None = None,
         *,
         adapter_scorer: Callable[[str, GeneratedAdapter], float] | None = None,
-        base_model: nn.Module | None = None,
+        base_model: nn.Module | Mapping[str, nn.Module] | None = None,
         task_collator: Callable[[Sequence[Mapping[str, Any]]], Any] | None = None,
         task_loss_function: LossFunction | None = None,
         token_weight: torch.Tensor | None = None,
+        store_scorer: StoreScorer | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = DnDTrainingArguments(output_dir="generator") if args is None else args
         check_kinds(model, args, train_dataset, eval_dataset)
         use_one_gpu(args)
-        train_dataset = as_asked(train_dataset, args, model, args.prompt_pool_size)
-        eval_dataset = as_asked(eval_dataset, args, model)
-        for what, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            check_dataset(model, args, dataset, what)
+        sides = FittingSides(model, args)
+        train_dataset = sides.pairs(train_dataset, "train_dataset", args.prompt_pool_size)
+        eval_dataset = sides.pairs(eval_dataset, "eval_dataset")
+        if adapter_scorer is not None and model.config.bases:
+            raise GeneratorConfigError(
+                "An adapter_scorer is for one base. Score each by a trainer of generator.for_base(name)."
+            )
+        # A store is of one base's adapters: several have none, and in a head's own fit nothing else changes.
+        alone = isinstance(train_dataset, PromptCheckpointDataset) and model.whole is None
+        new_pairs: Any = train_dataset if alone else None
+        self.replay = Replay.of(model, args, new_pairs)
+        if self.replay is not None:
+            train_dataset = self.replay.pairs
+            check_dataset(model, args, train_dataset, "train_dataset")
         self.generator = model
-        self.pairs = train_dataset
+        self.pairs: Any = train_dataset
         self.adapter_scorer = adapter_scorer
-        self.embeddings = PromptEmbeddingCache(
-            model.text_encoder, read=model.read_states, folder=args.prompt_states_dir
-        )
-        self._collator = PromptCheckpointCollator(
-            self.embeddings,
-            model.weight_tokenizer,
-            num_prompts=model.config.num_prompts,
-            max_length=model.config.max_prompt_length,
-            encode=model.config.freeze_text_encoder,
-            reads_sets=model.decoder.reads_sets,
-            smallest_set=args.smallest_prompt_set,
-        )
-        # What is measured is the generator with as many prompts as it will be used with.
-        self._eval_collator = replace(self._collator, smallest_set=0)
+        sides.build(base_model, task_loss_function, token_weight, task_collator)
+        self._sides = sides
         self._projection = getattr(model.decoder, "length_projection", None)
         if self._projection is not None:
             self._projection.noise = args.condition_noise  # where the paper's code adds it
-        self.objective = FittingObjective(model, args, base_model, task_loss_function, token_weight=token_weight)
-        data_collator: Any = self._collator
-        self._eval_data_collator: Any = self._eval_collator
-        base = self.objective.task_loss
-        for name, weight, kind in (
-            ("examples", args.task_loss_weight, ExampleCollator),
-            ("distillation", args.distillation_weight, DistillationCollator),
-        ):
-            if base is not None and weight > 0:
-                collate = (task_collator if name == "examples" else None) or kind.for_model(base.model)
-                data_collator = ExamplesBesidePairs(data_collator, args.task_examples, collate, name)
-                self._eval_data_collator = ExamplesBesidePairs(
-                    self._eval_data_collator, args.task_examples, collate, name
-                )
-        if args.ddp_find_unused_parameters is None and model.config.freeze_text_encoder:
+        self.embeddings = sides.embeddings
+        read = self.embeddings if model.config.freeze_text_encoder else None
+        self._store_keeper = StoreKeeper(model, args, new_pairs, self.replay, store_scorer, read)
+        self.objective = sides.objective
+        data_collator: Any = with_mixtures(sides.collator, train_dataset, args, model)
+        self._eval_data_collator: Any = sides.eval_collator
+        if args.ddp_find_unused_parameters is None and model.config.freeze_text_encoder and not model.config.bases:
             args.ddp_find_unused_parameters = False  # every parameter of a decoder has a part in every loss
         if args.push_to_hub:
             model.names_for_others()  # warns now, rather than when all is fitted, of what others will lack
@@ -176,9 +179,11 @@ class DnDTrainer(UploadingTrainer):
         """Fit the generator; arguments as for `Trainer.train`, `resume_from_checkpoint` for one."""
         self._prepare()
         self._keep_prompts()
+        self._store_keeper.begin()
         self.generator.config.measured.pop(EVALUATION, None)  # it was of the generator as it was before
         separate_noise(self.args)
-        output = super().train(*args, **kwargs)
+        with self.generator.head_alone():  # if it shares the rest with other bases
+            output = super().train(*args, **kwargs)
         if not self.generator.config.freeze_text_encoder:
             self._keep_prompts()  # as they are read now
         self._name_data()
@@ -191,6 +196,7 @@ class DnDTrainer(UploadingTrainer):
                 "training loss": output.training_loss,
             }
         )
+        self._store_keeper.end(self.state.global_step)
         return output
 
     def _name_data(self) -> None:
@@ -224,8 +230,7 @@ class DnDTrainer(UploadingTrainer):
             and `eval_task_loss`, beside `eval_mean_adapter_task_loss`.
         """
         self._prepare()
-        dataset = as_asked(self.eval_dataset if eval_dataset is None else eval_dataset, self.args, self.generator)
-        check_dataset(self.generator, self.args, dataset, "eval_dataset")
+        dataset = self._sides.pairs(self.eval_dataset if eval_dataset is None else eval_dataset, "eval_dataset")
         metrics = super().evaluate(dataset, ignore_keys, metric_key_prefix)
         if self.adapter_scorer is not None and isinstance(dataset, PromptCheckpointDataset):
             prompts = {task: dataset.prompts(task) for task in dataset.tasks}
@@ -251,9 +256,11 @@ class DnDTrainer(UploadingTrainer):
 
         See [`FittingObjective`].
         """
-        condition, supervision = Supervision.split_off(inputs)
-        if model.training and self._projection is None and "condition_states" in condition:
-            condition["condition_states"] = add_noise(condition["condition_states"], self.args.condition_noise)
+        condition, supervision = split_off(inputs)
+        if model.training and self._projection is None:
+            for of_base in condition.get("by_base", {"": condition}).values():
+                if "condition_states" in of_base:
+                    of_base["condition_states"] = add_noise(of_base["condition_states"], self.args.condition_noise)
         tokens = model(**condition)
         loss = self.objective.loss(tokens, supervision, self.state.global_step)
         return (loss, tokens) if return_outputs else loss
@@ -266,7 +273,7 @@ class DnDTrainer(UploadingTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """One batch of evaluation; the predictions are each item's losses, beside those of the mean adapter."""
-        condition, supervision = Supervision.split_off(self._prepare_inputs(inputs))
+        condition, supervision = split_off(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = self.objective.item_losses(model(**condition), supervision)
         known = supervision.known(len(losses), losses.device)
@@ -306,27 +313,37 @@ class DnDTrainer(UploadingTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[tuple[int, int]] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, PairsOfBases):
+            return sampler_of_bases(dataset, self._sampler_of)
+        return self._sampler_of(dataset) if isinstance(dataset, PromptCheckpointDataset) else None
+
+    def _sampler_of(self, pairs: PromptCheckpointDataset) -> EpochSampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        if not isinstance(dataset, PromptCheckpointDataset):
-            return None
-        if self.args.task_sampling_exponent == 1.0:
-            return EpochSampler(len(dataset), seed)
-        return TemperedSampler(dataset.item_tasks, self.args.task_sampling_exponent, seed)
+        exponent = self.args.task_sampling_exponent
+        if self.replay is not None and pairs is self.replay.pairs:
+            old, share = frozenset(self.replay.tasks), self.replay.share
+            return TemperedSampler(pairs.item_tasks, exponent, seed, replayed=old, share=share)
+        if exponent == 1.0:
+            return EpochSampler(len(pairs), seed)
+        return TemperedSampler(pairs.item_tasks, exponent, seed)
 
     def _prepare(self) -> None:
+        if self.replay is not None:
+            self.replay.prepare()
         if self.pairs is not None:
             self.objective.prepare(self.pairs, self._some_batches)
-        if self._collator.encode:
-            for collator, dataset in ((self._collator, self.pairs), (self._eval_collator, self.eval_dataset)):
-                if isinstance(dataset, PromptCheckpointDataset):
+        reading = self._sides.reading
+        if reading.encode:
+            for collator, dataset in ((reading, self.pairs), (self._sides.eval_reading, self.eval_dataset)):
+                if isinstance(dataset, PromptCheckpointDataset | PairsOfBases):
                     collator.warm_up(dataset)
             decoder = self.generator.decoder
             if self.pairs is not None and isinstance(decoder, CenteredDecoder) and not decoder.centered:
-                decoder.center_on(self._collator.states_of_tasks(self.pairs))
+                decoder.center_on(reading.states_of_tasks(self.pairs))
 
-    def _some_batches(self) -> list[Any]:
-        collator: Any = self.data_collator
-        return collator.some(self.pairs) if isinstance(collator, ExamplesBesidePairs) else []
+    def _some_batches(self) -> Any:
+        collator: Any = self._eval_data_collator
+        return collator.some(self.pairs) if isinstance(collator, ExamplesBesidePairs | CollatorOfBases) else []
 
     def _keep_prompts(self) -> None:
         if self.pairs is not None and len(self.pairs.tasks) >= FEWEST_TASKS:

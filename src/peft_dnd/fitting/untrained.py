@@ -58,7 +58,7 @@ def untrained_statistics(
         rows = initial[a.key].flatten(1).float().norm(dim=1).square().mean().sqrt().item()
         scaling = layout.scaling(module)
         scales.append(known[1] / (module.rank**0.5 * scaling * known[0] * rows))
-    return tokenizer.encode(initial), torch.tensor(scales)[tokenizer.tensor_index()]
+    return tokenizer.encode(initial), torch.tensor(scales, dtype=torch.float32)[tokenizer.tensor_index()]
 
 
 @torch.no_grad()

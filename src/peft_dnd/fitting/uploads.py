@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,14 @@ from transformers.utils.hub import PushInProgress
 from ..generator.configuration import TEXT_ENCODER_FOLDER, PromptConditionedLoraGeneratorConfig
 from ..generator.model_card import generator_card
 from ..generator.modeling import PromptConditionedLoraGenerator
+from ..generator.revisions import check_regression
 from ..generator.summary import SUMMARY_NAME, renew_sizes
+from ..pairs.replay_store import STORE_NAME
 from ..storage.cards import CARD_NAME, may_write_card
-from ..storage.checksums import CHECKSUMS_NAME
+from ..storage.checksums import CHECKSUMS_NAME, Checksums
 from ..storage.hub import GENERATOR_FILES
 from ..text.out_of_distribution import REFERENCE_NAME
+from .arguments import DnDTrainingArguments
 
 
 # Never uploaded: they name this machine's folders, resuming does not read them, and one is a pickle.
@@ -40,14 +44,16 @@ class UploadingTrainer(Trainer):
     That is the configuration without names of this machine's folders, the weights, the model card, the prompts kept
     of the fitted tasks, and the text encoder, if it is carried. Nothing else of the output folder is uploaded, the
     training arguments least of all. When and where to is decided as by `Trainer`, by `hub_strategy` and the other
-    arguments for the Hub.
+    arguments for the Hub; an update of a fitted generator only when it is done, unless `most_points_lost` is `None`.
 
     With `hub_strategy="checkpoint"` or `"all_checkpoints"` the checkpoint's folder is uploaded besides, for resuming.
     The states of the optimiser, the schedule and the random numbers in it are pickles, as `Trainer` writes them, and
     `trainer_state.json` may name folders of this machine. Use another strategy for what others are to load.
     """
 
+    args: DnDTrainingArguments
     generator: PromptConditionedLoraGenerator
+    replay: Any = None
     push_in_progress: Any = None
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
@@ -84,7 +90,10 @@ class UploadingTrainer(Trainer):
             DestinationError: If the output folder is no place to save to.
             SavingError: If saving fails.
             HfHubHTTPError: If the Hub refuses the upload.
+            RegressionError: If the generator's last update lost more than `args.most_points_lost`.
         """
+        if self.args.most_points_lost is not None:
+            check_regression(self.generator.config.measured, self.args.most_points_lost)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token if token is not None else self.args.hub_token
         if self.hub_model_id is None:  # args.push_to_hub is off
@@ -117,11 +126,15 @@ class UploadingTrainer(Trainer):
         message = f"Training in progress, {when}"
         checkpoint = Path(checkpoint_folder)
         common: dict[str, Any] = {"token": args.hub_token, "revision": args.hub_revision, "run_as_future": True}
-        jobs = [self._upload(checkpoint, commit_message=message, **common)]
+        # What becomes of the earlier tasks is judged when an update is done, and nothing of it is published before.
+        unjudged = self.replay is not None and args.most_points_lost is not None
+        jobs = [] if unjudged else [self._upload(checkpoint, commit_message=message, **common)]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             place = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
             message += ", checkpoint"
             jobs.append(self._upload(checkpoint, to_resume=place, commit_message=message, **common))
+        if not jobs:
+            return
         if busy and self.push_in_progress is not None:
             self.push_in_progress.jobs.extend(jobs)
         else:
@@ -153,7 +166,7 @@ class UploadingTrainer(Trainer):
         return job
 
     def _public_card(self, config: PromptConditionedLoraGeneratorConfig) -> str:
-        size = sum(parameter.numel() for parameter in self.generator.decoder.parameters())
+        size = self.generator.num_decoder_parameters()
         return generator_card(
             config, num_parameters=size, measured=self.generator.config.measured, name=self.hub_model_id
         )
@@ -177,6 +190,8 @@ class UploadingTrainer(Trainer):
                     warnings.simplefilter("ignore", UserWarning)
                 names = self.generator.names_for_others()
             _rename(config, names, staged / CONFIG_NAME)
+            if not whole:
+                _forget_store(staged)
             renew_sizes(staged)
             if not may_write_card(output):
                 (staged / CARD_NAME).unlink(missing_ok=True)
@@ -198,7 +213,15 @@ def _of_generator(name: str, config: PromptConditionedLoraGeneratorConfig) -> bo
     return weights or name in (CONFIG_NAME, CARD_NAME, CHECKSUMS_NAME, REFERENCE_NAME, SUMMARY_NAME)
 
 
-def _rename(config: PromptConditionedLoraGeneratorConfig, names: Mapping[str, str | None], path: Path) -> None:
+def _forget_store(folder: Path) -> None:
+    """Take the replay store, which stays here, out of a folder's checksums."""
+    checksums = Checksums.read(folder)
+    if checksums is not None and STORE_NAME in checksums.files:
+        files = {name: value for name, value in checksums.files.items() if name != STORE_NAME}
+        replace(checksums, files=files).write(folder)
+
+
+def _rename(config: PromptConditionedLoraGeneratorConfig, names: Mapping[str, Any], path: Path) -> None:
     """Change a configuration's names in its file, of which all else stays as it was saved."""
     before = config.to_dict()
     for name, value in names.items():

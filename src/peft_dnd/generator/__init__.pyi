@@ -2,8 +2,14 @@
 
 from .checksums import renew_checksums as renew_checksums
 from .configuration import PromptConditionedLoraGeneratorConfig as PromptConditionedLoraGeneratorConfig
-from .generation import THRESHOLD as THRESHOLD
 from .modeling import PromptConditionedLoraGenerator as PromptConditionedLoraGenerator
 from .paper_settings import PaperSettings as PaperSettings
 from .paper_settings import available_settings as available_settings
+from .revisions import MOST_POINTS_LOST as MOST_POINTS_LOST
+from .revisions import Revision as Revision
+from .revisions import check_regression as check_regression
+from .revisions import revisions as revisions
 from .streaming import StreamedLoraGenerator as StreamedLoraGenerator
+from .verification import Check as Check
+from .verification import Verification as Verification
+from .verification import verify_adapter as verify_adapter

@@ -11,6 +11,8 @@ from typing import Any
 from transformers.utils import CONFIG_NAME
 
 from ..errors import CorruptFileError
+from ..pairs.replay_store import STORE_NAME
+from ..policy.policy import POLICY_NAME
 from ..storage.checksums import CHECKSUMS_NAME, Checksums
 from ..storage.files import PathLike, read_json
 from ..storage.hub import generator_name
@@ -36,9 +38,11 @@ _FITTED_SETTINGS = (
     "normalization",
     "decoder_type",
     "decoder_config",
+    "policy",
+    "bases",
 )
 # Beside the model's own files, these hold weights.
-_OTHER_FILES = (REFERENCE_NAME, f"{TEXT_ENCODER_FOLDER}/**/*.safetensors")
+_OTHER_FILES = (REFERENCE_NAME, POLICY_NAME, STORE_NAME, f"{TEXT_ENCODER_FOLDER}/**/*.safetensors")
 _NAMES_IN_LAYOUT = ("base_model_name_or_path", "task_type")
 
 
@@ -125,7 +129,8 @@ def checksum_differences(folder: Path) -> list[str] | None:
 
 
 def _small_differences(checksums: Checksums, folder: Path) -> list[str]:
-    files = checksums.file_differences(folder, REFERENCE_NAME)
+    names = (REFERENCE_NAME, POLICY_NAME)
+    files = [difference for name in names for difference in checksums.file_differences(folder, name)]
     return files + checksums.setting_differences(_fitted_settings(folder))
 
 
@@ -146,9 +151,24 @@ def refuse(name: str, folder: Path, problems: list[str]) -> None:
         )
 
 
-def _fitted_settings(folder: Path) -> dict[str, Any]:
-    content = read_json(folder / CONFIG_NAME)
+def fitted_settings(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a generator's configuration, as a dictionary, its weights were fitted for."""
     settings = {name: content[name] for name in _FITTED_SETTINGS if name in content}
-    if isinstance(settings.get("layout"), dict):
-        settings["layout"] = {key: value for key, value in settings["layout"].items() if key not in _NAMES_IN_LAYOUT}
+    if "layout" in settings:
+        settings["layout"] = _without_names(settings["layout"])
+    if isinstance(settings.get("bases"), dict):
+        settings["bases"] = {
+            name: {**base, "layout": _without_names(base.get("layout"))} if isinstance(base, dict) else base
+            for name, base in settings["bases"].items()
+        }
     return settings
+
+
+def _fitted_settings(folder: Path) -> dict[str, Any]:
+    return fitted_settings(read_json(folder / CONFIG_NAME))
+
+
+def _without_names(layout: Any) -> Any:
+    if not isinstance(layout, dict):
+        return layout
+    return {key: value for key, value in layout.items() if key not in _NAMES_IN_LAYOUT}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import TextEncoderError
 from ..storage.hub import may_be_hub_id
@@ -20,22 +19,21 @@ from ..text.prompts import draw_prompt_set, select_prompts
 from ..text.prompts_and_answers import condition_texts
 from ..text.token_states import TokenStates
 from .checksums import check_text_encoder_files
-from .configuration import TEXT_ENCODER_FOLDER, PromptConditionedLoraGeneratorConfig
+from .configuration import TEXT_ENCODER_FOLDER
+from .heads import HeadsMixin
 
 
 # The most prompts that a decoder which reads sets is given. More say hardly more, and attention has to hold them all.
 SET_LIMIT = 1024
 
 
-class PromptReadingMixin(nn.Module):
+class PromptReadingMixin(HeadsMixin):
     """Gives a generator its text encoder, which is loaded at first need.
 
     A frozen text encoder is kept beside the module, not in it: it is neither saved with the weights nor counted among
     the parameters. One that is to be fitted too becomes the submodule `text_encoder_module`.
     """
 
-    config: PromptConditionedLoraGeneratorConfig
-    decoder: Any
     _text_encoder: TextEncoder | None
     _folder: Path | None
     _commit: str | None
@@ -54,7 +52,7 @@ class PromptReadingMixin(nn.Module):
     def load_text_encoder(self) -> TextEncoder:
         """Load the text encoder if it is not loaded yet; if it is to be fitted too, make it part of this module."""
         if self._text_encoder is None:
-            self._text_encoder = self._find_text_encoder()
+            self._text_encoder = self._find_text_encoder() if self.whole is None else self.whole.load_text_encoder()
         encoder = self._text_encoder
         check_how_it_reads(
             encoder, self.config.text_encoder_layer, self.config.window_tokens, self.config.text_encoder_layers
@@ -121,7 +119,9 @@ class PromptReadingMixin(nn.Module):
             prompts, answers, config.condition_text, answer_ratio=config.answer_ratio, seed=seed, what=what
         )
 
-    def encode_prompts(self, prompts: Sequence[str], *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_prompts(
+        self, prompts: Sequence[str], *, seed: int = 0, read: TokenStates | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Read a task's prompts into what `forward` takes for one task.
 
         Args:
@@ -129,14 +129,15 @@ class PromptReadingMixin(nn.Module):
                 [`select_prompts`] chooses. One that reads sets reads all, in an order that does not depend on the
                 given one; of more than `SET_LIMIT` it reads that many.
             seed: Seed of that choice.
+            read: What `read_states` gave for just these prompts, where they have been read already.
 
         Returns:
             States of shape (N, L, C), float32, and their bool mask of shape (N, L), on the CPU.
         """
         chosen = self._choose(prompts, seed)
-        distinct = list(dict.fromkeys(chosen))
-        states = self.read_states(self.text_encoder, distinct)
-        position = {prompt: i for i, prompt in enumerate(distinct)}
+        there = list(dict.fromkeys(chosen)) if read is None else prompts
+        states = self.read_states(self.text_encoder, there) if read is None else read
+        position = {prompt: i for i, prompt in enumerate(there)}
         return states.select(torch.tensor([position[prompt] for prompt in chosen]), self.config.max_prompt_length)
 
     def _choose(self, prompts: Sequence[str], seed: int) -> list[str]:

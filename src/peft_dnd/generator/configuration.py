@@ -13,7 +13,6 @@ from transformers import PretrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from ..adapters.layout import AdapterLayout
-from ..adapters.layouts import layout_from_dict
 from ..adapters.published_tokenizer import PublishedTokenizer
 from ..adapters.tokenizer import WeightTokenizer
 from ..errors import (
@@ -29,11 +28,14 @@ from ..storage.files import PathLike, read_json
 from ..storage.hub import generator_name, what_it_is_instead
 from ..text.encoder import TextEncoder, check_how_it_reads, check_text_encoder, condition_size, longest_prompt
 from ..text.named_encoder import load_named_encoder
+from .bases import AdaptersOfBases, BasesMixin, check_base_name, checked_bases
 from .configuration_checks import as_dict, as_list, check_values, refuse_misspelt
 from .paper_settings import PaperSettings
 
 
 FORMAT_VERSION = 1
+# Of a generator with a policy or several bases, so that a version which knows neither does not pass over them.
+NEWER_FORMAT_VERSION = 2
 TEXT_ENCODER_FOLDER = "text_encoder"
 
 
@@ -56,7 +58,7 @@ class PromptedAdapters(Protocol):
         ...
 
 
-class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
+class PromptConditionedLoraGeneratorConfig(BasesMixin, PretrainedConfig):
     """Configuration of a [`PromptConditionedLoraGenerator`].
 
     Use [`from_adapters`][PromptConditionedLoraGeneratorConfig.from_adapters] to have what can be read off your
@@ -96,6 +98,10 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         decoder_config: That decoder's own settings, e.g. `{"num_templates": 32}`.
         measured: What was measured of the generator: metric -> value, for its model card. `DnDTrainer` fills it in.
         card_metadata: What only you can say at the head of its card: `license`, `datasets`, `language`, `tags`.
+        policy: What [`set_policy`][peft_dnd.PromptConditionedLoraGenerator] keeps here of the generator's policy.
+        base_name: What the base of `layout` is called; by default the last part of its model's name.
+        bases: Further bases that adapters are written for: name -> its `layout`, `chunk_width` and, of
+            `decoder_config`, what the base has its own of.
         format_version: Version of the folder's format; a newer one than this library knows is refused.
 
     Raises:
@@ -128,15 +134,18 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         decoder_config: Mapping[str, Any] | None = None,
         measured: Mapping[str, Any] | None = None,
         card_metadata: Mapping[str, Any] | None = None,
+        policy: Mapping[str, Any] | None = None,
+        base_name: str | None = None,
+        bases: Mapping[str, Mapping[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
         if not isinstance(format_version, int):
             raise GeneratorConfigError(f"format_version must be an integer, got {format_version!r}.")
-        if format_version > FORMAT_VERSION:
+        if format_version > NEWER_FORMAT_VERSION:
             raise FormatVersionError(
                 f"This generator is of format version {format_version}; this version of peft_dnd reads up to "
-                f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade peft-dnd"
+                f"{NEWER_FORMAT_VERSION}. Upgrade it: pip install --upgrade peft-dnd"
             )
         self.layout = layout.to_dict() if isinstance(layout, AdapterLayout) else layout
         self.text_encoder = text_encoder
@@ -159,7 +168,12 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         self.decoder_config = as_dict("decoder_config", decoder_config)
         self.measured = as_dict("measured", measured)
         self.card_metadata = check_card_metadata(card_metadata or {})
-        self.format_version = format_version
+        self.policy = as_dict("policy", policy)
+        if base_name is not None:
+            check_base_name(base_name)
+        self.base_name = base_name
+        self.bases = checked_bases(bases)
+        self.format_version = max(format_version, NEWER_FORMAT_VERSION if self.bases else FORMAT_VERSION)
         check_values(self)
         refuse_misspelt(kwargs, own=[name for name in vars(self) if not name.startswith("_")])
         super().__init__(**kwargs)
@@ -167,7 +181,7 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
     @classmethod
     def from_adapters(
         cls,
-        adapters: PromptedAdapters | AdapterLayout,
+        adapters: PromptedAdapters | AdapterLayout | Mapping[str, PromptedAdapters | AdapterLayout],
         text_encoder: str | TextEncoder,
         *,
         text_encoder_revision: str | None = None,
@@ -193,7 +207,8 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
         bare layout 64, and never more than the text encoder reads.
 
         Args:
-            adapters: A `PromptCheckpointDataset`, or a layout alone.
+            adapters: A `PromptCheckpointDataset`, or a layout alone; for several bases a dictionary, name -> one of
+                these.
             text_encoder: Hub id or folder of a model, or a loaded text encoder.
             text_encoder_revision: See the class.
             text_encoder_layer: See the class; negative numbers count from the output, -1. Of a loaded text encoder it
@@ -216,11 +231,7 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
             TextEncoderError: If the text encoder cannot be loaded.
             GeneratorConfigError: If a value is impossible.
         """
-        if not hasattr(adapters, "layout") and not isinstance(adapters, AdapterLayout):
-            raise GeneratorConfigError(
-                f"from_adapters takes a PromptCheckpointDataset or an AdapterLayout, got {adapters!r}. A pairs folder "
-                "is read by PromptCheckpointDataset.from_folder."
-            )
+        given = AdaptersOfBases.of(adapters)
         if isinstance(text_encoder, str):
             name: str | None = text_encoder
             encoder = load_named_encoder(
@@ -234,18 +245,18 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
             check_text_encoder(text_encoder)
             encoder, name = text_encoder, text_encoder.name_or_path
             check_how_it_reads(encoder, text_encoder_layer, window_tokens, text_encoder_layers)
-        if condition_text != "prompts" and hasattr(adapters, "with_condition"):
-            adapters = adapters.with_condition(condition_text, answer_ratio)
-        layout = adapters if isinstance(adapters, AdapterLayout) else adapters.layout
+        if condition_text != "prompts":
+            given = given.with_condition(condition_text, answer_ratio)
         if condition == "sentence_embeddings":
             max_prompt_length = 1
         elif max_prompt_length is None:
-            longest = 64
-            if not isinstance(adapters, AdapterLayout):
-                longest = longest_prompt(encoder, map(adapters.prompts, adapters.tasks))
+            pools = given.pools()
+            longest = longest_prompt(encoder, pools) if pools else 64
             max_prompt_length = min(longest, encoder.max_length or longest)
         return cls(
-            layout=layout,
+            layout=given.layout,
+            base_name=given.base_name,
+            bases=given.entries(),
             text_encoder=name,
             text_encoder_revision=text_encoder_revision,
             text_encoder_layer=getattr(encoder, "layer", None),
@@ -342,22 +353,17 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
 
     @property
     def adapter_layout(self) -> AdapterLayout:
-        """The layout of the adapters that the generator writes.
+        """The layout of the adapters that the generator writes, for its one base; of several see `layouts`.
 
         Raises:
-            GeneratorConfigError: If the configuration has none.
+            GeneratorConfigError: If the configuration has none, or several.
         """
-        if self.layout is None:
-            raise GeneratorConfigError(
-                "The configuration has no adapter layout. Build it with "
-                "PromptConditionedLoraGeneratorConfig.from_adapters(pairs, text_encoder=...)."
-            )
-        return layout_from_dict(self.layout)
+        return self.only_layout
 
     @property
     def base_model_name_or_path(self) -> str | None:
-        """The base model that the adapters are for, if known."""
-        return self.layout.get("base_model_name_or_path") if self.layout else None
+        """The base model that the adapters are for, if known, and if there is one."""
+        return self.layout.get("base_model_name_or_path") if self.layout and not self.bases else None
 
     @base_model_name_or_path.setter
     def base_model_name_or_path(self, name: str | None) -> None:
@@ -367,7 +373,7 @@ class PromptConditionedLoraGeneratorConfig(PretrainedConfig):
     @property
     def base_model_revision(self) -> str | None:
         """The commit, branch or tag of the base model on the Hub, if known."""
-        return self.layout.get("base_model_revision") if self.layout else None
+        return self.layout.get("base_model_revision") if self.layout and not self.bases else None
 
     @base_model_revision.setter
     def base_model_revision(self, revision: str | None) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..adapters.layout import AdapterLayout
+from ..policy.policy import policy_in_words
 from ..storage.cards import GENERATED_MARK, PLACE, check_card_metadata, loading_the_base
 from ..storage.hub import hub_id
 from .configuration import PromptConditionedLoraGeneratorConfig
+from .revisions import REVISIONS, revisions_section
 
 
 # Under this name a configuration's `measured` holds the rows of the held-out protocol.
@@ -40,11 +42,11 @@ Writes a LoRA adapter for {base} from a handful of a task's unlabelled prompts, 
 | what | value |
 | --- | --- |
 {facts}
-
+{policy}
 ## Measured
 
 {measured}
-"""
+{revisions}"""
 
 
 def generator_card(
@@ -65,16 +67,18 @@ def generator_card(
     Raises:
         GeneratorConfigError: If `config.card_metadata` holds what is no metadata of a card.
     """
-    layout = config.adapter_layout
+    layouts = config.layouts
+    layout = next(iter(layouts.values()))
     named_base, revision = public_base(layout)
+    public = [base for base, _ in map(public_base, layouts.values()) if base]
     authors = check_card_metadata(config.card_metadata)
     own_tags = authors.pop("tags", [])
     results = _results(measured)
     data = ModelCardData(
         library_name="peft_dnd",
-        base_model=named_base,
-        base_model_revision=revision,
-        base_model_relation="adapter" if named_base else None,
+        base_model=public if len(public) > 1 else named_base or (public[0] if public else None),
+        base_model_revision=revision if len(layouts) == 1 else None,
+        base_model_relation="adapter" if public else None,
         tags=[
             "peft",
             "lora",
@@ -87,8 +91,7 @@ def generator_card(
         **authors,
     )
     facts = {
-        "base model": _base_in_words(layout),
-        "adapter": f"{layout.in_words()}, {layout.num_parameters:,} parameters",
+        **_facts_of_bases(layouts),
         "decoder": f"{config.decoder_type}, {num_parameters:,} parameters",
         "text encoder": _encoder_name(config),
         "reads": f"{config.num_prompts} {_texts_read(config)} of up to {config.max_prompt_length} tokens at once "
@@ -97,17 +100,38 @@ def generator_card(
     return _TEMPLATE.format(
         data=data.to_yaml(),
         mark=GENERATED_MARK,
-        base=f"`{named_base}`" if named_base else "its base model",
+        base=f"{len(layouts)} base models"
+        if len(layouts) > 1
+        else f"`{named_base}`"
+        if named_base
+        else "its base model",
         snippet=_snippet(config, named_base, revision, name or PLACE),
         facts="\n".join(f"| {what} | {value} |" for what, value in facts.items()),
+        policy=_policy_section(config.policy),
         measured=_measured_section(measured),
+        revisions=f"\n{told}\n" if (told := revisions_section(measured)) else "",
     )
+
+
+def _policy_section(policy: Mapping[str, Any]) -> str:
+    """What the generator does not do; nothing where it has no policy."""
+    lines = [f"- {line}" for line in policy_in_words(policy)]
+    return "\n" + "\n".join(["## Policy", "", *lines, ""]) if lines else ""
 
 
 def public_base(layout: AdapterLayout) -> tuple[str | None, str | None]:
     """The base model's Hub id and revision, as far as they are known and mean anything to others."""
     base = hub_id(layout.base_model_name_or_path)
     return base, layout.base_model_revision if base else None
+
+
+def _facts_of_bases(layouts: Mapping[str, AdapterLayout]) -> dict[str, str]:
+    facts = {}
+    for name, layout in layouts.items():
+        of = f" of {name}" if len(layouts) > 1 else ""
+        facts[f"base model{of}"] = _base_in_words(layout)
+        facts[f"adapter{of}"] = f"{layout.in_words()}, {layout.num_parameters:,} parameters"
+    return facts
 
 
 def _base_in_words(layout: AdapterLayout) -> str:
@@ -128,9 +152,10 @@ def _snippet(config: PromptConditionedLoraGeneratorConfig, base: str | None, rev
     if base is None:
         lines = ["from peft_dnd import PromptConditionedLoraGenerator", "", *texts]
         lines.append(f'generator = PromptConditionedLoraGenerator.from_pretrained("{name}")')
-        lines.append(f'generator.generate_adapter({given}).save_pretrained("adapter")')
+        named = f", base={config.base_names[0]!r}" if config.bases else ""
+        lines.append(f'generator.generate_adapter({given}{named}).save_pretrained("adapter")')
         return "\n".join(lines)
-    imported, loaded = loading_the_base(base, revision, config.adapter_layout.task_type)
+    imported, loaded = loading_the_base(base, revision, next(iter(config.layouts.values())).task_type)
     lines = ["from peft import get_peft_model", "from peft_dnd import DnDConfig", imported, "", *texts, loaded]
     lines.append(f'model = get_peft_model(base_model, DnDConfig(generator="{name}", prompts={given}))')
     return "\n".join(lines)
@@ -189,9 +214,9 @@ def _texts_read(config: PromptConditionedLoraGeneratorConfig) -> str:
 
 
 def _measured_section(measured: Mapping[str, Any]) -> str:
-    if not measured:
+    if not set(measured) - {REVISIONS}:
         return "Nothing has been measured of this generator yet."
-    facts = {name: value for name, value in measured.items() if name != EVALUATION}
+    facts = {name: value for name, value in measured.items() if name not in (EVALUATION, REVISIONS)}
     rows = [
         f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
         for name, value in facts.items()

@@ -3,51 +3,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import torch
-from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from typing_extensions import Unpack
 
-from ..adapters.positions import token_positions
-from ..adapters.tokenizer import WeightNormalization, WeightTokenizer
-from ..decoders import Decoder, PartialDecoder, build_decoder
-from ..errors import CorruptFileError, GeneratorConfigError, GeneratorNotFoundError
+from ..adapters.tokenizer import WeightNormalization
+from ..errors import CorruptFileError, GeneratorNotFoundError
+from ..pairs.replay_store import STORE_NAME
+from ..policy.policy import POLICY_NAME
 from ..storage.cards import CARD_NAME, may_write_card
 from ..storage.files import PathLike, staged_directory, write_json
 from ..storage.hub import (
-    GENERATOR_FILES,
     HubOptions,
     check_loading_info,
     find_folder,
     find_generator,
     generator_name,
-    hub_id,
-    name_for_others,
     takes_keywords_of,
 )
 from ..storage.processes import check_whole
 from ..storage.progress import short_bars_hidden
 from ..storage.stored_weights import floating_dtype
-from ..storage.uploading import UploadOptions, upload
+from ..storage.uploading import UploadOptions
 from ..text.encoder import TextEncoder, check_text_encoder
 from ..text.out_of_distribution import REFERENCE_NAME, PromptReference
 from .checksums import checked_meanwhile, write_checksums
 from .configuration import TEXT_ENCODER_FOLDER, PromptConditionedLoraGeneratorConfig
 from .generation import AdapterWritingMixin
-from .model_card import generator_card
+from .heads import build_for
+from .publishing import PublishingMixin, changed
+from .replay import ReplayStoreMixin
 from .stored import check_stored
-from .summary import SUMMARY_NAME, generator_summary
+from .summary import SUMMARY_NAME
 
 
-class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
+class PromptConditionedLoraGenerator(  # type: ignore[misc]  # push_to_hub writes our card
+    AdapterWritingMixin, ReplayStoreMixin, PublishingMixin, PreTrainedModel
+):
     """Writes the LoRA adapter of a task from a handful of its unlabelled prompts, in one forward pass.
 
     The method is Drag-and-Drop LLMs (arXiv 2506.16406): a text encoder turns the prompts into condition states, a
@@ -61,8 +60,10 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         decoder: Condition states (B, N, L, C) to normalised tokens (B, N_w, L_w, C_w).
         normalization: Between normalised tokens and weights; its statistics come from the training adapters.
         weight_tokenizer: Between token grids and adapter state dicts.
+            Of several bases these three are the first base's; [`for_base`] gives those of another.
         prompt_reference: What is kept of the fitted tasks' prompts, to tell whether new ones belong with them; `None`
             if nothing is.
+        replay_store: What is kept of the fitted tasks to go on with others; `None` if nothing is.
 
     Raises:
         GeneratorConfigError: If the configuration has no layout, or values that contradict each other.
@@ -78,22 +79,13 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
     def __init__(self, config: PromptConditionedLoraGeneratorConfig, text_encoder: TextEncoder | None = None) -> None:
         super().__init__(config)
         check_text_encoder(text_encoder, or_none=True)
-        self.weight_tokenizer: WeightTokenizer = config.weight_tokenizer()
-        token_shape = self.weight_tokenizer.grid_shape
-        positions = token_positions(self.weight_tokenizer)
-        decoder = build_decoder(
-            config.decoder_type, config.condition_shape, token_shape, config.decoder_config, positions
-        )
-        if isinstance(decoder, PartialDecoder) and not config.adapter_layout.modules:
-            raise GeneratorConfigError(
-                f"The decoder {config.decoder_type!r} writes one of LoRA's two matrices, and a "
-                f"{config.adapter_layout.method} adapter has others. Use decoder_type='set_transformer'."
-            )
-        self.decoder = decoder
-        self.normalization = WeightNormalization(token_shape)
+        first = config.of_base(config.base_names[0]) if config.bases else config
+        self.weight_tokenizer, self.decoder = build_for(first)
+        self.normalization = WeightNormalization(self.weight_tokenizer.grid_shape)
+        self.build_heads()
         # A rule may change between versions, a fitted generator may not: what was derived is written down.
         config.chunk_width = self.weight_tokenizer.chunk_width
-        config.decoder_config = {**config.decoder_config, **cast("Decoder", decoder).resolved_settings}
+        config.decoder_config = {**config.decoder_config, **self.decoder.resolved_settings}
         self._text_encoder = text_encoder
         self.prompt_reference: PromptReference | None = None
         # Where the generator was loaded from, if it was: its folder here, its commit on the Hub, and the token used.
@@ -109,7 +101,8 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         condition_states: torch.Tensor | None = None,
         condition_mask: torch.Tensor | None = None,
         prompts: Sequence[Sequence[str]] | None = None,
-    ) -> torch.Tensor:
+        by_base: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Any:
         """Decode condition states to normalised weight tokens.
 
         Args:
@@ -118,17 +111,31 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
             prompts: In place of both, the prompts of each of B tasks, which are read here, with gradients if the text
                 encoder is being fitted too. For a decoder that reads sets the tasks may have different numbers of
                 them: N is the largest, and the places that are left are masked.
+            by_base: In place of all of these, for each base of a generator of several what is to be decoded for it.
 
         Returns:
-            Tensor (B, N_w, L_w, C_w) in the decoder's dtype.
+            Tensor (B, N_w, L_w, C_w) in the decoder's dtype; with `by_base` a dictionary of one for each base.
         """
+        if by_base is not None:
+            return {name: self._decode(self.decoder_of(name), **condition) for name, condition in by_base.items()}
+        self.config.check_one_base()
+        return self._decode(self.decoder, condition_states, condition_mask, prompts)
+
+    def _decode(
+        self,
+        decoder: Any,
+        condition_states: torch.Tensor | None = None,
+        condition_mask: torch.Tensor | None = None,
+        prompts: Sequence[Sequence[str]] | None = None,
+    ) -> torch.Tensor:
         if prompts is not None:
             read = [self.encode_prompts(lines) for lines in prompts]
             condition_states = pad_sequence([states for states, _ in read], batch_first=True).to(self.device)
             condition_mask = pad_sequence([mask for _, mask in read], batch_first=True).to(self.device)
         if condition_states is None or condition_mask is None:
             raise ValueError("forward needs condition_states and condition_mask, or prompts; it got neither.")
-        return self.decoder(condition_states.to(self.dtype), condition_mask)
+        tokens: torch.Tensor = decoder(condition_states.to(self.dtype), condition_mask)
+        return tokens
 
     def get_input_embeddings(self) -> None:  # type: ignore[override]
         """There are none: accelerate asks when it shards a model."""
@@ -228,8 +235,12 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         """Note where the weights came from, and take up what lies beside them."""
         self.name_or_path = self.config.name_or_path = name
         self._folder, self._commit, self._token, self._text_encoder = folder, commit, token, text_encoder
-        self.normalization.check(f"the generator {name!r}")
+        for module in self.modules():
+            if isinstance(module, WeightNormalization):
+                module.check(f"the generator {name!r}")
         self.load_prompt_reference(folder)
+        self.load_policy(folder)
+        self._find_replay_store(folder)
         if not self.config.freeze_text_encoder:
             self.load_text_encoder()
 
@@ -241,6 +252,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         push_to_hub: bool = False,
         *,
         include_text_encoder: bool | None = None,
+        include_replay_store: bool | None = None,
         repo_id: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -257,6 +269,8 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
             include_text_encoder: Whether to put the text encoder into `text_encoder/` as well, which makes the
                 generator self-contained. `None` leaves it as the configuration says. Always done for a text encoder
                 that was fitted too.
+            include_replay_store: Whether to save what is kept of the fitted tasks, some of their prompts among it.
+                `None` saves it into the folder, and does not push it.
             repo_id: Hub id to push to; `None` takes the folder's name.
             kwargs: What any transformers model takes, `max_shard_size` for one; and
                 [`UploadOptions`][peft_dnd.storage.uploading.UploadOptions] for `push_to_hub`.
@@ -269,6 +283,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         if is_main_process:
             carry = self.config.carries_text_encoder(include_text_encoder)
             encoder = self.text_encoder if carry else None  # before anything is written: it may be missing
+            store = None if include_replay_store is False else self.replay_store
             with staged_directory(save_directory) as staged, short_bars_hidden():
                 weights = {
                     key: value
@@ -276,10 +291,13 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
                     if not key.startswith("text_encoder_module.")
                 }
                 check_whole(weights)
-                with _changed(self.config, text_encoder_in_folder=carry):
+                with changed(self.config, text_encoder_in_folder=carry):
                     super().save_pretrained(staged, state_dict=weights, **kwargs)
                     if self.prompt_reference is not None:
                         self.prompt_reference.save(staged / REFERENCE_NAME)
+                    self.save_policy(staged)
+                    if store is not None:
+                        store.save(staged / STORE_NAME)
                     if encoder is not None:
                         encoder.save_pretrained(staged / TEXT_ENCODER_FOLDER)
                     write_checksums(staged)
@@ -289,7 +307,7 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
                 written = {path.name for path in staged.iterdir()}
             # transformers reads a single file before shards: what an earlier save left must not win over this one. Nor
             # is what another generator knew of its tasks' prompts this one's.
-            for pattern in ("model*.safetensors*", REFERENCE_NAME):
+            for pattern in ("model*.safetensors*", REFERENCE_NAME, POLICY_NAME, STORE_NAME):
                 for path in Path(save_directory).glob(pattern):
                     if path.name not in written:
                         path.unlink()
@@ -297,100 +315,8 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
             if "max_shard_size" in kwargs:
                 commit["max_shard_size"] = kwargs["max_shard_size"]
             name = repo_id or Path(save_directory).name
-            self.push_to_hub(name, include_text_encoder=include_text_encoder, **commit)
-
-    @takes_keywords_of(upload)
-    def push_to_hub(  # type: ignore[override]  # the model card is ours
-        self,
-        repo_id: str,
-        *,
-        max_shard_size: int | str = "50GB",
-        include_text_encoder: bool | None = None,
-        **commit: Unpack[UploadOptions],
-    ) -> CommitInfo:
-        """Save the generator and upload it to the Hub.
-
-        Names of folders on this machine, of the base model and of the text encoder, are left out of what is uploaded,
-        with a warning of what others will lack.
-
-        Args:
-            repo_id: Hub id, `"user/name"`.
-            max_shard_size: Largest weights file.
-            include_text_encoder: See [`save_pretrained`].
-            commit: See [`UploadOptions`][peft_dnd.storage.uploading.UploadOptions].
-
-        Returns:
-            The Hub's description of the commit.
-
-        Raises:
-            HfHubHTTPError: The Hub's own, if you may not write there.
-            SavingError: If the connection breaks off. The repository is as it was then.
-            TextEncoderError: If the text encoder is to go along and cannot be loaded.
-        """
-        names = self.names_for_others(include_text_encoder)
-        carry = self.config.carries_text_encoder(include_text_encoder)
-        if carry:
-            self.load_text_encoder()  # while its name is still there
-        with _changed(self.config, **names):
-            self.model_card()  # what cannot be in a card is refused before anything is made on the Hub
-
-            def save(folder: Path, name: str) -> None:
-                self.save_pretrained(folder, max_shard_size=max_shard_size, include_text_encoder=include_text_encoder)
-                if may_write_card(folder):
-                    with _changed(self.config, text_encoder_in_folder=carry):
-                        (folder / CARD_NAME).write_text(self.model_card(name), encoding="utf-8")
-
-            return upload(save, repo_id, "PromptConditionedLoraGenerator", GENERATOR_FILES, **commit)
-
-    def names_for_others(self, include_text_encoder: bool | None = None) -> dict[str, str | None]:
-        """What the configuration may say on the Hub, where folders of this machine mean nothing.
-
-        Warns of what others will lack.
-
-        Args:
-            include_text_encoder: Whether the text encoder goes along; see [`save_pretrained`].
-
-        Returns:
-            The configuration's `text_encoder` and `base_model_name_or_path`, each `None` where it names a folder, and
-            `base_model_revision`, in the order in which they are to be set.
-        """
-        config = self.config
-        if config.carries_text_encoder(include_text_encoder):
-            text_encoder = hub_id(config.text_encoder)
-        else:
-            text_encoder = name_for_others(
-                config.text_encoder,
-                "The generator's text encoder",
-                "Without it nobody else can use the generator. Carry it along, with include_text_encoder=True or "
-                "config.text_encoder_in_folder = True, or set config.text_encoder to its Hub id.",
-            )
-        base = name_for_others(
-            config.base_model_name_or_path,
-            "The generator's base model",
-            "So that others know which model the generator is for, set config.base_model_name_or_path to its Hub id.",
-        )
-        revision = config.base_model_revision if base else None
-        return {"text_encoder": text_encoder, "base_model_name_or_path": base, "base_model_revision": revision}
-
-    def model_card(self, name: str | None = None) -> str:
-        """The text of the README.md that is saved along.
-
-        Args:
-            name: The folder or Hub id that its snippet loads the generator from; `push_to_hub` fills it in.
-        """
-        size = sum(parameter.numel() for parameter in self.decoder.parameters())
-        return generator_card(self.config, num_parameters=size, measured=self.config.measured, name=name)
-
-    def _summary(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        reference = self.prompt_reference
-        dtypes = {tensor.dtype for key, tensor in weights.items() if key.startswith("decoder.")}
-        return generator_summary(
-            self.config,
-            folder,
-            num_parameters=sum(parameter.numel() for parameter in self.decoder.parameters()),
-            dtype=", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
-            tasks_known=None if reference is None else len(reference.counts),
-        )
+            stored = bool(include_replay_store)
+            self.push_to_hub(name, include_text_encoder=include_text_encoder, include_replay_store=stored, **commit)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -401,18 +327,6 @@ class PromptConditionedLoraGenerator(AdapterWritingMixin, PreTrainedModel):
         reset = getattr(module, "reset_parameters", None)
         if reset is not None:
             reset()
-
-
-@contextmanager
-def _changed(config: PromptConditionedLoraGeneratorConfig, **values: Any) -> Iterator[None]:
-    before = {name: getattr(config, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(config, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)
 
 
 AutoConfig.register(

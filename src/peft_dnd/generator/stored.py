@@ -14,6 +14,7 @@ from ..adapters.tokenizer import WeightTokenizer
 from ..errors import CorruptFileError, GeneratorConfigError, GeneratorNotFoundError, PeftDndError
 from ..storage.hub import check_loading_info
 from ..storage.stored_weights import StoredTensor, stored_tensors
+from .bases import module_key
 from .configuration import PromptConditionedLoraGeneratorConfig
 
 
@@ -78,14 +79,17 @@ def differences(model: nn.Module, stored: Mapping[str, StoredTensor]) -> dict[st
 
 
 def _check_sizes(name: str, config: PromptConditionedLoraGeneratorConfig, stored: Mapping[str, StoredTensor]) -> None:
-    tokens = WeightTokenizer(config.adapter_layout, config.chunk_width).num_tokens
-    found = stored[_SCALE].shape if _SCALE in stored else None
-    if found != (tokens,):
-        raise CorruptFileError(
-            f"The generator {name!r} has mismatched keys, {_SCALE!r} for one: by config.json it has {tokens} weight "
-            f"tokens, and its weights have {'none' if found is None else list(found)}. The weights do not fit "
-            "config.json: it was edited, or is another generator's."
-        )
+    for number, base in enumerate(config.base_names or (None,)):
+        one = config if base is None else config.of_base(base)
+        scale = f"heads.{module_key(str(base))}.{_SCALE}" if number else _SCALE
+        tokens = WeightTokenizer(one.adapter_layout, one.chunk_width).num_tokens
+        found = stored[scale].shape if scale in stored else None
+        if found != (tokens,):
+            raise CorruptFileError(
+                f"The generator {name!r} has mismatched keys, {scale!r} for one: by config.json it has {tokens} "
+                f"weight tokens, and its weights have {'none' if found is None else list(found)}. The weights do not "
+                "fit config.json: it was edited, or is another generator's."
+            )
     for setting, number in _numbers(config.decoder_config):
         # As many layers as that would have a tensor each.
         if number >= 2**31 or ("layers" in setting and number > len(stored)):

@@ -26,6 +26,7 @@ from ..storage.stored_weights import StoredTensor, floating_dtype
 from ..text.encoder import TextEncoder, check_text_encoder
 from .checksums import check_all_but_tensors, refuse
 from .configuration import PromptConditionedLoraGeneratorConfig
+from .heads import head_parts
 from .modeling import PromptConditionedLoraGenerator
 from .stored import check_stored
 
@@ -192,8 +193,10 @@ class StreamedLoraGenerator(PromptConditionedLoraGenerator):
         """Set up every module: small parameters and buffers are read now, the rest is left to be read."""
         self._streamed: list[StreamedWeight] = []
         self._bar: Any = None
-        self.decoder.to(dtype)
-        for module in self.decoder.modules():
+        written = [self.decoder, *(part for head in self.heads.values() for part in head_parts(head).values())]
+        for part in written:
+            part.to(dtype)
+        for module in (module for part in written for module in part.modules()):
             lost = module._non_persistent_buffers_set
             for name in lost:
                 module._buffers[name] = torch.empty_like(module.get_buffer(name), device=self._execution_device)
@@ -231,11 +234,12 @@ class StreamedLoraGenerator(PromptConditionedLoraGenerator):
             weight.restart()
             total += weight.num_bytes
         settings = {"desc": "decoding", "unit": "B", "unit_scale": True, "disable": total < _WORTH_A_BAR}
-        with transformers_logging.tqdm(total=total, **settings) as self._bar:
+        counting = self.whole or self  # the one whose weights they are
+        with transformers_logging.tqdm(total=total, **settings) as counting._bar:
             try:
                 yield
             finally:
-                self._bar = None
+                counting._bar = None
 
 
 def _read(stored: StoredTensor, checksum: RunningChecksum | None) -> torch.Tensor:

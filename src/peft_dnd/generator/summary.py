@@ -37,15 +37,16 @@ def generator_summary(
         dtype: In which the decoder is stored, `"float32"` for one.
         tasks_known: Of how many fitted tasks prompts are kept, by which new ones are judged; `None` if of none.
     """
-    layout = config.adapter_layout
-    base, revision = public_base(layout)
+    bases = {}
+    for name, layout in config.layouts.items():
+        base, revision = public_base(layout)
+        bases[name] = {"base_model": base, "base_model_revision": revision, "adapter": layout_facts(layout)}
+    nothing = dict.fromkeys(("base_model", "base_model_revision", "adapter"))
     return {
         "format_version": FORMAT_VERSION,
         "kind": "generator",
         "peft_dnd_version": __version__,
-        "base_model": base,
-        "base_model_revision": revision,
-        "adapter": layout_facts(layout),
+        **({**nothing, "bases": bases} if config.bases else bases[config.base_names[0]]),
         "decoder": {"type": config.decoder_type, "parameters": num_parameters, "dtype": dtype},
         "text_encoder": {
             "name": None if config.text_encoder_in_folder else hub_id(config.text_encoder),

@@ -157,7 +157,9 @@ class PageGenerator:
         tell(0.0, "Waiting for the generator")
         with self._lock, _watched(self.generator, self._read_of(prompts), tell) as seen:
             began = time.perf_counter()
-            adapter = self.generator.generate_adapter(prompts, seed=seed, answers=answers)
+            adapter = self.generator.generate_adapter(
+                prompts, seed=seed, answers=answers, out_of_distribution="ignore"
+            )
             seconds = time.perf_counter() - began
         tell(0.95, "Saving the adapter")
         made = MadeAdapter(adapter, self.name, folder, seen[0], len(prompts), seconds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
-from ..generator.generation import THRESHOLD
+from ..adapters.generated_adapter import GeneratedAdapter
 from .page_generator import MadeAdapter, PageGenerator
 
 
@@ -42,7 +42,7 @@ def facts_of(made: MadeAdapter, by: PageGenerator) -> str:
     rows = [
         ("made in", f"{made.seconds:.2f} s, from {made.prompts} prompts"),
         ("size", f"{size_in_words(made.bytes)}, {made.adapter.num_parameters:,} parameters"),
-        ("out of distribution", _score_in_words(made.adapter.out_of_distribution)),
+        ("out of distribution", _score_in_words(made.adapter)),
         ("nearest", _nearest_in_words(made, by)),
         ("prompts' SHA-256", f"`{str(provenance['prompts_sha256'])[:16]}…`, seed {provenance['seed']}"),
     ]
@@ -72,12 +72,13 @@ def size_in_words(size: int) -> str:
     return f"{size} B"
 
 
-def _score_in_words(score: float | None) -> str:
-    if score is None:
+def _score_in_words(adapter: GeneratedAdapter) -> str:
+    score, threshold = adapter.out_of_distribution, adapter.provenance.get("out_of_distribution_threshold")
+    if score is None or threshold is None:
         return "unknown: the generator keeps nothing of the tasks that it was fitted on"
-    if score > THRESHOLD:
-        return f"**{score:.3f}**: unlike the fitted tasks (above {THRESHOLD}). The adapter is likely to be useless."
-    return f"{score:.3f}: like a new task of the fitted tasks' kind (up to {THRESHOLD})"
+    if score > threshold:
+        return f"**{score:.3f}**: unlike the fitted tasks (above {threshold:.3g}). Expect little of the adapter."
+    return f"{score:.3f}: like a new task of the fitted tasks' kind (up to {threshold:.3g})"
 
 
 def _nearest_in_words(made: MadeAdapter, by: PageGenerator) -> str:

@@ -9,6 +9,9 @@ from .examples import write_examples as write_examples
 from .folder import Task as Task
 from .folder import TaskRecord as TaskRecord
 from .initialization import use_common_initialization as use_common_initialization
+from .mixtures import MixtureCollator as MixtureCollator
+from .replay_store import ReplayStore as ReplayStore
+from .replay_store import StoreBounds as StoreBounds
 from .spread import TokenSpread as TokenSpread
 from .statistics import task_balanced_grids as task_balanced_grids
 from .statistics import token_spread as token_spread

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from ..adapters.factors import interpolated_adapter
 from ..adapters.tokenizer import WeightTokenizer
 from ..errors import PairsFolderError
 from ..storage.progress import with_progress
@@ -17,6 +18,7 @@ from ..text.embedding_cache import PromptEmbeddingCache
 from ..text.prompts import draw_prompt_set, select_prompts
 from ..text.token_states import TokenStates
 from .dataset import PromptCheckpointDataset
+from .mixtures import PARTNER, own_part
 
 
 _LABEL_PADDING = -100
@@ -46,6 +48,7 @@ class PromptCheckpointCollator:
         encode: Whether to give states. A text encoder that is being fitted too has to read the prompts anew each time.
         reads_sets: Whether the decoder reads sets.
         smallest_set: For such a decoder: if at least 1, each item draws anew how many prompts, from this many to N.
+        canonical: Whether what lies between two adapters, for a mixture of their tasks, is given in canonical factors.
     """
 
     embeddings: PromptEmbeddingCache
@@ -55,18 +58,18 @@ class PromptCheckpointCollator:
     encode: bool = True
     reads_sets: bool = False
     smallest_set: int = 0
+    canonical: bool = False
     # A cache tells pools apart by their whole text, which takes time; the same object comes again with every batch.
     _known: dict[int, tuple[Sequence[str], TokenStates]] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Make a batch of items."""
-        batch = self._targets([item["state_dict"] for item in items])
-        chosen = [self._choose(item) for item in items]
+        chosen = [self._choose_of_both(item) for item in items]
+        batch = self._targets([self._target(item, parts) for item, parts in zip(items, chosen, strict=True)])
         if not self.encode:
-            batch["prompts"] = [[i["prompts"][k] for k in c.tolist()] for i, c in zip(items, chosen, strict=True)]
+            batch["prompts"] = [[part["prompts"][k] for part, c in parts for k in c.tolist()] for parts in chosen]
             return batch
-        states = [self._states(item["task"], item["prompts"]) for item in items]
-        selected = [s.select(indices, self.max_length) for s, indices in zip(states, chosen, strict=True)]
+        selected = [self._select(parts) for parts in chosen]
         batch["condition_states"] = pad_sequence([states for states, _ in selected], batch_first=True)
         batch["condition_mask"] = pad_sequence([mask for _, mask in selected], batch_first=True)
         return batch
@@ -75,11 +78,37 @@ class PromptCheckpointCollator:
         has_target = torch.tensor([adapter is not None for adapter in adapters])
         if not has_target.any():
             return {"has_target": has_target}
-        grids = torch.zeros(len(adapters), *self.weight_tokenizer.grid_shape)
+        grids = torch.zeros(len(adapters), *self.weight_tokenizer.grid_shape, dtype=torch.float32)
         for adapter, grid in zip(adapters, grids, strict=True):
             if adapter is not None:
                 self.weight_tokenizer.encode(adapter, out=grid)
         return {"target_tokens": grids} if has_target.all() else {"target_tokens": grids, "has_target": has_target}
+
+    def _choose_of_both(self, item: dict[str, Any]) -> list[tuple[dict[str, Any], torch.Tensor]]:
+        """Of an item, and its partner if it is a mixture, the prompts that are read."""
+        chosen = self._choose(item)
+        own = own_part(item, len(chosen))
+        if own == len(chosen):
+            return [(item, chosen)]
+        partner = item[PARTNER]
+        others = select_prompts(len(partner["prompts"]), len(chosen) - own, partner["seed"])
+        return [(item, chosen[:own]), (partner, others)]
+
+    def _target(
+        self, item: dict[str, Any], parts: list[tuple[dict[str, Any], torch.Tensor]]
+    ) -> dict[str, torch.Tensor] | None:
+        found: dict[str, torch.Tensor] | None = item["state_dict"]
+        if len(parts) == 1 or found is None:
+            return found
+        own, others = (len(chosen) for _, chosen in parts)
+        other = item[PARTNER]["state_dict"]
+        layout = self.weight_tokenizer.layout
+        return interpolated_adapter(layout, found, other, own / (own + others), canonical=self.canonical)
+
+    def _select(self, parts: list[tuple[dict[str, Any], torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        both = [self._states(i["task"], i["prompts"]).select(chosen, self.max_length) for i, chosen in parts]
+        states, masks = zip(*both, strict=True)
+        return torch.cat(states), torch.cat(masks)
 
     def _choose(self, item: dict[str, Any]) -> torch.Tensor:
         if self.reads_sets:
@@ -203,8 +232,16 @@ class ExamplesBesidePairs:
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Make a batch of items."""
-        drawn = [item[self.name].draw(self.num_examples, item["seed"]) for item in items]
+        drawn = [self._draw(item) for item in items]
         return {**self.pairs(items), self.name: [self.collate(rows) for rows in drawn]}
+
+    def _draw(self, item: dict[str, Any]) -> list[dict[str, Any]]:
+        own = own_part(item, self.num_examples)
+        rows: list[dict[str, Any]] = item[self.name].draw(own, item["seed"])
+        if own < self.num_examples:
+            partner = item[PARTNER]
+            rows = [*rows, *partner[self.name].draw(self.num_examples - own, partner["seed"])]
+        return rows
 
     def some(self, dataset: PromptCheckpointDataset, most_tasks: int = 16, most_rows: int = 4) -> list[Any]:
         """A few rows of a few tasks from among all, each task's as a batch, always the same."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset
@@ -31,6 +31,13 @@ from .prompt_pool import PROMPTS_NAME
 
 
 _KEPT_IN_MEMORY = 2**30
+
+
+class ReplayedCheckpoint(Protocol):
+    """A checkpoint that lies in no file of its own."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """PEFT's on-disk key -> float32 tensor."""
 
 
 class PromptCheckpointDataset(Dataset[dict[str, Any]]):
@@ -81,6 +88,7 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         visits = max([1, *(len(task.checkpoints) for task in tasks)])
         self._items = [(task, path) for task in tasks for path in (task.checkpoints or (None,) * visits)]
         self._kept: dict[Path, dict[str, torch.Tensor]] = {}
+        self._replayed: Mapping[Path, ReplayedCheckpoint] = {}
         # In shared memory, so that worker processes that outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -233,6 +241,24 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
             return self
         return self._of(formed)
 
+    def with_replayed(
+        self, replayed: Mapping[str, tuple[tuple[str, ...], ReplayedCheckpoint]], condition_text: str = "prompts"
+    ) -> PromptCheckpointDataset:
+        """The same pairs and those of earlier tasks, of which a generator has kept some texts and one adapter each.
+
+        Args:
+            replayed: Task name, none of those that are here -> its texts, and its checkpoint.
+            condition_text: Which texts these are.
+        """
+        tasks, checkpoints = list(self._tasks.values()), dict(self._replayed)
+        for name, (texts, checkpoint) in replayed.items():
+            place = Path("replayed", hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest())
+            tasks.append(Task(name, texts, (place,), self._layout, None, condition_text=condition_text))
+            checkpoints[place] = checkpoint
+        other = self._of(sorted(tasks, key=lambda task: natural_key(task.name)))
+        other._replayed = checkpoints
+        return other
+
     def prompts(self, task: str) -> tuple[str, ...]:
         """A task's whole pool of prompts, or of the texts in their place."""
         return self._task(task).prompts
@@ -335,6 +361,7 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
             canonical=canonical or self.canonical,
         )
         other.hub_id, other.hub_commit = self.hub_id, self.hub_commit
+        other._replayed = self._replayed
         return other
 
     def _task_with_checkpoints(self, name: str) -> Task:
@@ -344,6 +371,8 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         return task
 
     def _read(self, task: Task, path: Path) -> dict[str, torch.Tensor]:
+        if path in self._replayed:
+            return self._replayed[path].state_dict()
         kept = self._kept.get(path)
         if kept is None:
             kept = {key: tensor.float() for key, tensor in read_safetensors(path).items()}

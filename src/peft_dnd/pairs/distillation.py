@@ -12,7 +12,6 @@ that a pass that was killed goes on where it stopped.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptFileError, FormatVersionError, PairsFolderError
+from ..storage.appended_lines import append_lines, take_off_half_line, whole_lines
 from ..storage.files import PathLike, read_json, write_json
 from ..version import __version__
 from .examples import TaskExamples
@@ -153,16 +153,12 @@ class DistillationWriter:
             os.replace(rows, self._partial)  # all but the record was written when the pass was killed
         rows.unlink(missing_ok=True)
         write_record(self.folder, self._record)
-        self.done = self._whole_lines()
+        take_off_half_line(self._partial)
+        self.done = len(whole_lines(self._partial))
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows and have them on the disk."""
-        lines = [json.dumps(dict(row), separators=(",", ":")) + "\n" for row in rows]
-        with self._partial.open("a", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        self.done += len(lines)
+        self.done += append_lines(self._partial, rows)
 
     def close(self) -> None:
         """Mark the rows as complete.
@@ -177,16 +173,6 @@ class DistillationWriter:
         if self._partial.is_file():
             os.replace(self._partial, self.folder / ROWS_NAME)
         write_record(self.folder, DistillationRecord(**{**asdict(self._record), "complete": True}))
-
-    def _whole_lines(self) -> int:
-        """How many rows an earlier pass left; half a line, which a killed one leaves, is taken off."""
-        if not self._partial.is_file():
-            return 0
-        content = self._partial.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) != len(content):
-            os.truncate(self._partial, len(whole))
-        return whole.count(b"\n")
 
 
 def _difference(folder: Path, found: DistillationRecord, record: DistillationRecord) -> str:

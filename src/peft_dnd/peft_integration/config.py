@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
+from torch import nn
 from transformers.utils import CONFIG_NAME
 
 from ..adapters.layout import AdapterLayout
 from ..adapters.method_layout import MethodLayout
 from ..errors import GeneratorConfigError
 from ..generator.configuration import PromptConditionedLoraGeneratorConfig
-from ..generator.generation import THRESHOLD
 from ..generator.modeling import PromptConditionedLoraGenerator
 from ..storage.hub import HubOptions, find_generator
 from ..text.out_of_distribution import check_action
@@ -37,6 +37,7 @@ _OWN_FIELDS = (
     "seed",
     "out_of_distribution",
     "threshold",
+    "base",
     "init_lora_weights",
 )
 # The generator's layout decides these; only alpha, which is no property of the matrices, may be overridden.
@@ -146,8 +147,12 @@ class DnDConfig(LoraConfig):
         answers: Their answers, one each, for a generator that reads them. They are not saved either.
         seed: Decides which prompts are read when they are more or fewer than the generator takes at once.
         out_of_distribution: What to do if the prompts are unlike those of the fitted tasks: `"ignore"`, `"warn"`,
-            `"shrink"` or `"refuse"`; see [`PromptConditionedLoraGenerator.generate_adapter`].
-        threshold: The score above which they are taken to be.
+            `"shrink"`, `"mean"` or `"refuse"`; `None` warns where the generator can tell. See
+            [`PromptConditionedLoraGenerator.generate_adapter`].
+        threshold: The score above which they are taken to be; `None` is what the fitted tasks give.
+        base: For which of the bases, if the generator has several: its name there, or its model's Hub id or folder. By
+            default the one whose layout fits the model that the adapter is put into, each time anew; until then the
+            configuration has no rank or targets.
 
     Raises:
         GeneratorConfigError: If a field contradicts the generator, or asks for more than a generator can write, such
@@ -176,10 +181,11 @@ class DnDConfig(LoraConfig):
     answers: Sequence[str] | None = field(
         default=None, repr=False, metadata={"help": "The prompts' answers, for a generator that reads them"}
     )
-    out_of_distribution: str = field(
-        default="ignore", metadata={"help": "What to do with prompts unlike the fitted tasks'"}
+    out_of_distribution: str | None = field(
+        default=None, metadata={"help": "What to do with prompts unlike the fitted tasks'"}
     )
-    threshold: float = field(default=THRESHOLD, metadata={"help": "The score above which they are taken to be so"})
+    threshold: float | None = field(default=None, metadata={"help": "The score above which they are taken to be so"})
+    base: str | None = field(default=None, metadata={"help": "For which base, if the generator has several"})
 
     def __post_init__(self) -> None:
         self._refuse_what_no_generator_writes()
@@ -194,13 +200,18 @@ class DnDConfig(LoraConfig):
         config = self._read_generator_config()
         # The texts themselves are formed when they are read; here what they lack is said, before a model is touched.
         condition_texts(self.prompts, self.answers, config.condition_text, answer_ratio=config.answer_ratio)
-        self._layout = config.adapter_layout
-        if isinstance(self._layout, MethodLayout):
-            self._become(self._layout)
-            return
-        self._adopt(self._layout.lora_config())
-        if self.task_type is None:
-            self.task_type = self._layout.task_type
+        self._layouts = config.layouts
+        self._layout: AdapterLayout | None = None
+        if config.bases and self.base is None:
+            self._leave_to_the_model(config)
+        else:
+            self._layout = self._layouts[config.find_base(self.base)] if self._layouts else config.adapter_layout
+            if isinstance(self._layout, MethodLayout):
+                self._become(self._layout)
+                return
+            self._adopt(self._layout.lora_config())
+            if self.task_type is None:
+                self.task_type = self._layout.task_type
         super().__post_init__()
         self.init_lora_weights = SENTINEL  # type: ignore[assignment]
 
@@ -225,8 +236,35 @@ class DnDConfig(LoraConfig):
 
     @property
     def layout(self) -> AdapterLayout:
-        """The layout of the adapter, as the generator's configuration gives it."""
+        """The layout of the adapter, as the generator's configuration gives it.
+
+        Raises:
+            GeneratorConfigError: If the generator has several bases, and the model will say which.
+        """
+        if self._layout is None:
+            raise GeneratorConfigError(
+                f"The generator {self.generator!r} has the bases {', '.join(map(repr, self._layouts))}, and which is "
+                "meant is known when there is a model. Name one: DnDConfig(base=...)."
+            )
         return self._layout
+
+    def for_model(self, model: nn.Module) -> DnDConfig:
+        """This configuration with the layout of the base that a model is; itself, if it has a layout already.
+
+        Args:
+            model: The base model.
+
+        Raises:
+            BaseModelMismatchError: If the model fits none of the generator's bases.
+            GeneratorConfigError: If it could be more than one, or a field contradicts what is written for it.
+        """
+        if self._layout is not None:
+            return self
+        chosen = copy.copy(self)
+        chosen.base = self._read_generator_config().find_base(model)
+        chosen._layout = self._layouts[chosen.base]
+        chosen._adopt(chosen._layout.lora_config())
+        return chosen
 
     @property
     def generator_commit(self) -> str | None:
@@ -239,16 +277,16 @@ class DnDConfig(LoraConfig):
         Raises:
             GeneratorConfigError: If a field has been changed since to something that contradicts the generator.
         """
-        if isinstance(self._layout, MethodLayout):
+        if isinstance(self.layout, MethodLayout):
             return {name: copy.deepcopy(getattr(self, name)) for name in _FREE_OF_METHODS}
         self._refuse_what_no_generator_writes()
-        self._adopt(self._layout.lora_config())
+        self._adopt(self.layout.lora_config())
         settings = {name: copy.deepcopy(getattr(self, name)) for name in _FREE_FIELDS}
         return {**settings, "lora_alpha": self.lora_alpha}
 
     def to_plain_config(self) -> PeftConfig:
         """The plain configuration of the adapter: what a model shows and saves once the adapter is in it."""
-        config = self._layout.peft_config()
+        config = self.layout.peft_config()
         for name, value in self.settings().items():
             setattr(config, name, value)
         return config
@@ -263,6 +301,19 @@ class DnDConfig(LoraConfig):
             return
         self.__dict__["modules_to_save"] = stored.modules_to_save  # the very list: PEFT also extends it in place
         self.__dict__["_stored"] = weakref.ref(stored)
+
+    def _leave_to_the_model(self, config: PromptConditionedLoraGeneratorConfig) -> None:
+        """Make sure that PEFT can go as far as to the model without knowing the adapter's form."""
+        for name, layout in self._layouts.items():
+            if isinstance(layout, MethodLayout):
+                raise GeneratorConfigError(
+                    f"The generator {self.generator!r} writes {layout.method} adapters for the base {name!r}, and "
+                    "PEFT asks for the method before it shows the model. Say which base is meant: "
+                    f"DnDConfig(base=...), one of {', '.join(map(repr, config.base_names))}."
+                )
+        kinds = {layout.task_type for layout in self._layouts.values()}
+        if self.task_type is None and len(kinds) == 1:
+            self.task_type = kinds.pop()
 
     def _become(self, layout: MethodLayout) -> None:
         """Take the form of another method's configuration, so that PEFT does with it what it does with that."""

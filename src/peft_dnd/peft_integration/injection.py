@@ -75,10 +75,12 @@ def _inject_generated(
     inject: Callable[[], None], config: DnDConfig, tuner: BaseTuner, model: nn.Module, adapter_name: str
 ) -> None:
     base = tuner.model  # `model` may be a PeftMixedModel around it
-    if isinstance(config.layout, MethodLayout):
-        _inject_method(inject, config, config.layout, tuner, adapter_name)
-        return
+    given = config
     try:
+        config = given.for_model(base)
+        if isinstance(config.layout, MethodLayout):
+            _inject_method(inject, config, config.layout, tuner, adapter_name)
+            return
         names = match_modules(base, config.layout)
         check_fits(base, config.layout, names)
         stored = lora_config_for(
@@ -89,10 +91,10 @@ def _inject_generated(
             key_prefix=KEY_PREFIX if isinstance(model, PeftMixedModel) else "",
         )
         warn_if_other_base(base, config.layout)
-        adapter = _generate(config)
+        adapter = _generate(config, base)
         # Until here the model is untouched. It never sees the DnDConfig: what it stores is plain LoRA.
         tuner.peft_config[adapter_name] = stored
-        config.follow_with(stored)
+        given.follow_with(stored)
         inject()
         fill_adapter(base, adapter_name, config.layout, adapter.state_dict(), names)
     except BaseException:
@@ -106,7 +108,7 @@ def _inject_method(
     """The same for an adapter of another method than plain LoRA."""
     try:
         check_method_fits(tuner.model, layout)
-        adapter = _generate(config)
+        adapter = _generate(config, tuner.model)
         tuner.peft_config[adapter_name] = stored = config.to_plain_config()
         config.follow_with(stored)
         inject()
@@ -116,7 +118,7 @@ def _inject_method(
         raise
 
 
-def _generate(config: DnDConfig) -> GeneratedAdapter:
+def _generate(config: DnDConfig, base: nn.Module) -> GeneratedAdapter:
     with real_parameters():
         if isinstance(config.generator, LiveGenerator):
             generator = config.generator.model
@@ -126,6 +128,7 @@ def _generate(config: DnDConfig) -> GeneratedAdapter:
             generator = _load_generator(name, revision, dict(config.generator_kwargs or {}))
         adapter = generator.generate_adapter(
             config.prompts or (),
+            base=config.base,
             seed=config.seed,
             answers=config.answers,
             out_of_distribution=config.out_of_distribution,
@@ -137,7 +140,16 @@ def _generate(config: DnDConfig) -> GeneratedAdapter:
             f"The generator {config.generator!r} has changed since the DnDConfig was made; first is what the "
             f"DnDConfig read, second what the generator wrote: {difference}. Make the DnDConfig anew."
         )
-    return adapter
+    with real_parameters():
+        return generator.hold_to_policy(adapter, base, scale=_scale(config))
+
+
+def _scale(config: DnDConfig) -> float:
+    """By what another alpha than the generator's multiplies its updates."""
+    if isinstance(config.layout, MethodLayout):
+        return 1.0
+    written = config.layout.lora_config().lora_alpha
+    return float(config.settings()["lora_alpha"]) / written if written else 1.0
 
 
 # At most one generator, and what it was loaded from and how.

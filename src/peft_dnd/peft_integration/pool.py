@@ -18,7 +18,6 @@ from ..adapters.generated_adapter import GeneratedAdapter
 from ..adapters.layout import AdapterLayout
 from ..adapters.matching import warn_if_other_base
 from ..errors import AdapterPoolError, LayoutError, did_you_mean
-from ..generator.generation import THRESHOLD
 from ..generator.modeling import PromptConditionedLoraGenerator
 from ..text.out_of_distribution import check_action
 from .places import Places
@@ -107,8 +106,8 @@ class AdapterPool:
         kept: int = 0,
         max_rank: int | None = None,
         seed: int = 0,
-        out_of_distribution: str = "ignore",
-        threshold: float = THRESHOLD,
+        out_of_distribution: str | None = None,
+        threshold: float | None = None,
     ) -> None:
         if generator is not None:
             layout = generator.config.adapter_layout

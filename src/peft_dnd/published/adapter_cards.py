@@ -48,7 +48,7 @@ def texts_of_card(path: Path, source: str) -> tuple[str, ...]:
         card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
         widgets = card.data.to_dict().get("widget")
         texts = list(_of_widgets(widgets)) or list(_paragraphs(card.text))
-    except (UnicodeDecodeError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (UnicodeDecodeError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise CorruptFileError(
             f"{str(path)!r} is no readable model card ({type(error).__name__}). Mend it, or give the task's prompts."
         ) from error

@@ -15,10 +15,8 @@ import torch
 
 from ..adapters.layout import AdapterLayout
 from ..adapters.one_layout import Conversion, common_layout, convert_adapter
-from ..adapters.shared_factors import SharedInputs
 from ..errors import GeneratorConfigError, LayoutError, PairsFolderError, PromptError, did_you_mean
-from ..pairs.folder import INITIALIZATION_FOLDER, TASK_NAME, adapter_digest, load_task, may_be_task
-from ..pairs.initialization import create_initialization, read_initialization
+from ..pairs.folder import INITIALIZATION_FOLDER, adapter_digest, load_task, may_be_task
 from ..pairs.writer import PairWriter, task_record
 from ..storage.files import PathLike, read_json, staged_directory, write_json
 from ..storage.progress import with_progress
@@ -26,14 +24,26 @@ from ..text.prompts import check_prompts, prompts_digest
 from ..text.prompts_and_answers import check_answers
 from .adapter_cards import texts_of_card
 from .adapter_files import ExistingAdapter, FoundAdapter, find_adapters
+from .imported import (
+    FACTORS,
+    KEPT,
+    ORIGIN_NAME,
+    SHARED,
+    check_neighbours,
+    factors_of,
+    has_no_other_tasks,
+    rank_of_initialization,
+    shared_start,
+)
 
 
 logger = logging.getLogger(__name__)
 
-ORIGIN_NAME = "origin.json"
 FROM_CARD = "card"
-FACTORS = _CANONICAL, _SHARED, _KEPT = ("canonical", "shared", "kept")
 _REFUSE, _ZEROS = "refuse", "zeros"
+# Adapters that were trained by themselves were seen to lose half of their updates to a shared A, and still do their
+# tasks (benchmarks/results/existing_adapters_seed_0.json).
+_MUCH_LOST = 0.75
 
 OneOrMore = PathLike | ExistingAdapter | Sequence[PathLike | ExistingAdapter]
 
@@ -75,7 +85,7 @@ def import_adapters(
     layout: AdapterLayout | None = None,
     base_model: str | Sequence[str] | None = None,
     missing_modules: Literal["refuse", "zeros"] = "refuse",
-    factors: Literal["canonical", "shared", "kept"] = "canonical",
+    factors: Literal["shared", "canonical", "kept"] | None = None,
     pickles: bool = False,
     overwrite: bool = False,
 ) -> tuple[ImportedTask, ...]:
@@ -102,12 +112,14 @@ def import_adapters(
         missing_modules: What becomes of a module that some adapters have and others lack: an error (`"refuse"`), or a
             zero update (`"zeros"`). One that an adapter's own configuration targets is missed in any case.
         factors: Which factors of the updates to write. Adapters that were trained by themselves share no
-            initialisation, so that their own (`"kept"`) cannot be compared. `"canonical"`: those that follow from the
-            update alone. `"shared"`: one A for all adapters, of the inputs that their updates share most of, so that
-            Bs alone differ; what else is in an update is lost, and said. That A becomes the pairs folder's common
-            initialisation, or is that which is there already.
+            initialisation, so that their own (`"kept"`) cannot be compared. `"shared"`: one A for all adapters, of the
+            inputs that their updates share most of, so that Bs alone differ; what else is in an update is lost, and
+            said. That A becomes the pairs folder's common initialisation, or is that which is there already.
+            `"canonical"`: those that follow from the update alone; nothing is lost, and they are harder to generate.
+            `None`: as the tasks that are there were made, and shared in a new folder.
         pickles: Whether to read an `adapter_model.bin` where there is no safetensors file, tensors alone.
-        overwrite: Whether to replace tasks that are complete, but were made of other adapters or in another way.
+        overwrite: Whether to replace tasks that are complete, but were made of other adapters or in another way. If
+            they are all that the folder has, a shared A is found anew too.
 
     Returns:
         The tasks, in the order given.
@@ -124,11 +136,12 @@ def import_adapters(
     """
     if missing_modules not in (_REFUSE, _ZEROS):
         raise GeneratorConfigError(f"missing_modules must be 'refuse' or 'zeros', got {missing_modules!r}.")
-    if factors not in FACTORS:
+    if factors is not None and factors not in FACTORS:
         raise GeneratorConfigError(f"factors must be one of {FACTORS}, got {factors!r}.")
     if layout is not None and rank is not None:
         raise GeneratorConfigError("A layout says its rank itself: give rank=... or layout=..., not both.")
     pairs = Path(pairs)
+    wanted_factors = factors or factors_of(pairs)
     sources = _sources(adapters)
     pools = _checked_pools(sources, prompts, answers or {})
     found = {
@@ -144,15 +157,18 @@ def import_adapters(
     base = _base_of(bases, base_model)
     own = {adapter.name: adapter.layout for adapter in every}
     target = common_layout(own, rank) if layout is None else layout
-    if factors == _SHARED and rank is None and layout is None:
-        target = common_layout(own, _rank_of_initialization(pairs) or 2 * target.max_rank)
+    names = {plan.name for plan in plans}
+    renew = overwrite and wanted_factors == SHARED and has_no_other_tasks(pairs, names)
+    if wanted_factors == SHARED and rank is None and layout is None:
+        there = None if renew else rank_of_initialization(pairs)
+        target = common_layout(own, there or 2 * target.max_rank)
     if base is not None:
         target = dataclasses.replace(target, base_model_name_or_path=base)
     _check_modules(every, target, missing_modules)
-    _check_neighbours(pairs, plans, target)
-    shared = _shared_start(pairs, every, target) if factors == _SHARED else None
+    check_neighbours(pairs, names, target)
+    shared = shared_start(pairs, every, target, renew=renew) if wanted_factors == SHARED else None
     made_as = {
-        "factors": factors,
+        "factors": wanted_factors,
         "rank": target.max_rank,
         "initialization": None if shared is None else adapter_digest(shared),
     }
@@ -277,42 +293,6 @@ def _check_modules(found: Sequence[FoundAdapter], target: AdapterLayout, missing
             )
 
 
-def _check_neighbours(pairs: Path, plans: Sequence[_Plan], target: AdapterLayout) -> None:
-    """Refuse to write beside tasks of another layout: nothing could be fitted to both."""
-    planned = {plan.name for plan in plans}
-    for folder in sorted(path.parent for path in pairs.glob(f"*/{TASK_NAME}")):
-        if folder.name in planned or not may_be_task(folder.name):
-            continue
-        record = task_record(folder)
-        if record is None or not record.complete or not record.steps:
-            continue
-        other = load_task(folder).layout
-        difference = None if other is None else other.difference(target)
-        if difference is not None:
-            raise LayoutError(
-                f"Task {record.task!r}, which is in {str(pairs)!r} already, has another layout than these adapters "
-                f"are brought to: {difference} (the first is the task's). Bring them to its own, with layout=... "
-                f"(--like {pairs}) or the same rank, or write to another pairs folder."
-            )
-
-
-def _rank_of_initialization(pairs: Path) -> int | None:
-    folder = pairs / INITIALIZATION_FOLDER
-    return AdapterLayout.from_folder(folder).max_rank if folder.is_dir() else None
-
-
-def _shared_start(pairs: Path, found: Sequence[FoundAdapter], target: AdapterLayout) -> dict[str, torch.Tensor]:
-    """The pairs folder's common initialisation; where it has none it becomes the adapters' shared A, with B zero."""
-    folder = pairs / INITIALIZATION_FOLDER
-    if not folder.exists():
-        inputs = SharedInputs(target.max_rank)
-        for adapter in with_progress(found, "Looking for shared inputs"):
-            inputs.add(adapter.layout, adapter.read())
-        start = {tensor.key: torch.zeros(tensor.shape) for tensor in target.tensors}
-        create_initialization(folder, target, {**start, **inputs.matrices(target)})
-    return read_initialization(folder, target)
-
-
 def _origin_of(plan: _Plan, made_as: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for a task to pass for the one that is asked for."""
     return {
@@ -360,9 +340,18 @@ def _write(
         writer.begin(initialization=made_as["initialization"])
         for step, adapter in zip(steps, plan.found, strict=True):
             converted, conversion = convert_adapter(
-                adapter.read(), adapter.layout, target, canonical=made_as["factors"] != _KEPT, shared=shared
+                adapter.read(), adapter.layout, target, canonical=made_as["factors"] != KEPT, shared=shared
             )
             writer.add(converted, step)
+            if shared is not None and conversion.lost_share > _MUCH_LOST:
+                logger.warning(
+                    "%s loses %.0f%% of its update to the A that all adapters of %s share: it works on other inputs "
+                    "than those whose A that is. Import all adapters at once, into a new folder, or with "
+                    "factors='canonical' (--factors canonical).",
+                    adapter.name,
+                    100 * conversion.lost_share,
+                    pairs,
+                )
             origins.append({"step": step, **adapter.source, **_in_json(conversion)})
         write_json(staged / plan.name / ORIGIN_NAME, {"adapters": origins, "made_as": _origin_of(plan, made_as)})
         writer.close()

@@ -72,7 +72,7 @@ class Arguments:
         """
         try:
             given = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise CorruptFileError(
                 f"{str(path)!r} is not readable YAML ({' '.join(str(error).split()):.200}). It was cut short or "
                 "edited: download it again."

@@ -21,7 +21,7 @@ from .tasks import TaskPrompts
 
 GENERATOR_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 # Part of every id: to be raised if the same generator and prompts ever give other bytes.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class ServedGenerator:
         """The id of the adapter that would be made: a hash of all that its bytes depend on, 64 hexadecimal digits.
 
         That is the generator's revision and its text encoder's, the texts that it reads, in their order, the seed, and
-        whether the adapter is to be shrunk.
+        the threshold of its score with what is to become of the adapter above it.
 
         Raises:
             PromptError: If the prompts cannot be used.
@@ -56,15 +56,25 @@ class ServedGenerator:
                 f"The generator {self.name!r} cannot tell which prompts do not belong: out_of_distribution must be "
                 "'ignore'."
             )
-        shrunk = source.threshold if source.out_of_distribution == "shrink" else None
-        parts = [_FORMAT, self.revision, self.text_encoder, prompts_digest(texts), source.seed, shrunk]
+        fallback = source.out_of_distribution if source.out_of_distribution in ("shrink", "mean") else None
+        asked = self.generator.prompt_classifier is not None
+        extra = [*(["gated"] if self.is_gated else []), *(["classified"] if asked else [])]
+        made_of = [self.revision, self.text_encoder, prompts_digest(texts), source.seed, fallback, source.threshold]
+        parts = [*extra, _FORMAT, *made_of]
         return sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether each adapter passes a behaviour gate."""
+        policy = self.generator.policy
+        return policy is not None and policy.gate is not None and self.generator.gate_base is not None
 
     def generate(self, source: TaskPrompts) -> GeneratedAdapter:
         """Make the adapter.
 
         Raises:
             OutOfDistributionError: If the prompts do not belong, and that is to be refused.
+            PolicyError: If the generator's policy refuses the prompts, or the adapter.
         """
         return self.generator.generate_adapter(
             source.prompts,
@@ -86,6 +96,7 @@ class ServedGenerator:
             "prompts_sha256": adapter.provenance["prompts_sha256"],
             "seed": source.seed,
             "out_of_distribution": adapter.out_of_distribution,
+            "out_of_distribution_threshold": adapter.provenance.get("out_of_distribution_threshold"),
             "shrunk_by": adapter.provenance.get("shrunk_by"),
         }
 
@@ -102,7 +113,7 @@ def load_served_generator(
         device: Where it runs; `None` is the CPU.
 
     Raises:
-        GeneratorConfigError: If no generator can have such a name, or there is no such device.
+        GeneratorConfigError: If no generator can have such a name, there is no such device, or it has several bases.
         GeneratorNotFoundError: If there is no generator there.
         NotFittedError: If it has never been fitted.
         TextEncoderError: If its text encoder cannot be loaded.
@@ -114,6 +125,7 @@ def load_served_generator(
         )
     folder, commit = find_generator(place, revision=revision)
     generator = PromptConditionedLoraGenerator.from_pretrained(place, revision=commit or revision)
+    generator.config.check_one_base()
     if not generator.normalization.fitted:
         raise NotFittedError(f"The generator {place!r} has never been fitted, so its adapters would mean nothing.")
     try:

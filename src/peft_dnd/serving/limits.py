@@ -19,6 +19,8 @@ class ServiceLimits:
         requests: Requests that are worked on at once, downloads and waiting ones among them.
         queue: Adapters that wait for the device at once.
         queue_per_client: How many of them one client may have there; `None` is half of `queue`, at least 1.
+        queue_seconds: How long an adapter may wait there for its turn; it should be well below what clients allow
+            for an answer.
         cache_bytes: Size of all adapters kept, in bytes.
         cache_adapters: How many are kept.
         cache_seconds: How long one is kept after it was made, in seconds.
@@ -36,6 +38,7 @@ class ServiceLimits:
     requests: int = 64
     queue: int = 32
     queue_per_client: int | None = None
+    queue_seconds: float = 30
     cache_bytes: int = 10 << 30
     cache_adapters: int = 1000
     cache_seconds: float = 7 * 24 * 3600

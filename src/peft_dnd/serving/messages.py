@@ -29,11 +29,17 @@ class FromPrompts(BaseModel):
         None, pattern=GENERATOR_NAME, max_length=128, description="Name of the generator; the first by default."
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Decides which prompts are read if there are too many.")
-    out_of_distribution: Literal["ignore", "shrink", "refuse"] = Field(
+    out_of_distribution: Literal["ignore", "shrink", "mean", "refuse"] = Field(
         "ignore",
         description="What to do if the prompts are unlike those of the tasks that the generator was fitted on.",
     )
-    threshold: float = Field(0.95, ge=0, lt=1, allow_inf_nan=False, description="Score above which they are.")
+    threshold: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        allow_inf_nan=False,
+        description="Score above which they are; by default what those tasks give.",
+    )
 
     @model_validator(mode="after")
     def _one_answer_each(self) -> Self:
@@ -80,6 +86,9 @@ class AdapterFacts(BaseModel):
     seed: int = Field(description="The seed.")
     out_of_distribution: float | None = Field(
         description="From 0 to 1: how unlike the prompts are to those that the generator knows; null if unknown."
+    )
+    out_of_distribution_threshold: float | None = Field(
+        None, description="Above which score the prompts count as unlike them; null if unknown."
     )
     shrunk_by: float | None = Field(
         description="By what its deviation from the mean adapter was multiplied, if it was."

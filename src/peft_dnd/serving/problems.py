@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from ..errors import PeftDndError, SavingError
+from ..errors import PeftDndError, PolicyError, SavingError
 
 
 MEDIA_TYPE = "application/problem+json"
@@ -35,6 +35,7 @@ class ProblemDetails(BaseModel):
     title: str = Field(description="The status in words.")
     status: int = Field(description="The HTTP status.", ge=400, le=599)
     detail: str = Field(description="What is wrong, and the mend.")
+    reason: str | None = Field(default=None, description="In one word, why the generator's policy refuses.")
     errors: list[ProblemPart] | None = Field(default=None, description="Each thing that is wrong with the request.")
 
 
@@ -45,11 +46,14 @@ class Problem(Exception):
         status: The HTTP status.
         detail: What is wrong, and the mend; it may reach any client, and no log.
         headers: Headers beside.
+        reason: Where the generator's policy refuses: why, in one word.
     """
 
-    def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, status: int, detail: str, headers: Mapping[str, str] | None = None, *, reason: str | None = None
+    ) -> None:
         super().__init__(detail)
-        self.status, self.detail, self.headers = status, detail, dict(headers or {})
+        self.status, self.detail, self.headers, self.reason = status, detail, dict(headers or {}), reason
 
 
 def busy(detail: str, seconds: float) -> Problem:
@@ -63,6 +67,7 @@ def problem_response(problem: Problem, errors: list[dict[str, str]] | None = Non
         title=HTTPStatus(problem.status).phrase,
         status=problem.status,
         detail=printable(problem.detail),
+        reason=problem.reason,
         errors=None if errors is None else [ProblemPart(**error) for error in errors],
     )
     return JSONResponse(
@@ -74,6 +79,8 @@ def of_library_error(error: PeftDndError) -> Problem:
     """What an error of the library means to a client: its request is at fault, but for a disk that is full."""
     if isinstance(error, SavingError):
         return Problem(HTTPStatus.INSUFFICIENT_STORAGE, "The adapter cannot be stored; the operator's log says why.")
+    if isinstance(error, PolicyError):
+        return Problem(HTTPStatus.FORBIDDEN, str(error), reason=error.reason)
     return Problem(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
 
 

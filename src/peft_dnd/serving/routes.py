@@ -53,7 +53,7 @@ Name = Annotated[TaskName, Path(description="Name of the task.")]
 FileName = Literal["adapter_config.json", "adapter_model.safetensors", "README.md", "peft_dnd_provenance.json"]
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-_MAKING = _problems(409, 422, 429, 507)
+_MAKING = _problems(403, 409, 422, 429, 507)
 
 v1 = APIRouter(prefix="/v1", responses=_problems(400, 401, 408, 413, 422, 429, 500, 503))
 health = APIRouter(prefix="/health", tags=["operation"])

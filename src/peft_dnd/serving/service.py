@@ -15,14 +15,11 @@ from .cache import AdapterCache, OpenAdapter
 from .device_queue import DeviceQueue
 from .generators import ServedGenerator
 from .limits import ServiceLimits
-from .locks import locked
+from .locks import alone
 from .metrics import ServiceMetrics
 from .problems import Problem
 from .tasks import Task, TaskNames, TaskPrompts
 
-
-# How often to look whether another process has finished the adapter that is wanted here too.
-_POLL_SECONDS = 0.05
 
 Facts = dict[str, Any]
 
@@ -66,7 +63,7 @@ class AdapterService:
             )
         self.cache, self.limits = cache, limits or cache.limits
         self.tasks = TaskNames(cache.tasks, self.limits.tasks, remember_prompts=remember_prompts, fixed=tasks)
-        self.queue = DeviceQueue(self.limits.queue, self.limits.most_of_one_client)
+        self.queue = DeviceQueue(self.limits.queue, self.limits.most_of_one_client, self.limits.queue_seconds)
         self.metrics = ServiceMetrics(self.queue, cache)
         self._flights: dict[str, _Flight] = {}
         self._writable_at = float("-inf")
@@ -198,7 +195,8 @@ class AdapterService:
         """Wait for the adapter, with all who want the same; once nobody waits any more it is not made."""
         flight = self._flights.get(name)
         if flight is None or flight.task.cancelled():
-            flight = _Flight(asyncio.create_task(self._once(name, generator, source, client)))
+            work = partial(self._make, name, generator, source)
+            flight = _Flight(asyncio.create_task(self.queue.run(client, work)))
             self._flights[name] = flight
             flight.task.add_done_callback(partial(self._landed, name, flight))
         flight.waiting += 1
@@ -217,25 +215,18 @@ class AdapterService:
         if not task.cancelled():
             task.exception()  # who waits is told; if nobody does, nobody need be
 
-    async def _once(self, name: str, generator: ServedGenerator, source: TaskPrompts, client: str) -> Facts:
-        """Make the adapter, unless another process does: then wait for that."""
-        while True:
-            lock = await asyncio.to_thread(locked, self.cache.lock_for(name))
-            if lock is not None:
-                break
-            await asyncio.sleep(_POLL_SECONDS)
-        with lock:
-            facts = await asyncio.to_thread(self.cache.facts, name)
-            if facts is None:
-                facts = await self.queue.run(client, partial(self._make, name, generator, source))
-            return facts
-
     def _make(self, name: str, generator: ServedGenerator, source: TaskPrompts) -> Facts:
-        # Storing it is part of the turn, so that there is never more than one in memory.
-        began = time.monotonic()
-        adapter = generator.generate(source)
-        self.metrics.made(generator.name, time.monotonic() - began)
-        return self.cache.put(name, adapter, generator.facts(source, adapter))
+        # Other processes are kept from making the same only now, not while it waits for its turn: the few locks are
+        # shared, and whoever held one in the queue would make others wait for two turns.
+        with alone(self.cache.lock_for(name)):
+            kept = self.cache.facts(name)
+            if kept is not None:
+                return kept
+            # Storing it is part of the turn, so that there is never more than one in memory.
+            began = time.monotonic()
+            adapter = generator.generate(source)
+            self.metrics.made(generator.name, time.monotonic() - began)
+            return self.cache.put(name, adapter, generator.facts(source, adapter))
 
 
 def no_adapter(name: str) -> Problem:
@@ -247,9 +238,9 @@ def no_adapter(name: str) -> Problem:
 
 def _refuse(facts: Mapping[str, Any], source: TaskPrompts) -> None:
     """An adapter that was made before is refused as it would be if it were made now."""
-    score = facts["out_of_distribution"]
-    if source.out_of_distribution == "refuse" and score is not None and score > source.threshold:
+    score, threshold = facts["out_of_distribution"], facts["out_of_distribution_threshold"]
+    if source.out_of_distribution == "refuse" and score is not None and score > threshold:
         raise OutOfDistributionError(
             f"The prompts are unlike those of the tasks that the generator was fitted on: their out-of-distribution "
-            f"score of {score:.3f} is above the threshold of {source.threshold:g}. Check the prompts."
+            f"score of {score:.3f} is above the threshold of {threshold:.3g}. Check the prompts."
         )

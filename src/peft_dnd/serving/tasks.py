@@ -28,8 +28,8 @@ class TaskPrompts:
         answers: Their answers, for a generator that reads them.
         generator: Name of the generator; `None` is the first.
         seed: The seed.
-        out_of_distribution: What to do about prompts that do not belong: `ignore`, `shrink` or `refuse`.
-        threshold: From which score they do not.
+        out_of_distribution: What to do about prompts that do not belong: `ignore`, `shrink`, `mean` or `refuse`.
+        threshold: Above which score they do not; `None` is what the fitted tasks give.
     """
 
     prompts: tuple[str, ...]
@@ -37,7 +37,7 @@ class TaskPrompts:
     generator: str | None = None
     seed: int = 0
     out_of_distribution: str = "ignore"
-    threshold: float = 0.95
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import glob
 import inspect
@@ -42,6 +43,8 @@ GENERATOR_FILES = (
     "model*.safetensors*",
     CHECKSUMS_NAME,
     "prompt_reference.safetensors",
+    "policy.safetensors",
+    "replay_store.safetensors",
     "text_encoder/*",
 )
 
@@ -187,6 +190,7 @@ def find_folder(
         raise kind.error(
             f"There is no {kind.noun} at {name!r}: it is no folder here, and the Hub gave none. "
             + why_not_fetched(name, revision, error)
+            + _folder_meant(name)
         ) from error
     return Path(snapshot) / subfolder, Path(snapshot).name
 
@@ -250,7 +254,19 @@ def _refuse_what_is_no_hub_id(kind: _Kind, name: str) -> None:
         raise kind.error(
             f"There is no {kind.noun} at {name!r}: there is no such folder, and a Hub id has the form "
             f"'org/{kind.noun.split()[-1]}'. Check the spelling, and from where the path is counted."
+            + _folder_meant(name)
         ) from error
+
+
+def _folder_meant(name: str) -> str:
+    """A sentence that names the folder here that was probably meant; empty if none is like it."""
+    parent = Path(name).parent
+    try:
+        there = [path.name for path in parent.iterdir() if path.is_dir()]
+    except (OSError, ValueError):
+        return ""
+    near = difflib.get_close_matches(Path(name).name, there, n=1, cutoff=0.75)
+    return f" There is a folder {str(parent / near[0])!r} here." if near else ""
 
 
 def hub_id(name_or_path: str | None) -> str | None:

@@ -3,27 +3,31 @@
 
 The strangeness of a prompt is its cosine distance to the nearest prompt of the fitted tasks, and that of a prompt set
 the mean over its prompts (nearest neighbours as in arXiv 2204.06507, with one neighbour). What is usual is learned by
-leaving out each fitted task in turn and measuring it against all others, as if it were new.
+leaving out each fitted task in turn and measuring it against all others, as if it were new: score and threshold both
+come from that.
 """
 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from math import sqrt
+from dataclasses import dataclass, field
+from math import ceil, sqrt
 
 import torch
 from torch import Tensor
 
-from ..errors import CorruptFileError, GeneratorConfigError
+from ..errors import CorruptFileError, GeneratorConfigError, did_you_mean
 from ..storage.files import PathLike, read_safetensors, read_safetensors_metadata, write_safetensors
 from .token_states import TokenStates
 
 
 REFERENCE_NAME = "prompt_reference.safetensors"
-ACTIONS = ("ignore", "warn", "shrink", "refuse")
+ACTIONS = ("ignore", "warn", "shrink", "mean", "refuse")
+# Of new tasks like the fitted ones, the share that the default threshold takes for unlike them.
+FALSE_ALARMS = 0.05
 FEWEST_TASKS = 3
 _MOST_PER_TASK = 128
 _MOST_ALTOGETHER = 8192
@@ -65,6 +69,8 @@ class PromptReference:
     distances: Tensor
     counts: Tensor
     tasks: tuple[str, ...] = ()
+    # (prompts, false alarms) -> the threshold, which takes a while with thousands of tasks.
+    _thresholds: dict[tuple[int, float], float] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def fit(cls, points: Mapping[str, Tensor]) -> PromptReference | None:
@@ -138,6 +144,52 @@ class PromptReference:
         Returns:
             A number from 0 to 1.
         """
+        return self._score(self.strangeness(points), len(points))
+
+    def threshold(self, count: int, false_alarms: float = FALSE_ALARMS) -> float:
+        """The score above which so many prompts are unlike those of the fitted tasks, by conformal prediction.
+
+        If a new task is exchangeable with the T fitted ones, and each of these T + 1 is measured against the others,
+        the new one is as likely to have any rank of strangeness, however that is distributed; so the chance that it is
+        stranger than the k-th least strange of the others, k = ceil((T + 1) (1 - false_alarms)), is at most
+        `false_alarms` (full conformal prediction, arXiv 2107.07511). The fitted tasks are measured here, each with so
+        many of its prompts, without the new one among the others, which can only raise their distances and hence the
+        threshold: it is the score of the k-th of them. Tasks of which fewer prompts are kept than are asked for vary
+        more, which raises it too. With fewer than 1 / `false_alarms` - 1 tasks there is no such k, and the threshold
+        is what the score claims for itself: 1 - `false_alarms`.
+
+        Args:
+            count: How many prompts there are, at least 1.
+            false_alarms: The share of new tasks like the fitted ones that may be above it, between 0 and 1.
+
+        Returns:
+            A number from 0 to 1.
+
+        Raises:
+            GeneratorConfigError: If a number is out of range.
+        """
+        if count < 1 or not 0 < false_alarms < 1:
+            raise GeneratorConfigError(
+                f"A threshold is for at least 1 prompt and a share of false alarms between 0 and 1, got {count} and "
+                f"{false_alarms}."
+            )
+        key = (count, false_alarms)
+        if key not in self._thresholds:
+            self._thresholds[key] = self._threshold(count, false_alarms)
+        return self._thresholds[key]
+
+    def _threshold(self, count: int, false_alarms: float) -> float:
+        rank = ceil((len(self.counts) + 1) * (1 - false_alarms) - 1e-9)
+        if rank > len(self.counts):
+            return 1 - false_alarms
+        draw = random.Random(f"prompts of tasks left out {count}")
+        left_out = sorted(
+            float(own[draw.sample(range(len(own)), min(count, len(own)))].mean())
+            for own in self.distances.split(self.counts.tolist())
+        )
+        return self._score(left_out[rank - 1], count)
+
+    def _score(self, strangeness: float, count: int) -> float:
         from scipy.special import stdtr
 
         tasks = len(self.counts)
@@ -146,7 +198,7 @@ class PromptReference:
         within = torch.cat([distances - mean for distances, mean in zip(own, means, strict=True)])
         # Tasks that are all equally strange leave no deviation to divide by.
         between = max(float(means.std()), 1e-4) * sqrt(1 + 1 / tasks)
-        excess = self.strangeness(points) - means.mean() - within / sqrt(len(points))
+        excess = strangeness - means.mean() - within / sqrt(count)
         return float(stdtr(tasks - 1, (excess / between).numpy()).mean())
 
     def save(self, path: PathLike) -> None:
@@ -199,24 +251,32 @@ def shrinkage(score: float, threshold: float) -> float:
 
     Args:
         score: See [`PromptReference.score`].
-        threshold: From 0 up to, but not including, 1.
+        threshold: From 0 to 1.
 
-    >>> shrinkage(0.9, 0.95), round(shrinkage(0.975, 0.95), 6), shrinkage(1.0, 0.95)
-    (1.0, 0.5, 0.0)
+    >>> shrinkage(0.9, 0.95), round(shrinkage(0.975, 0.95), 6), shrinkage(1.0, 0.95), shrinkage(1.0, 1.0)
+    (1.0, 0.5, 0.0, 1.0)
     """
-    return min(1.0, (1 - score) / (1 - threshold))
+    return 1.0 if score <= threshold else (1 - score) / (1 - threshold)
 
 
-def check_action(action: str, threshold: float) -> None:
-    """Check what is to be done about prompts that do not belong.
+def check_action(action: str | None, threshold: float | None) -> None:
+    """Check what is to be done about prompts that do not belong; `None` leaves it to the generator.
 
     Raises:
         GeneratorConfigError: If there is no such action, or the threshold is impossible.
     """
-    if action not in ACTIONS:
-        raise GeneratorConfigError(f"out_of_distribution must be one of {ACTIONS}, got {action!r}.")
-    if not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
-        raise GeneratorConfigError(f"A threshold is at least 0 and less than 1, got {threshold!r}.")
+    if action is not None and action not in ACTIONS:
+        known = ", ".join(map(repr, ACTIONS))
+        raise GeneratorConfigError(
+            f"out_of_distribution must be one of {known}, got {action!r}.{did_you_mean(str(action), ACTIONS)}"
+        )
+    if threshold is not None and (
+        isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < 1
+    ):
+        raise GeneratorConfigError(
+            f"A threshold is at least 0 and less than 1, or None for the one that the fitted tasks give; got "
+            f"{threshold!r}."
+        )
 
 
 def _nearest(rows: Tensor, known: Tensor, hidden: Tensor | None = None) -> Tensor:
