@@ -75,6 +75,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     name = f"seed-{options.seed}{'-small' if options.small else ''}"
+    name += "-further" if options.start else ""
     name += f"-{options.training_tasks}-tasks" if options.training_tasks else ""
     progress = Progress(options.output / name, STAGES)
     try:
@@ -149,7 +150,8 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
         "in_languages": in_languages,
     }
     write_json(progress.folder / "report.json", result)
-    suffix = f"_{options.training_tasks}_tasks" if options.training_tasks else ""
+    suffix = "_further" if options.start else ""
+    suffix += f"_{options.training_tasks}_tasks" if options.training_tasks else ""
     write_result(f"language_model_seed_{options.seed}{suffix}", result, command_of(options))
     logger.info("\n%s\n\n%s", table(reports), language_table(in_languages))
 
