@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from tqdm.auto import tqdm
 from transformers.trainer_utils import get_last_checkpoint
 
 from language_model.base import load_base, with_small_head
+from language_model.going_on import reading_more
 from language_model.rows import IGNORED, Row, example_row, prompt_of
+from language_model.wordings import languages
 from peft_dnd import (
     AdapterLayout,
     DnDTrainer,
@@ -25,7 +28,7 @@ from peft_dnd import (
     write_task_without_checkpoints,
 )
 from peft_dnd.storage.files import read_json, write_json
-from peft_dnd.text import AnswerStatesTextEncoder
+from peft_dnd.text import AnswerStatesTextEncoder, PromptEmbeddingCache
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,22 @@ class FitSettings:
     warmup: float = 0.02
     common_tokens: int = 3000
     seed: int = 0
+    # Of a fit that goes on from a fitted generator: prompts drawn anew, and so many more directions read.
+    start: str | None = None
+    pool: str = "pool"
+    more_directions: int = 0
+    # Whether plain tasks are asked for in other languages too, as tasks beside: in all wordings but the last.
+    in_languages: bool = False
 
 
+# What a fit differs in that starts from a fitted generator: less to unlearn, so a lower rate, and prompts never read.
+GOING_ON: dict[str, Any] = {"pool": "second pool", "more_directions": 512, "learning_rate": 6e-4, "in_languages": True}
+# Of the wordings in another language, how many are kept for asking.
+ASKED_WORDINGS = 1
+
+
+_ASKED_IN = "asked in"
+_PROMPT_STATES = "prompt_states"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -73,23 +90,33 @@ def prompts_of(task: Any, split: str, count: int, seed: str, *, wordings: int | 
     return [prompt_of(chosen[i % len(chosen)], chance.choice(inputs)) for i in range(count)]
 
 
+def pools_of(tasks: Sequence[Any], settings: FitSettings) -> list[tuple[str, Any, list[str]]]:
+    """What is fitted on: a name, a task, and a pool of prompts that ask for it in one language."""
+    count = settings.prompt_pool
+    pools = [(task.name, task, prompts_of(task, "seen", count, f"{settings.pool} {settings.seed}")) for task in tasks]
+    for task in tasks if settings.in_languages else ():
+        for language in languages():
+            told = task.instructions_in(language)[:-ASKED_WORDINGS]
+            if told:
+                name = f"{task.name} {_ASKED_IN} {language}"
+                chance = random.Random(f"{settings.pool} {settings.seed} {name}")
+                inputs = [example.input for example in task.train]
+                drawn = [prompt_of(told[i % len(told)], chance.choice(inputs)) for i in range(count)]
+                pools.append((name, task, drawn))
+    return pools
+
+
 def write_pairs(
     folder: Path, tasks: Sequence[Any], tokenizer: Any, settings: FitSettings, names: dict[int, int]
 ) -> None:
     """Write tasks as a pairs folder without checkpoints; their examples are labelled in the small head's numbers."""
-    for number, task in enumerate(tasks):
+    for number, (name, task, prompts) in enumerate(pools_of(tasks, settings)):
         rows = [example_row(tokenizer, example.input, example.output) for example in task.train]
         labelled = [
             {**row, "labels": [label if label == IGNORED else names[label] for label in row["labels"]]}
             for row in rows[: settings.examples_a_task]
         ]
-        write_task_without_checkpoints(
-            folder / f"{number:04d}",
-            prompts_of(task, "seen", settings.prompt_pool, f"pool {settings.seed}"),
-            labelled,
-            task=task.name,
-            overwrite=True,
-        )
+        write_task_without_checkpoints(folder / f"{number:04d}", prompts, labelled, task=name, overwrite=True)
 
 
 def answer_tokens(tasks: Sequence[Any], tokenizer: Any, settings: FitSettings) -> list[int]:
@@ -112,24 +139,17 @@ def fit_generator(
     """
     model, tokenizer = load_base(base, torch.bfloat16)
     model, names = with_small_head(model, answer_tokens(tasks, tokenizer, settings))
-    marker = {"tasks": [task.name for task in tasks], "settings": {**asdict(settings), "steps": 0}}
-    marker["settings"]["layers"] = list(settings.layers)
+    told = {**asdict(settings), "layers": list(settings.layers), "steps": 0, "start": None}
+    marker = {"tasks": [task.name for task in tasks], "settings": told}
     written = folder / "pairs.json"
     if not written.is_file() or read_json(written) != marker:
         write_pairs(folder / "pairs", tasks, tokenizer, settings, names)
         write_json(written, marker)
-    layout = AdapterLayout.from_lora_config(lora_config(settings.rank), model)
-    pairs = PromptCheckpointDataset.from_folder(folder / "pairs", layout=layout, seed=settings.seed)
     encoder = AnswerStatesTextEncoder.from_pretrained(base, settings.layers, dtype=torch.bfloat16, block_tokens=512)
-    config = PromptConditionedLoraGeneratorConfig.from_adapters(
-        pairs,
-        encoder,
-        num_prompts=settings.prompts,
-        decoder_type="core",
-        decoder_config={"core_rank": settings.core_rank, "hidden_size": settings.hidden_size},
-    )
-    torch.manual_seed(settings.seed)
-    generator = PromptConditionedLoraGenerator(config, encoder)
+    if settings.start is None:
+        generator, pairs = _unfitted(folder, encoder, model, settings)
+    else:
+        generator, pairs = _fitted(folder, Path(settings.start), encoder, tasks, settings)
     arguments = DnDTrainingArguments(
         output_dir=str(folder / "fit"),
         max_steps=settings.steps,
@@ -141,7 +161,7 @@ def fit_generator(
         adam_beta2=0.98,
         weight_decay=0.0,
         smallest_prompt_set=1,
-        prompt_states_dir=str(folder / "prompt_states"),
+        prompt_states_dir=str(folder / _PROMPT_STATES),
         save_steps=200,
         save_total_limit=1,
         logging_steps=20,
@@ -157,3 +177,35 @@ def fit_generator(
     generator.save_pretrained(folder / "generator")
     write_json(folder / "log.json", trainer.state.log_history)
     return generator
+
+
+def _unfitted(
+    folder: Path, encoder: AnswerStatesTextEncoder, model: Any, settings: FitSettings
+) -> tuple[PromptConditionedLoraGenerator, PromptCheckpointDataset]:
+    """A new generator, and its pairs."""
+    layout = AdapterLayout.from_lora_config(lora_config(settings.rank), model)
+    pairs = PromptCheckpointDataset.from_folder(folder / "pairs", layout=layout, seed=settings.seed)
+    config = PromptConditionedLoraGeneratorConfig.from_adapters(
+        pairs,
+        encoder,
+        num_prompts=settings.prompts,
+        decoder_type="core",
+        decoder_config={"core_rank": settings.core_rank, "hidden_size": settings.hidden_size},
+    )
+    torch.manual_seed(settings.seed)
+    return PromptConditionedLoraGenerator(config, encoder), pairs
+
+
+def _fitted(
+    folder: Path, start: Path, encoder: AnswerStatesTextEncoder, tasks: Sequence[Any], settings: FitSettings
+) -> tuple[PromptConditionedLoraGenerator, PromptCheckpointDataset]:
+    """A fitted generator that reads more, and the pairs that it goes on with."""
+    layout = PromptConditionedLoraGeneratorConfig.from_pretrained(start).adapter_layout
+    pairs = PromptCheckpointDataset.from_folder(folder / "pairs", layout=layout, seed=settings.seed)
+    cache = PromptEmbeddingCache(encoder, folder=folder / _PROMPT_STATES)
+    of_tasks: dict[str, list[torch.Tensor]] = {}
+    for name, task, prompts in tqdm(pools_of(tasks, settings), desc="Reading prompts", unit="task"):
+        # One task in all its languages: what these differ in is nothing to read.
+        of_tasks.setdefault(task.name, []).append(cache.states(name, prompts).flat.float())
+    torch.manual_seed(settings.seed)
+    return reading_more(start, encoder, of_tasks, settings.more_directions), pairs

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same tasks asked for in ten languages: how much of what English prompts give do others give.
 
-The generator is fitted on English instructions alone. For some plain training tasks there are instructions in other
-languages, written by hand; inputs and answers stay as they are.
+For some plain training tasks there are instructions in other languages, written by hand; inputs and answers stay as
+they are. All are asked in wordings that were never fitted on, in English and in the others, whether or not the
+generator was fitted on other wordings of these languages.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from language_model.fitting import ASKED_WORDINGS
 from language_model.judging import Contest, Size, generated
 from language_model.rows import blocks, example_row, prompt_of, right
 from language_model.tasks import Example, Task
@@ -42,7 +44,7 @@ def draw_in_languages(world: Any, size: Size, seed: int) -> list[Asked]:
     """
     found = []
     for task in world.of("training"):
-        told = {language: task.instructions_in(language) for language in languages()}
+        told = {language: task.instructions_in(language)[-ASKED_WORDINGS:] for language in languages()}
         if not all(told.values()):
             continue
         chance = random.Random(f"languages {seed} {task.name}")

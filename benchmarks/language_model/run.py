@@ -34,7 +34,7 @@ from record import write_result  # noqa: E402
 from stages import Progress, Stage  # noqa: E402
 
 from language_model.base import load_base, prepare_base  # noqa: E402
-from language_model.fitting import FitSettings, fit_generator  # noqa: E402
+from language_model.fitting import GOING_ON, FitSettings, fit_generator  # noqa: E402
 from language_model.in_languages import draw_in_languages, language_table, score_in_languages  # noqa: E402
 from language_model.judging import ENTRIES, Contest, Questions, Size, draw_questions, score_all  # noqa: E402
 from language_model.parts import Part, small_part  # noqa: E402
@@ -75,6 +75,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     name = f"seed-{options.seed}{'-small' if options.small else ''}"
+    name += "-further" if options.start else ""
     name += f"-{options.training_tasks}-tasks" if options.training_tasks else ""
     progress = Progress(options.output / name, STAGES)
     try:
@@ -93,10 +94,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     length.add_argument("--steps", type=int, help=f"of fitting; default {FitSettings.steps}")
     length.add_argument("--minutes", type=float, help="of fitting, in place of steps")
     length.add_argument("--generator", help="a fitted generator's folder or Hub id: nothing is fitted")
+    parser.add_argument(
+        "--start",
+        help="a fitted generator's folder that the fit goes on from, on prompts drawn anew, in more languages",
+    )
     parser.add_argument("--small", action="store_true", help="a part of the world, no rivals, and a look at answers")
     parser.add_argument("--training-tasks", type=int, help="fit on so many tasks only")
     parser.add_argument(
         "--without", choices=WITHOUT, action="append", default=[], help="a rival that is neither trained nor asked"
+    )
+    parser.add_argument(
+        "--rival-examples",
+        type=int,
+        help="of the one LoRA for all training tasks; default: as many as the generator's",
     )
     parser.add_argument("--tasks", type=int, default=Size.tasks, help="asked of each kind")
     parser.add_argument("--rows", type=int, default=Size.rows, help="test rows of each task")
@@ -119,7 +129,8 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
     if options.small:
         look(model, tokenizer, generator, questions, progress)
         return
-    contest = rivals(options, progress, model, tokenizer, generator, tasks, questions, examples_seen)
+    rival_examples = options.rival_examples or examples_seen
+    contest = rivals(options, progress, model, tokenizer, generator, tasks, questions, rival_examples)
     logger.info("4. Asking %d kinds of held-out task", len(questions))
     with progress.working_on("scores"):
         keys = [key for key, entry in ENTRIES.items() if ADAPTERS_OF.get(entry.adapter) not in options.without]
@@ -131,6 +142,7 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
         "seed": options.seed,
         "settings_of": read_json(progress.folder / "settings.json"),
         "examples_seen": examples_seen,
+        "rival_examples": None if "multi_task" in options.without else rival_examples,
         "training_tasks": len(tasks),
         "parameters": generator.num_parameters(),
         "costs": costs_of(found, progress.seconds),
@@ -138,7 +150,8 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
         "in_languages": in_languages,
     }
     write_json(progress.folder / "report.json", result)
-    suffix = f"_{options.training_tasks}_tasks" if options.training_tasks else ""
+    suffix = "_further" if options.start else ""
+    suffix += f"_{options.training_tasks}_tasks" if options.training_tasks else ""
     write_result(f"language_model_seed_{options.seed}{suffix}", result, command_of(options))
     logger.info("\n%s\n\n%s", table(reports), language_table(in_languages))
 
@@ -148,21 +161,28 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "data": [folder.name for folder in options.data],
         "generator": Path(options.generator).name if options.generator else None,
+        "start": Path(options.start).name if options.start else None,
         "steps": options.steps,
         "minutes": options.minutes,
         "training_tasks": options.training_tasks,
         "asked": {"tasks": options.tasks, "rows": options.rows},
-        "fitting": {**asdict(FitSettings()), "layers": list(FitSettings().layers)},
+        "fitting": {**asdict(fit_settings(options)), "layers": list(FitSettings().layers), "start": None},
         "own": asdict(OWN),
         "multi_task": asdict(MULTI_TASK),
     }
+
+
+def fit_settings(options: argparse.Namespace) -> FitSettings:
+    """How it is fitted, but for the steps."""
+    settings = replace(FitSettings(), seed=options.seed)
+    return replace(settings, start=options.start, **GOING_ON) if options.start else settings
 
 
 def the_generator(
     options: argparse.Namespace, progress: Progress, base: Path, tasks: Sequence[Any]
 ) -> tuple[PromptConditionedLoraGenerator, int]:
     """The generator, fitted if need be, and on how many examples it was."""
-    settings = replace(FitSettings(), seed=options.seed)
+    settings = fit_settings(options)
     a_step = settings.tasks_a_step * settings.examples
     if options.generator:
         generator = load_generator(options.generator, base)
@@ -174,7 +194,8 @@ def the_generator(
             logger.info("Fitting for %d steps", steps)
             fit_generator(folder, base, tasks, replace(settings, steps=steps))
     generator = load_generator(str(folder / "generator"), base)
-    return generator, int(generator.config.measured["steps"]) * a_step
+    before = PromptConditionedLoraGeneratorConfig.from_pretrained(options.start).measured if options.start else {}
+    return generator, (int(generator.config.measured["steps"]) + int(before.get("steps", 0))) * a_step
 
 
 def steps_of(options: argparse.Namespace, path: Path, base: Path, tasks: Sequence[Any], settings: FitSettings) -> int:
@@ -271,6 +292,8 @@ def command_of(options: argparse.Namespace) -> str:
     parts += [f"--steps {options.steps}"] if options.steps else []
     parts += [f"--minutes {options.minutes}"] if options.minutes else []
     parts += [f"--generator {Path(options.generator).name}"] if options.generator else []
+    parts += [f"--start {Path(options.start).name}"] if options.start else []
+    parts += [f"--rival-examples {options.rival_examples}"] if options.rival_examples else []
     parts += [f"--without {name}" for name in options.without]
     parts += [f"--training-tasks {options.training_tasks}"] if options.training_tasks else []
     return " ".join([*parts, f"--tasks {options.tasks}", f"--rows {options.rows}"])
