@@ -114,19 +114,23 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
             stderr=subprocess.STDOUT,
         )
         running.append(process)
-        for _ in range(2 * PATIENCE // 1000):
-            with socket.socket() as tried:
-                if process.poll() is None and tried.connect_ex(("127.0.0.1", port)) != 0:
-                    time.sleep(1)
-                    continue
-            break
-        assert process.poll() is None, process.stdout and process.stdout.read()
+        _wait_for(process, port)
         return Served(f"http://127.0.0.1:{port}", process, home)
 
     yield start
     for process in running:
         process.kill()
         process.wait()
+
+
+def _wait_for(process: subprocess.Popen[str], port: int) -> None:
+    for _ in range(10 * PATIENCE // 1000):  # it imports torch and Gradio first, which takes its time where many do
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        with socket.socket() as tried:
+            if tried.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(1)
+    raise AssertionError(f"nothing answers at port {port} after {10 * PATIENCE // 1000} s")
 
 
 @pytest.fixture(scope="module")

@@ -100,7 +100,8 @@ def test_two_processes_with_one_folder_make_nothing_twice(generator_folder: Path
 @pytest.mark.slow
 def test_a_stop_in_the_midst_of_requests_ends_those_that_are_there(generator_folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    with serving(generator_folder, cache) as service:
+    # Time enough for all of them, also on a machine that others keep busy.
+    with serving(generator_folder, cache, "--max-queue-seconds", "600", "--grace-seconds", "200") as service:
         service.wait_until_ready()
         with ThreadPoolExecutor(12) as pool:
             asked = [pool.submit(post, service, seed) for seed in range(12)]

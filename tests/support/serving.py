@@ -36,7 +36,7 @@ class Serving:
         return self._log.read_text(encoding="utf-8")
 
     def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600  # where many share the processors, importing torch takes minutes
         while True:
             assert self.process.poll() is None and time.monotonic() < deadline, self.log
             try:
@@ -47,7 +47,7 @@ class Serving:
 
     def stop(self, with_signal: int = signal.SIGTERM) -> int:
         self.process.send_signal(with_signal)
-        return self.process.wait(60)
+        return self.process.wait(300)
 
 
 def free_port() -> int:
