@@ -325,7 +325,7 @@ def _task_loss(
     if base_model is None:
         raise GeneratorConfigError(
             f"{name} is {getattr(args, name):g}, so DnDTrainer needs base_model=..., the frozen base "
-            "whose loss is taken; or set {name}=0."
+            f"whose loss is taken; or set {name}=0."
         )
     layout = generator.config.adapter_layout
     if args.distillation_weight > 0 and isinstance(layout, MethodLayout) and layout.is_soft_prompt:

@@ -30,7 +30,6 @@ class HeadsMixin(nn.Module):
 
     Attributes:
         heads: For each base but the first the decoder's submodules that are its own, and its normalisation.
-        whole: The generator of several bases that this one of a single base is a part of; `None` for any other.
     """
 
     config: PromptConditionedLoraGeneratorConfig
@@ -42,7 +41,7 @@ class HeadsMixin(nn.Module):
 
     @property
     def whole(self) -> Any:
-        """The generator that this is a part of."""
+        """The generator of several bases that this one of a single base is a part of; `None` for any other."""
         return self.__dict__.get("_whole")
 
     def build_heads(self) -> None:

@@ -35,20 +35,15 @@ class Written:
 
 
 class TextWriter(Protocol):
-    """What is asked of a writer.
-
-    Attributes:
-        name: What it is called, in records and errors.
-        chats: Whether it follows an instruction. Otherwise it continues a text.
-    """
+    """What is asked of a writer."""
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """What it is called, in records and errors."""
 
     @property
     def chats(self) -> bool:
-        """Whether it follows an instruction."""
+        """Whether it follows an instruction. Otherwise it continues a text."""
 
     def write(
         self,
