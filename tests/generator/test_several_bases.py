@@ -5,116 +5,36 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from support.constants import LORA_CONFIG, TASK_PROMPTS
+from safetensors.torch import load_file
+from support.constants import TASK_PROMPTS
+from support.several_bases import PROMPTS, SIZES, assert_same, base_of, fitted, layout_for, make, weights
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_dnd import (
     AdapterLayout,
     DnDConfig,
     PromptConditionedLoraGenerator,
-    PromptConditionedLoraGeneratorConfig,
     StreamedLoraGenerator,
 )
 from peft_dnd.adapters import layout_from_config
-from peft_dnd.cli.app import main
 from peft_dnd.errors import (
     BaseModelMismatchError,
-    CorruptFileError,
     GeneratorConfigError,
     NotFittedError,
     PolicyError,
 )
-from peft_dnd.generator import renew_checksums, verify_adapter
+from peft_dnd.generator import verify_adapter
 from peft_dnd.generator.fingerprint import generator_sha256
 from peft_dnd.policy import GeneratorPolicy
 
 
-PROMPTS = TASK_PROMPTS["law"]
-SIZES = {"org/small-1.5": (24, 2), "org/wide": (40, 1), "org/deep": (16, 3)}
-
-
-def base_of(name: str, size: tuple[int, int] | None = None) -> nn.Module:
-    """A Llama of a width and depth, called so."""
-    width, depth = size or SIZES[name]
-    torch.manual_seed(0)
-    sizes = {"hidden_size": width, "intermediate_size": 40, "num_hidden_layers": depth, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, max_position_embeddings=64, **sizes)).eval()
-    model.name_or_path = model.config._name_or_path = name
-    return model
-
-
-@pytest.fixture(scope="module")
-def bases() -> dict[str, nn.Module]:
-    return {name: base_of(name) for name in SIZES}
-
-
-def layout_for(base: nn.Module, rank: int = 3) -> AdapterLayout:
-    config = copy.deepcopy(LORA_CONFIG)
-    config.r = rank
-    config.base_model_name_or_path = base.name_or_path
-    return AdapterLayout.from_lora_config(config, base)
-
-
-def fitted(generator: PromptConditionedLoraGenerator) -> PromptConditionedLoraGenerator:
-    """The generator, which now passes for fitted."""
-    for number, name in enumerate(generator.config.base_names):
-        one = generator.for_base(name)
-        shape = one.weight_tokenizer.grid_shape
-        mean = torch.randn(shape, generator=torch.Generator().manual_seed(number)) * 0.1
-        one.normalization.set_statistics(mean, torch.full((shape[0],), 0.1))
-    return generator.eval()
-
-
-def make(layouts: Any, encoder: Any, decoder_type: str = "set_transformer", **settings: Any) -> Any:
-    config = PromptConditionedLoraGeneratorConfig.from_adapters(
-        layouts,
-        str(encoder),
-        num_prompts=4,
-        max_prompt_length=16,
-        decoder_type=decoder_type,
-        decoder_config={"zero_init_output": False, **settings},
-    )
-    torch.manual_seed(0)
-    return fitted(PromptConditionedLoraGenerator(config))
-
-
-@pytest.fixture(scope="module")
-def layouts(bases: dict[str, nn.Module]) -> dict[str, AdapterLayout]:
-    return {name.rpartition("/")[2]: layout_for(base, 3 + len(name) % 2) for name, base in bases.items()}
-
-
-@pytest.fixture(scope="module")
-def several(layouts: dict[str, AdapterLayout], encoder_folder: Path) -> PromptConditionedLoraGenerator:
-    """A generator of three bases; not to be changed."""
-    return make(layouts, encoder_folder)
-
-
-@pytest.fixture(scope="module")
-def folder(several: PromptConditionedLoraGenerator, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("several") / "generator"
-    several.save_pretrained(folder)
-    return folder
-
-
-def weights(adapter: Any) -> dict[str, torch.Tensor]:
-    return dict(adapter.state_dict())
-
-
-def assert_same(one: Any, other: Any, tolerance: float = 1e-6) -> None:
-    mine, theirs = weights(one), weights(other)
-    assert mine.keys() == theirs.keys()
-    for key, tensor in mine.items():
-        torch.testing.assert_close(tensor, theirs[key], rtol=0, atol=tolerance)
+pytest_plugins = ("support.several_bases",)
 
 
 @pytest.mark.parametrize("decoder_type", ["set_transformer", "core", "text_to_lora"])
@@ -397,85 +317,3 @@ def test_names_of_this_machine_stay_here(layouts: dict[str, AdapterLayout], enco
     assert found["bases"]["deep"]["layout"]["base_model_name_or_path"] is None
     assert found["bases"]["wide"]["layout"]["base_model_name_or_path"] == "org/wide"
     assert found["layout"]["base_model_name_or_path"] == "org/small-1.5"
-
-
-def edited(folder: Path, target: Path, edit: Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]) -> Path:
-    shutil.copytree(folder, target)
-    tensors = load_file(target / "model.safetensors")
-    config = json.loads((target / "config.json").read_text())
-    edit(tensors, config)
-    save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    (target / "config.json").write_text(json.dumps(config))
-    return target
-
-
-def swap(tensors: dict[str, torch.Tensor], one: str, other: str) -> None:
-    tensors[one], tensors[other] = tensors[other], tensors[one]
-
-
-DAMAGES: dict[str, Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]] = {
-    "a head's tensor is missing": lambda t, c: t.pop("heads.wide.writer.slots"),
-    "a head is missing": lambda t, c: [t.pop(key) for key in list(t) if key.startswith("heads.wide.")],
-    "two heads' tensors are swapped": lambda t, c: swap(
-        t, "heads.wide.writer.templates", "heads.deep.writer.templates"
-    ),
-    "a scale is negative": lambda t, c: t["heads.deep.normalization.scale"].neg_(),
-    "a base is forgotten": lambda t, c: c["bases"].pop("wide"),
-    "a base is renamed": lambda t, c: c["bases"].update(other=c["bases"].pop("wide")),
-    "a base has another layout": lambda t, c: c["bases"]["wide"].update(layout=c["bases"]["deep"]["layout"]),
-    "alpha is another": lambda t, c: [module.__setitem__(4, 99) for module in c["bases"]["wide"]["layout"]["modules"]],
-    "a base is no dictionary": lambda t, c: c["bases"].update(wide=3),
-    "bases are a list": lambda t, c: c.update(bases=["wide"]),
-    "the format is newer": lambda t, c: c.update(format_version=3),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_folder_is_refused(damage: str, folder: Path, tmp_path: Path) -> None:
-    target = edited(folder, tmp_path / "damaged", DAMAGES[damage])
-    for kind in (PromptConditionedLoraGenerator, StreamedLoraGenerator):
-        with pytest.raises((CorruptFileError, GeneratorConfigError, ValueError)):
-            loaded: Any = kind.from_pretrained(target)
-            for name in loaded.config.base_names:
-                loaded.generate_adapter(PROMPTS, base=name)
-
-
-def test_an_edit_on_purpose_is_accepted_when_the_checksums_are_renewed(folder: Path, tmp_path: Path) -> None:
-    target = edited(folder, tmp_path / "edited", DAMAGES["alpha is another"])
-    renew_checksums(target)
-    loaded = PromptConditionedLoraGenerator.from_pretrained(target)
-    assert {module.alpha for module in loaded.config.layouts["wide"].modules} == {99}
-
-
-def test_a_server_takes_the_generator_of_one_base(folder: Path) -> None:
-    from peft_dnd.serving.generators import load_served_generator
-
-    with pytest.raises(GeneratorConfigError, match=r"3 bases.*saved to a folder of its own"):
-        load_served_generator("several", str(folder))
-
-
-def test_the_command_line(
-    folder: Path, bases: dict[str, nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
-    given = ["generate", str(folder), str(tmp_path / "prompts.txt"), str(tmp_path / "adapter")]
-    assert main([*given, "--base", "wide", "--json", "--quiet"]) == 0
-    assert json.loads(capsys.readouterr().out)["base_model"] == "org/wide"
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
-    for wrong, words in (([], "3 bases"), (["--base", "wid"], "Known: 'small-1.5', 'deep', 'wide'")):
-        assert main([*given[:3], str(tmp_path / "none"), *wrong]) == 1
-        assert words in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "none").exists()
-
-    assert main(["inspect", str(folder)]) == 0
-    assert "org/deep" in capsys.readouterr().out
-    bases["org/wide"].save_pretrained(tmp_path / "wide")
-    assert main(["inspect", str(folder), "--base", str(tmp_path / "wide"), "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["fits_base"] is True
-    assert set(facts["bases"]) == {"small-1.5", "wide", "deep"}
-    base_of("other", (48, 1)).save_pretrained(tmp_path / "other")
-    assert main(["inspect", str(folder), "--base", str(tmp_path / "other")]) == 1
-    assert "is none of its bases" in capsys.readouterr().out
-    assert main(["inspect", str(folder), "--against", str(tmp_path / "adapter")]) == 1
-    assert "say by --base" in capsys.readouterr().out
