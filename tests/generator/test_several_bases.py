@@ -13,7 +13,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support.constants import TASK_PROMPTS
-from support.several_bases import SIZES, assert_same, base_of, fitted, layout_for, layouts_of, make, weights
+from support.several_bases import PROMPTS, SIZES, assert_same, base_of, fitted, layout_for, make, weights
 from torch import nn
 
 from peft_dnd import (
@@ -23,7 +23,6 @@ from peft_dnd import (
     StreamedLoraGenerator,
 )
 from peft_dnd.adapters import layout_from_config
-from peft_dnd.cli.app import main
 from peft_dnd.errors import (
     BaseModelMismatchError,
     GeneratorConfigError,
@@ -35,30 +34,7 @@ from peft_dnd.generator.fingerprint import generator_sha256
 from peft_dnd.policy import GeneratorPolicy
 
 
-PROMPTS = TASK_PROMPTS["law"]
-
-
-@pytest.fixture(scope="module")
-def bases() -> dict[str, nn.Module]:
-    return {name: base_of(name) for name in SIZES}
-
-
-@pytest.fixture(scope="module")
-def layouts(bases: dict[str, nn.Module]) -> dict[str, AdapterLayout]:
-    return layouts_of(bases)
-
-
-@pytest.fixture(scope="module")
-def several(layouts: dict[str, AdapterLayout], encoder_folder: Path) -> PromptConditionedLoraGenerator:
-    """A generator of three bases; not to be changed."""
-    return make(layouts, encoder_folder)
-
-
-@pytest.fixture(scope="module")
-def folder(several: PromptConditionedLoraGenerator, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("several") / "generator"
-    several.save_pretrained(folder)
-    return folder
+pytest_plugins = ("support.several_bases",)
 
 
 @pytest.mark.parametrize("decoder_type", ["set_transformer", "core", "text_to_lora"])
@@ -341,30 +317,3 @@ def test_names_of_this_machine_stay_here(layouts: dict[str, AdapterLayout], enco
     assert found["bases"]["deep"]["layout"]["base_model_name_or_path"] is None
     assert found["bases"]["wide"]["layout"]["base_model_name_or_path"] == "org/wide"
     assert found["layout"]["base_model_name_or_path"] == "org/small-1.5"
-
-
-def test_the_command_line(
-    folder: Path, bases: dict[str, nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
-    given = ["generate", str(folder), str(tmp_path / "prompts.txt"), str(tmp_path / "adapter")]
-    assert main([*given, "--base", "wide", "--json", "--quiet"]) == 0
-    assert json.loads(capsys.readouterr().out)["base_model"] == "org/wide"
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
-    for wrong, words in (([], "3 bases"), (["--base", "wid"], "Known: 'small-1.5', 'deep', 'wide'")):
-        assert main([*given[:3], str(tmp_path / "none"), *wrong]) == 1
-        assert words in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "none").exists()
-
-    assert main(["inspect", str(folder)]) == 0
-    assert "org/deep" in capsys.readouterr().out
-    bases["org/wide"].save_pretrained(tmp_path / "wide")
-    assert main(["inspect", str(folder), "--base", str(tmp_path / "wide"), "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["fits_base"] is True
-    assert set(facts["bases"]) == {"small-1.5", "wide", "deep"}
-    base_of("other", (48, 1)).save_pretrained(tmp_path / "other")
-    assert main(["inspect", str(folder), "--base", str(tmp_path / "other")]) == 1
-    assert "is none of its bases" in capsys.readouterr().out
-    assert main(["inspect", str(folder), "--against", str(tmp_path / "adapter")]) == 1
-    assert "say by --base" in capsys.readouterr().out

@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bases of several widths and depths, and a generator for them that passes for fitted."""
+"""A generator of three bases, for files that say `pytest_plugins = ("support.several_bases",)`."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_dnd import AdapterLayout, PromptConditionedLoraGenerator, PromptConditionedLoraGeneratorConfig
-from support.constants import LORA_CONFIG
+from peft_dnd import (
+    AdapterLayout,
+    PromptConditionedLoraGenerator,
+    PromptConditionedLoraGeneratorConfig,
+)
+from support.constants import LORA_CONFIG, TASK_PROMPTS
 
 
+PROMPTS = TASK_PROMPTS["law"]
 SIZES = {"org/small-1.5": (24, 2), "org/wide": (40, 1), "org/deep": (16, 3)}
 
 
@@ -26,6 +32,11 @@ def base_of(name: str, size: tuple[int, int] | None = None) -> nn.Module:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=50, max_position_embeddings=64, **sizes)).eval()
     model.name_or_path = model.config._name_or_path = name
     return model
+
+
+@pytest.fixture(scope="session")
+def bases() -> dict[str, nn.Module]:
+    return {name: base_of(name) for name in SIZES}
 
 
 def layout_for(base: nn.Module, rank: int = 3) -> AdapterLayout:
@@ -58,9 +69,22 @@ def make(layouts: Any, encoder: Any, decoder_type: str = "set_transformer", **se
     return fitted(PromptConditionedLoraGenerator(config))
 
 
-def layouts_of(bases: Mapping[str, nn.Module]) -> dict[str, AdapterLayout]:
-    """Layouts of unlike ranks, by the last part of the bases' names."""
+@pytest.fixture(scope="session")
+def layouts(bases: dict[str, nn.Module]) -> dict[str, AdapterLayout]:
     return {name.rpartition("/")[2]: layout_for(base, 3 + len(name) % 2) for name, base in bases.items()}
+
+
+@pytest.fixture(scope="session")
+def several(layouts: dict[str, AdapterLayout], encoder_folder: Path) -> PromptConditionedLoraGenerator:
+    """A generator of three bases; not to be changed."""
+    return make(layouts, encoder_folder)
+
+
+@pytest.fixture(scope="session")
+def folder(several: PromptConditionedLoraGenerator, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("several") / "generator"
+    several.save_pretrained(folder)
+    return folder
 
 
 def weights(adapter: Any) -> dict[str, torch.Tensor]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A generator of several bases whose folder was damaged, or edited on purpose."""
+"""The folder of a generator of several bases, damaged, served, and on the command line."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.constants import TASK_PROMPTS
-from support.several_bases import SIZES, base_of, layouts_of, make
+from support.several_bases import PROMPTS, base_of
+from torch import nn
 
-from peft_dnd import PromptConditionedLoraGenerator, StreamedLoraGenerator
-from peft_dnd.errors import CorruptFileError, GeneratorConfigError
+from peft_dnd import (
+    PromptConditionedLoraGenerator,
+    StreamedLoraGenerator,
+)
+from peft_dnd.cli.app import main
+from peft_dnd.errors import (
+    CorruptFileError,
+    GeneratorConfigError,
+)
 from peft_dnd.generator import renew_checksums
 
 
-PROMPTS = TASK_PROMPTS["law"]
-
-
-@pytest.fixture(scope="module")
-def folder(encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("several") / "generator"
-    make(layouts_of({name: base_of(name) for name in SIZES}), encoder_folder).save_pretrained(folder)
-    return folder
+pytest_plugins = ("support.several_bases",)
 
 
 def edited(folder: Path, target: Path, edit: Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]) -> Path:
@@ -83,3 +83,30 @@ def test_a_server_takes_the_generator_of_one_base(folder: Path) -> None:
 
     with pytest.raises(GeneratorConfigError, match=r"3 bases.*saved to a folder of its own"):
         load_served_generator("several", str(folder))
+
+
+def test_the_command_line(
+    folder: Path, bases: dict[str, nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    given = ["generate", str(folder), str(tmp_path / "prompts.txt"), str(tmp_path / "adapter")]
+    assert main([*given, "--base", "wide", "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["base_model"] == "org/wide"
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    for wrong, words in (([], "3 bases"), (["--base", "wid"], "Known: 'small-1.5', 'deep', 'wide'")):
+        assert main([*given[:3], str(tmp_path / "none"), *wrong]) == 1
+        assert words in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "none").exists()
+
+    assert main(["inspect", str(folder)]) == 0
+    assert "org/deep" in capsys.readouterr().out
+    bases["org/wide"].save_pretrained(tmp_path / "wide")
+    assert main(["inspect", str(folder), "--base", str(tmp_path / "wide"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["fits_base"] is True
+    assert set(facts["bases"]) == {"small-1.5", "wide", "deep"}
+    base_of("other", (48, 1)).save_pretrained(tmp_path / "other")
+    assert main(["inspect", str(folder), "--base", str(tmp_path / "other")]) == 1
+    assert "is none of its bases" in capsys.readouterr().out
+    assert main(["inspect", str(folder), "--against", str(tmp_path / "adapter")]) == 1
+    assert "say by --base" in capsys.readouterr().out
