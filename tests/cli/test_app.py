@@ -51,7 +51,8 @@ def test_the_reference_documents_every_verb_and_option(verb: str) -> None:
     missing = [name for name in options_of(verb) if f"`{name}" not in section[1] + shared]
     assert not missing
     documented = set(re.findall(r"`(--[a-z][a-z-]+)", section[1]))
-    assert documented <= set(options_of(verb)), "options that do not exist"
+    negated = {name for option in VERBS[verb].params for name in option.secondary_opts}
+    assert documented <= {*options_of(verb), *negated}, "options that do not exist"
 
 
 def test_commands_in_documents_exist() -> None:
@@ -77,7 +78,8 @@ def test_usage(run) -> None:
 
 def test_choices_are_the_librarys() -> None:
     annotated = get_type_hints(generate, include_extras=False)["out_of_distribution"]
-    assert get_args(annotated) == ACTIONS
+    choices, nothing = get_args(annotated)
+    assert get_args(choices) == ACTIONS and nothing is type(None)
 
 
 def test_an_interrupted_command_ends_without_a_traceback(run, generator_folder, monkeypatch) -> None:

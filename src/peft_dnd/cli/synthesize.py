@@ -75,7 +75,6 @@ def synthesize(
           --description "Answer a customer of a French shop in French, in one sentence."
 
       peft-dnd synthesize law.jsonl --endpoint http://localhost:8000/v1 --endpoint-model big --seeds law.txt --votes 5
-      peft-dnd collect --base Qwen/Qwen2.5-0.5B -o pairs --task law=law.jsonl --max-steps 200
     """
     into_file = output.suffix == ".jsonl"
     if (endpoint is None) != (endpoint_model is None):
