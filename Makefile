@@ -56,7 +56,7 @@ test: export OMP_NUM_THREADS := 1
 test: install ## run the tests, but for the slow ones
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
 
-test-all: install test-engines ## run every test
+test-all: install test-engines test-page ## run every test
 	$(BIN)/python -m pytest -m "not engines" $(PYTEST_ARGS)
 
 test-oldest: ## run the tests with the oldest declared dependencies, in an environment of their own
