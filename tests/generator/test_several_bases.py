@@ -311,8 +311,8 @@ def test_the_card_and_the_summary_name_all(several: PromptConditionedLoraGenerat
 
 def test_names_of_this_machine_stay_here(layouts: dict[str, AdapterLayout], encoder_folder: Path) -> None:
     generator = make(layouts, encoder_folder)
-    generator.config.bases["deep"]["layout"]["base_model_name_or_path"] = "/home/me/deep"
-    with pytest.warns(UserWarning, match="'/home/me/deep', a folder that only this machine has"):
+    generator.config.bases["deep"]["layout"]["base_model_name_or_path"] = "/models/deep"
+    with pytest.warns(UserWarning, match="'/models/deep', a folder that only this machine has"):
         found = generator.names_for_others(include_text_encoder=True)
     assert found["bases"]["deep"]["layout"]["base_model_name_or_path"] is None
     assert found["bases"]["wide"]["layout"]["base_model_name_or_path"] == "org/wide"
