@@ -158,8 +158,10 @@ def _prompts_check(texts: tuple[str, ...], kept: Mapping[str, Any]) -> Check:
 
 def _generator_check(generator: PromptConditionedLoraGenerator, kept: Mapping[str, Any]) -> Check:
     expected, found = kept.get("generator_sha256"), generator_sha256(generator)
-    if expected is None or found is None:
+    if expected is None:
         return Check("generator", None, "It does not name the generator's SHA-256: an earlier version wrote it.")
+    if found is None:
+        return Check("generator", None, "The generator's weights are here in part only, so that they have no SHA-256.")
     if found is None:
         return Check("generator", None, "The generator's weights are here in part only, so they have no SHA-256.")
     if found == expected:
