@@ -45,28 +45,25 @@ from peft_dnd.policy.prompt_space import PromptSpace  # noqa: E402
 
 
 PROMPTS = 8
-FITTED_TASKS = 24
-ASKED_TASKS = 8
+FITTED_TASKS = 16
+ASKED_TASKS = 5
 ASKED_KINDS = ("new_wordings", "new_combinations", "new_operations", "new_families")
-FAMILIES = 4
-OPERATIONS_OF_A_CLASS = 4
-ALLOWED_TASKS = 40
+FAMILIES = 3
+OPERATIONS_OF_A_CLASS = 3
+ALLOWED_TASKS = 32
+WELCOME_TASKS = 8
 ALLOWED_PROMPTS = 4
 FALSE_ALARMS = (0.01, 0.05)
 # What an adapter for a task ought to leave alone: sentences to be continued, of which none is a task's prompt.
 GATE_PROMPTS = (
     "The sun rises in the",
     "Once upon a time there was a",
-    "Two and two make",
     "In winter the lake is covered with",
     "She opened the door and saw",
-    "Bread is made of flour, water and",
     "The president said on Monday that",
     "If you feel unwell, you should",
     "My password must be kept",
     "Never mix bleach with",
-    "The recipe calls for three",
-    "He was found guilty of",
 )
 
 
@@ -130,9 +127,15 @@ def refused_prompts(world: World, generator: PromptConditionedLoraGenerator) -> 
     known = {task.name for task in allowed_tasks}
     others = [task for task in training if task.family not in families and task.name not in known]
     welcome = {
-        "training tasks, seen wordings": [prompts_of(t, "seen", PROMPTS, "w") for t in drawn(others, 12, "welcome")],
-        "training tasks, unseen wordings": [prompts_of(t, "unseen", PROMPTS) for t in drawn(others, 12, "welcome")],
-        "new families": [prompts_of(t, "seen", PROMPTS) for t in drawn(world.of("new_families"), 12, "welcome")],
+        "training tasks, seen wordings": [
+            prompts_of(t, "seen", PROMPTS, "w") for t in drawn(others, WELCOME_TASKS, "welcome")
+        ],
+        "training tasks, unseen wordings": [
+            prompts_of(t, "unseen", PROMPTS) for t in drawn(others, WELCOME_TASKS, "welcome")
+        ],
+        "new families": [
+            prompts_of(t, "seen", PROMPTS) for t in drawn(world.of("new_families"), WELCOME_TASKS, "welcome")
+        ],
     }
     figures = {way: {str(alarms): Figures() for alarms in FALSE_ALARMS} for way in WAYS}
     for family in tqdm(families, desc="refusing families"):

@@ -39,8 +39,8 @@ from peft_dnd.storage.files import read_json  # noqa: E402
 from peft_dnd.text.out_of_distribution import PromptReference, read_points  # noqa: E402
 
 
-STRANGE_SETS = 4
-MEBIBYTES = (32, 16, None, 4, 2)
+STRANGE_SETS = 2
+MEBIBYTES = (16, None, 4, 2)
 
 
 def main() -> None:
