@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Labels, teachers and decoders at equal examples: python benchmarks/language_model/objectives.py --seed 0.
 
-On a part of the world, each generator is fitted for as many steps of as many rows: on labelled examples, on a teacher's
-answers to the same inputs, or on both; and with other decoders on labelled examples. All are asked the same questions
-of held-out tasks. One teacher is the bare base with the instruction and four solved examples in its window. The other
-is one LoRA for all training tasks with the instruction in its window, `adapter.safetensors` in the folder that
-`run.py` calls `multi_task`.
+On a part of the world, each generator is fitted for as many steps of as many rows: on labelled examples, on what a
+teacher answers to the same inputs, or on both; and with other decoders on labelled examples. All are asked the same
+questions of held-out tasks. One teacher is the bare base with the instruction and four solved examples in its window.
+The other is one LoRA for all training tasks with the instruction in its window, `adapter.safetensors` in the folder
+that `run.py` calls `multi_task`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from language_model.judging import FEW, Contest, Size, draw_questions, score_all
 from language_model.parts import Part, small_part  # noqa: E402
 from language_model.rivals import MULTI_TASK, OWN, lora_layout  # noqa: E402
 from language_model.run import load_generator  # noqa: E402
+from language_model.sampled_head import with_head  # noqa: E402
 from language_model.teachers import ask_teacher  # noqa: E402
 from language_model.world import build_world  # noqa: E402
 from peft_dnd.storage.files import read_json, read_safetensors, write_json  # noqa: E402
@@ -175,9 +176,9 @@ def teacher_answers(options: argparse.Namespace, part: Part, base: Path, folder:
     if (answers / "teacher.json").is_file():
         return answers
     model, tokenizer = load_base(base, torch.bfloat16)
-    teacher: Any = model
+    teacher: Any = with_head(model)
     if name == LORA:
-        teacher = get_peft_model(model, lora_config(MULTI_TASK.rank), autocast_adapter_dtype=False)
+        teacher = get_peft_model(teacher, lora_config(MULTI_TASK.rank), autocast_adapter_dtype=False)
         set_peft_model_state_dict(teacher, read_safetensors(options.multi_task / "adapter.safetensors"))
     began = time.perf_counter()
     right = ask_teacher(
