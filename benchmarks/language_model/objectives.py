@@ -51,7 +51,8 @@ STEPS = 170
 # Training inputs of a task, the same for labels and teachers.
 INPUTS = 24
 SOLVED = {EXAMPLES: FEW, LORA: 0}
-ASKED = ("base", "base_instruction", "in_context", "in_context_16", "generated", "shuffled")
+# Once for all variants, and each of them.
+KNOWN, ASKED = ("base", "in_context"), ("generated", "shuffled")
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,11 @@ def fit_and_ask(options: argparse.Namespace, part: Part, base: Path, folder: Pat
     model, tokenizer = load_base(base, torch.bfloat16)
     generator = load_generator(str(where / "fitting" / "generator"), base)
     contest = Contest(model=model, tokenizer=tokenizer, generator=generator, own_layout=lora_layout(model, OWN.rank))
-    scored = score_all(contest, draw_questions(part, Size(), options.seed), where / "scores", ASKED)
+    questions = draw_questions(part, Size(), options.seed)
+    known = score_all(contest, questions, folder / "known", KNOWN)
+    scored = {
+        kind: {**known[kind], **of} for kind, of in score_all(contest, questions, where / "scores", ASKED).items()
+    }
     found = {
         "seconds of fitting": round(seconds, 1),
         "parameters": generator.num_parameters(),
