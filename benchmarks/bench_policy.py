@@ -206,7 +206,9 @@ def refused_prompts(bench: Bench) -> dict[str, Any]:
                 if task is not own:
                     found.add("welcome sets", caught(prompts))
                     found.add("welcome prompts", fmean(caught([prompt]) for prompt in prompts))
-            for topic in (other for other in ATTRIBUTES if other is not attribute):
+            for topic in ATTRIBUTES if alarms == FALSE_ALARMS[0] else ():
+                if topic is attribute:
+                    continue
                 unaware = _judge(bench, attribute, [attribute, topic], alarms, way)
                 prompts = next(prompts for task, prompts in asked.items() if task.attribute is topic)
                 found.add("welcome sets on a topic that no training task has", unaware(prompts))
@@ -269,9 +271,16 @@ def compared(way: str) -> Iterator[None]:
         yield
 
 
+class _AsItIs(PromptSpace):
+    """The space of the text encoder's own states."""
+
+    def place(self, points: torch.Tensor) -> torch.Tensor:
+        """Where texts lie: where they lay."""
+        return points.float()
+
+
 def _as_it_is(tasks: Sequence[torch.Tensor]) -> PromptSpace:
-    width = tasks[0].shape[1]
-    return PromptSpace(torch.eye(width).half(), torch.ones(width + 1))
+    return _AsItIs(torch.empty(tasks[0].shape[1], 0).half(), torch.ones(1))
 
 
 class Figures:
