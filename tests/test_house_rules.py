@@ -254,6 +254,11 @@ def test_every_file_is_short_and_licensed() -> None:
             assert len(lines) <= 450, f"{path} has {len(lines)} lines"
 
 
+def test_the_oldest_torch_that_is_tested_is_the_oldest_that_is_declared() -> None:
+    tested = re.search(r"^OLDEST_TORCH \?= (\S+)\.0$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert tested and f'"torch>={tested[1]}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
 def names_of(package: str) -> set[str]:
     return set(importlib.import_module(f"peft_dnd.{package}").__all__)
 

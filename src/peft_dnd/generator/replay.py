@@ -3,14 +3,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ..adapters.tokenizer import WeightNormalization, WeightTokenizer
-from ..errors import CorruptFileError
-from ..pairs.packed_adapters import AdapterPacking
+from ..errors import CorruptFileError, NotFittedError
+from ..pairs.dataset import PromptCheckpointDataset
+from ..pairs.packed_adapters import AdapterPacking, PackedAdapter
 from ..pairs.replay_store import MEND, STORE_NAME, ReplayStore
 from ..storage.checksums import Checksums
 from .configuration import PromptConditionedLoraGeneratorConfig
+
+
+@dataclass(frozen=True, eq=False)
+class _StoredCheckpoint:
+    packing: AdapterPacking
+    packed: PackedAdapter
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.packing.unpack(self.packed)
 
 
 class ReplayStoreMixin:
@@ -47,6 +60,27 @@ class ReplayStoreMixin:
         if store is not None:
             self._check_store(store, "The replay store")
         self._replay_store, self._replay_folder = store, None
+
+    def stored_pairs(self) -> PromptCheckpointDataset:
+        """The tasks of the replay store of which it holds an adapter, as pairs: the mean of each one's checkpoints.
+
+        Raises:
+            NotFittedError: If there is no store, or no adapter in it.
+            CorruptFileError: And the others of `replay_store`.
+        """
+        store = self.replay_store
+        packing = self.adapter_packing()
+        held = {
+            name: (task.texts, _StoredCheckpoint(packing, task.adapter))
+            for name, task in ({} if store is None else store.tasks).items()
+            if task.adapter is not None
+        }
+        if store is None or not held:
+            raise NotFittedError(
+                "The generator keeps no adapters of its fitted tasks: it has no replay store, or one without room for "
+                "them. Give the training pairs themselves."
+            )
+        return PromptCheckpointDataset([], layout=store.layout).with_replayed(held, store.condition_text)
 
     def adapter_packing(self) -> AdapterPacking:
         """What packs adapters for the replay store, and unpacks them."""

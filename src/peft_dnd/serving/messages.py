@@ -134,6 +134,17 @@ class TaskList(BaseModel):
     tasks: list[TaskFacts]
 
 
+class PolicyFacts(BaseModel):
+    """Of which kinds the bounds of a generator's policy are; what they say of prompts is told by refusals alone."""
+
+    parts: list[str] = Field(
+        description="`norms` of updates, modules that are `never_written`, `refused` classes of prompts, a "
+        "`classifier` that must be there, a behaviour `gate` on the base."
+    )
+    gate_checked: bool | None = Field(description="Whether adapters pass the gate here; null if there is none.")
+    sha256: str = Field(description="Hash of the policy, which adapters' provenance has too.")
+
+
 class GeneratorFacts(BaseModel):
     """A generator that is served."""
 
@@ -143,6 +154,7 @@ class GeneratorFacts(BaseModel):
     bases: list[str] = Field(description="What it calls its bases; where there are several, a request names one.")
     reads_answers: bool = Field(description="Whether prompts need answers.")
     tells_out_of_distribution: bool = Field(description="Whether adapters have a score.")
+    policy: PolicyFacts | None = Field(description="What the generator's policy bounds; null if it has none.")
 
 
 class GeneratorList(BaseModel):

@@ -15,6 +15,7 @@ from starlette.responses import StreamingResponse
 
 from .archive import file_chunks, tar_chunks, tar_size
 from .cache import OpenAdapter
+from .generators import ServedGenerator
 from .guard import client_of, note
 from .messages import (
     AdapterFacts,
@@ -24,6 +25,7 @@ from .messages import (
     GeneratorFacts,
     GeneratorList,
     Health,
+    PolicyFacts,
     TaskFacts,
     TaskList,
     TaskName,
@@ -203,10 +205,19 @@ async def list_generators(service: Service) -> GeneratorList:
                 bases=list(served.generator.config.base_names),
                 reads_answers=served.generator.config.condition_text != "prompts",
                 tells_out_of_distribution=served.generator.prompt_reference is not None,
+                policy=_policy_of(served),
             )
             for served in service.generators.values()
         ]
     )
+
+
+def _policy_of(served: ServedGenerator) -> PolicyFacts | None:
+    policy = served.generator.policy
+    if policy is None:
+        return None
+    gated = None if policy.gate is None else served.is_gated
+    return PolicyFacts(parts=list(policy.parts), gate_checked=gated, sha256=policy.sha256)
 
 
 @health.get("/live")
