@@ -106,7 +106,7 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
 
 def in_child_process(function: Callable[..., None], *arguments: Any) -> BaseProcess:
     def with_bars_of_its_own() -> None:
-        # At the fork a thread of the parent, such as tqdm's monitor, may hold the lock of bars: nobody would let it go.
+        # A thread of the parent, such as tqdm's monitor, may hold the lock of bars at the fork, and is not here.
         tqdm.set_lock(threading.RLock())
         function(*arguments)
 
