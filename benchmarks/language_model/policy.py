@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import transformers
@@ -29,7 +28,7 @@ from tqdm.auto import tqdm
 BENCHMARKS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "examples" / "worked_example")]
 
-from bench_policy import WAYS, Figures, as_it_is  # noqa: E402
+from bench_policy import WAYS, Figures, compared  # noqa: E402
 from record import write_result  # noqa: E402
 
 from language_model.base import load_base  # noqa: E402
@@ -41,7 +40,6 @@ from language_model.world import World, build_world  # noqa: E402
 from peft_dnd import GeneratedAdapter, PromptConditionedLoraGenerator  # noqa: E402
 from peft_dnd.policy import BehaviourGate, NormBounds, RefusedPrompts  # noqa: E402
 from peft_dnd.policy.norms import update_norms  # noqa: E402
-from peft_dnd.policy.prompt_space import PromptSpace  # noqa: E402
 
 
 PROMPTS = 8
@@ -153,7 +151,7 @@ def refused_prompts(world: World, generator: PromptConditionedLoraGenerator) -> 
         }
         for way in WAYS:
             for alarms in FALSE_ALARMS:
-                with patch.object(PromptSpace, "fit", PromptSpace.fit if way == WAYS[0] else as_it_is):
+                with compared(way):
                     found = RefusedPrompts.fit({family: examples}, allowed, read, views, false_alarms=alarms)
                 _count(figures[way][str(alarms)], {**sets, **_named("welcome: ", welcome)}, found, read, views)
     return {

@@ -11,7 +11,7 @@ import torch
 
 from ..evaluation.store_scores import OWN_MEASURE, SCORER_MEASURE, StoreScorer, score_store, written_tokens
 from ..generator.modeling import PromptConditionedLoraGenerator
-from ..generator.revisions import Revision, add_revision, revisions
+from ..generator.revision_history import Revision, add_revision, revisions
 from ..pairs.dataset import PromptCheckpointDataset
 from ..pairs.packed_adapters import AdapterPacking, PackedAdapter
 from ..pairs.replay_store import ReplayStore, StoreBounds, updated_store
