@@ -16,6 +16,7 @@ from ..generator.revision_history import MOST_POINTS_LOST
 LOSS_WEIGHTINGS = ("between_task", "within_task", "none")
 WEIGHT_LOSSES = ("factors", "delta_weights")
 REPLAY_TARGETS = ("checkpoints", "former_self")
+DISTILLATION_TARGETS = ("probabilities", "answers")
 
 
 @dataclass
@@ -74,6 +75,9 @@ class DnDTrainingArguments(TrainingArguments):
             teacher, the base with the task's text in its window, said (see `distil_task`). 0 turns it off; above 0 the
             trainer needs a `base_model`, and the tasks need a teacher's answers, of which `task_examples` are drawn
             for each item.
+        distillation_targets: What of the teacher is distilled. `"probabilities"`: how likely it found the next tokens;
+            `"answers"`: its answers alone, as if it had been sure of them. The latter where its doubts are of no use,
+            as those of a base with a generated adapter.
         rebuild_steps: How many optimiser steps of weight loss alone come before the task loss: the warm start.
         rebuild_weight: Weight of the weight loss beside the task loss, after those steps. Without task loss it is 1.
         base_gradient_checkpointing: Whether the base's layers are computed again in the backward pass of the task loss
@@ -133,6 +137,9 @@ class DnDTrainingArguments(TrainingArguments):
     )
     task_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the base's own loss; 0 turns it off."})
     distillation_weight: float = field(default=0.0, metadata={"help": "Weight of context distillation; 0: off."})
+    distillation_targets: Literal["probabilities", "answers"] = field(
+        default="probabilities", metadata={"help": f"What of the teacher is distilled, one of {DISTILLATION_TARGETS}."}
+    )
     task_examples: int = field(default=16, metadata={"help": "Examples of its task that an item draws."})
     task_tokens_per_pass: int = field(default=8192, metadata={"help": "Most tokens in a pass of the base."})
     rebuild_steps: int = field(default=0, metadata={"help": "Steps of weight loss alone before the task loss."})
@@ -164,6 +171,10 @@ class DnDTrainingArguments(TrainingArguments):
             raise GeneratorConfigError(f"replay_store_share must be from 0 to 1, got {self.replay_store_share}.")
         if self.replay_targets not in REPLAY_TARGETS:
             raise GeneratorConfigError(f"replay_targets must be one of {REPLAY_TARGETS}, got {self.replay_targets!r}.")
+        if self.distillation_targets not in DISTILLATION_TARGETS:
+            raise GeneratorConfigError(
+                f"distillation_targets must be one of {DISTILLATION_TARGETS}, got {self.distillation_targets!r}."
+            )
         if self.weight_loss not in WEIGHT_LOSSES:
             raise GeneratorConfigError(f"weight_loss must be one of {WEIGHT_LOSSES}, got {self.weight_loss!r}.")
         for name in ("task_loss_weight", "distillation_weight", "rebuild_steps", "rebuild_weight"):

@@ -106,6 +106,7 @@ class FittingObjective:
         self.token_weight = token_weight
         self.module_size: torch.Tensor | None = None
         self._own_loss = loss_function is None
+        self._answers_alone = args.distillation_targets == "answers"
         # Distillation is taken on the same copy of the base.
         self.task_loss = _task_loss(generator, args, base_model, loss_function)
         self._valid_mask = generator.weight_tokenizer.valid_mask()
@@ -125,7 +126,7 @@ class FittingObjective:
         """
         generator = self.generator
         if self.args.distillation_weight > 0 and self.task_loss is not None:
-            check_teachers(pairs, self.task_loss.model)
+            check_teachers(pairs, self.task_loss.model, answers_alone=self._answers_alone)
         if not generator.normalization.fitted and generator.config.normalization != "none":
             generator.normalization.set_statistics(*self._statistics(pairs, some_batches))
         generator.normalization.fitted.fill_(True)
@@ -244,7 +245,8 @@ class FittingObjective:
 
     def _distillation_losses(self, tokens: torch.Tensor, said: list[Any]) -> torch.Tensor:
         assert self.task_loss is not None
-        return distillation_losses(self.task_loss.base, self._matrices(tokens, shared=self._shared), said)
+        matrices = self._matrices(tokens, shared=self._shared)
+        return distillation_losses(self.task_loss.base, matrices, said, answers_alone=self._answers_alone)
 
     def _statistics(
         self, pairs: PromptCheckpointDataset, some_batches: Callable[[], Sequence[Mapping[str, Any]]] | None

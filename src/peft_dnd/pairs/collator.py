@@ -185,7 +185,8 @@ class DistillationCollator(ExampleCollator):
     """Makes distilled rows into a batch: as [`ExampleCollator`], with the top tokens of all answer tokens in a row.
 
     Beside the padded `input_ids`, `labels` and `attention_mask` there are `top_tokens`, (P, k) int64, and
-    `top_log_probs`, (P, k) float32, for the P labelled positions of the batch, row by row.
+    `top_log_probs`, (P, k) float32, for the P labelled positions of the batch, row by row; none where the teacher's
+    answers alone were kept.
     """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -195,6 +196,8 @@ class DistillationCollator(ExampleCollator):
             PairsFolderError: If the rows do not belong together, or a position lacks its top tokens.
         """
         batch = super().__call__([{name: row[name] for name in row if not name.startswith("top_")} for row in rows])
+        if not any("top_tokens" in row for row in rows):
+            return batch
         try:
             tokens = torch.tensor([top for row in rows for top in row["top_tokens"]])
             log_probs = torch.tensor([top for row in rows for top in row["top_log_probs"]], dtype=torch.float32)
