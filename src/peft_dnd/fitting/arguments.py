@@ -15,7 +15,7 @@ from ..generator.revisions import MOST_POINTS_LOST
 
 LOSS_WEIGHTINGS = ("between_task", "within_task", "none")
 WEIGHT_LOSSES = ("factors", "delta_weights")
-REPLAY_TARGETS = ("checkpoints", "former_self")
+REPLAY_TARGETS = ("auto", "checkpoints", "rows", "former_self")
 
 
 @dataclass
@@ -110,8 +110,8 @@ class DnDTrainingArguments(TrainingArguments):
     replay_share: float = field(
         default=0.5, metadata={"help": "Share of the items that replay earlier tasks; 0: none."}
     )
-    replay_targets: Literal["checkpoints", "former_self"] = field(
-        default="checkpoints", metadata={"help": f"What replayed tasks are held against, one of {REPLAY_TARGETS}."}
+    replay_targets: Literal["auto", "checkpoints", "rows", "former_self"] = field(
+        default="auto", metadata={"help": f"What replayed tasks are held against, one of {REPLAY_TARGETS}."}
     )
     replay_store_share: float = field(
         default=0.1, metadata={"help": "Size of the replay store in relation to the pairs; 0: none is kept."}
@@ -164,6 +164,11 @@ class DnDTrainingArguments(TrainingArguments):
             raise GeneratorConfigError(f"replay_store_share must be from 0 to 1, got {self.replay_store_share}.")
         if self.replay_targets not in REPLAY_TARGETS:
             raise GeneratorConfigError(f"replay_targets must be one of {REPLAY_TARGETS}, got {self.replay_targets!r}.")
+        if self.replay_targets == "rows" and not (self.task_loss_weight or self.distillation_weight):
+            raise GeneratorConfigError(
+                "replay_targets='rows' is for fits with task_loss_weight or distillation_weight above 0, which are "
+                "taken on rows. Leave it out: a fit to checkpoints replays those."
+            )
         if self.weight_loss not in WEIGHT_LOSSES:
             raise GeneratorConfigError(f"weight_loss must be one of {WEIGHT_LOSSES}, got {self.weight_loss!r}.")
         for name in ("task_loss_weight", "distillation_weight", "rebuild_steps", "rebuild_weight"):
