@@ -55,6 +55,7 @@ from peft_dnd.storage.files import read_json, write_json  # noqa: E402
 ARRIVALS = 5
 TASKS_AN_ARRIVAL = 2
 CHECKPOINTS = 10
+UPDATE_STEPS = FITTING_SETTINGS["max_steps"] // 3
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "weight": {
         "replay": {},
@@ -68,8 +69,6 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 TASK_LOSS: dict[str, Any] = {"task_loss_weight": 1.0, "task_examples": 8}
-# Of a fit: on the base's loss a generator learns more slowly than from adapters.
-STEPS = {"weight": FITTING_SETTINGS["max_steps"], "task": 3 * FITTING_SETTINGS["max_steps"]}
 
 
 class Arrivals:
@@ -82,7 +81,7 @@ class Arrivals:
     """
 
     def __init__(self, seed: int, output: Path, loss: str = "weight") -> None:
-        self.loss, self.steps = loss, STEPS[loss]
+        self.loss = loss
         self.world = build_world(seed)
         self.bench = Bench(self.world, output / f"seed-{seed}")
         names = [task.name for task in self.world.training_tasks]
@@ -160,7 +159,7 @@ class Arrivals:
         missing = [way for way in ways if f"way: {way}" not in self.points]
         first = None
         if missing or "first" not in self.points:
-            first, seconds = self.fit(self.early, None, self.steps)
+            first, seconds = self.fit(self.early, None, FITTING_SETTINGS["max_steps"])
             start = first
             self.point("first", lambda: {"scores": self.scores(start, self.early), "seconds": seconds})
         for way in missing:
@@ -169,13 +168,13 @@ class Arrivals:
 
     def _anew(self) -> dict[str, Any]:
         names = [task.name for task in self.world.training_tasks]
-        generator, seconds = self.fit(names, None, self.steps, replay_store_share=0.0)
+        generator, seconds = self.fit(names, None, FITTING_SETTINGS["max_steps"], replay_store_share=0.0)
         return {"scores": self.scores(generator, names), "seconds": seconds}
 
     def _in_a_row(self, generator: Any, settings: dict[str, Any]) -> list[dict[str, Any]]:
         known, found = list(self.early), []
         for new in self.arrivals:
-            generator, seconds = self.fit(new, generator, self.steps // 3, **settings)
+            generator, seconds = self.fit(new, generator, UPDATE_STEPS, **settings)
             known += new
             scored = known if new is self.arrivals[-1] else new
             store, last = generator.replay_store, revisions(generator.config.measured)[-1]
@@ -209,8 +208,8 @@ class Arrivals:
             "largest store in relation to the pairs": round(
                 max(row["store_bytes"] / row["pairs_bytes"] for row in rows), 4
             ),
-            "steps of an update": self.steps // 3,
-            "steps of a fit": self.steps,
+            "steps of an update": UPDATE_STEPS,
+            "steps of a fit": FITTING_SETTINGS["max_steps"],
             "processor seconds of an update": round(fmean(row["seconds"] for row in rows), 1),
             "processor seconds of a fit anew": round(self.points["anew"]["seconds"], 1),
         }

@@ -26,7 +26,7 @@ from peft_dnd.errors import GeneratorConfigError, RegressionError, TextEncoderEr
 from peft_dnd.evaluation.store_scores import OWN_MEASURE, ROWS_MEASURE, written_tokens
 from peft_dnd.fitting.former_self import FormerSelf
 from peft_dnd.fitting.inputs import TemperedSampler
-from peft_dnd.fitting.objective import Supervision
+from peft_dnd.fitting.objective import REPLAY_WEIGHT, Supervision
 from peft_dnd.fitting.several_bases import split_off
 from peft_dnd.fitting.teacher import distil_task
 from peft_dnd.generator import check_regression, revisions
@@ -133,7 +133,7 @@ def test_its_former_self_writes_as_the_generator_did(
         assert not torch.equal(written_tokens(generator, texts[name]), before[name])
     valid = generator.weight_tokenizer.valid_mask()
     both = torch.stack([before[name][valid] for name in texts])
-    assert former.size() == pytest.approx(both.square().mean().item(), rel=1e-4)
+    assert former.spread() == pytest.approx(both.var(0, unbiased=False).mean().item(), rel=1e-4)
 
 
 def test_replayed_items_are_held_against_what_was_written_for_the_same_prompts(
@@ -157,12 +157,12 @@ def test_replayed_items_are_held_against_what_was_written_for_the_same_prompts(
     alone = Supervision(None, None, [batch["examples"][1]])
     loss = trainer.objective.loss(written, supervised, 0)
     torch.testing.assert_close(3 * loss, trainer.objective.loss(written[[1]], alone, 0), rtol=1e-4, atol=1e-5)
-    # The mean adapter is as far off as they are large: 1, of two thirds of the batch.
-    mean = written.detach().clone()
-    mean[[0, 2]] = 0.0
-    sizes = mean.new_tensor(0.0) + written.detach()[[0, 2]][:, trainer.objective._valid_mask].square().mean()
-    more = trainer.objective.loss(mean, supervised, 0) - loss
-    assert more.item() == pytest.approx(2 / 3 * (sizes / trainer.replay.size).item(), rel=1e-3)
+    # The mean of these two is as far off as they lie apart, of two thirds of the batch.
+    middle = written.detach().clone()
+    middle[[0, 2]] = middle[[0, 2]].mean(0)
+    apart = written.detach()[[0, 2]][:, trainer.objective._valid_mask].var(0, unbiased=False).mean()
+    more = trainer.objective.loss(middle, supervised, 0) - loss
+    assert more.item() == pytest.approx(REPLAY_WEIGHT * 2 / 3 * apart.item() / trainer.replay.spread, rel=1e-3)
 
 
 def test_rows_that_judge_are_not_replayed(

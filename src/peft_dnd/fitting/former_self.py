@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -75,14 +74,18 @@ class FormerSelf(Mapping[str, torch.Tensor]):
         tokens: torch.Tensor = self._generator(**chosen)
         return tokens
 
-    def size(self) -> float:
-        """How far what it writes for tasks lies from the mean adapter: mean square of a normalised, valid entry.
+    def spread(self) -> float:
+        """How far what it writes for tasks lies from the mean of that: mean squared distance of a normalised entry.
 
-        Taken over up to 64 tasks, evenly from among all; 1 where the mean adapter is written for all.
+        Taken over up to 64 tasks, evenly from among all; 1 of a single task, and where all is written alike.
         """
         valid = self._generator.weight_tokenizer.valid_mask()
+        total = squares = torch.zeros((), dtype=torch.float64)
         some = list(islice(self, 0, None, max(1, len(self) // _MOST_MEASURED)))
-        found = fmean(float(self[task][valid].square().mean()) for task in some)
+        for task in some:
+            entries = self[task][valid].double()
+            total, squares = total + entries, squares + entries.square()
+        found = float((squares / len(some) - (total / len(some)).square()).mean())
         return found if found > 0 else 1.0
 
 

@@ -37,6 +37,12 @@ LOSSES = (
 """What [`FittingObjective.item_losses`] gives for each item, column by column."""
 
 
+# Of the squared distance of replayed adapters, relative to how far they lie apart, beside the base's loss in nats.
+# A hundredth of that distance can be a task's whole behaviour: with 1 and 10 in place of 100 single tasks are lost
+# (benchmarks/bench_arrivals.py), and new ones are learned as well with all three.
+REPLAY_WEIGHT = 100.0
+
+
 @dataclass(frozen=True)
 class Supervision:
     """What a batch says of the adapters that should come out.
@@ -84,7 +90,7 @@ class FittingObjective:
     - Distillation: how far the base with the adapter in place is from what a teacher said; see
       [`top_token_divergence`][peft_dnd.fitting.top_token_divergence].
     - In a fit on the latter two, for items that are replayed: the mean squared error on normalised tokens, relative to
-      `replay_size`.
+      `replay_spread`.
 
     Args:
         generator: The generator.
@@ -111,8 +117,8 @@ class FittingObjective:
         self.args = args
         self.token_weight = token_weight
         self.module_size: torch.Tensor | None = None
-        # How far the adapters of replayed tasks lie from the mean one: their distance counts relative to that.
-        self.replay_size = 1.0
+        # How far the adapters of replayed tasks lie apart: their distance from what they were counts relative to that.
+        self.replay_spread = 1.0
         self._own_loss = loss_function is None
         # Distillation is taken on the same copy of the base.
         self.task_loss = _task_loss(generator, args, base_model, loss_function)
@@ -172,7 +178,7 @@ class FittingObjective:
             distance = masked_mse(
                 tokens[again], self._noisy(supervision.targets[again]), self._valid_mask.to(tokens.device)
             )
-            loss = loss + again.float().mean() * distance / self.replay_size
+            loss = loss + REPLAY_WEIGHT * again.float().mean() * distance / self.replay_spread
         if task_loss > 0 and known[:, 1].any():
             loss = loss + task_loss * self._task_losses(tokens, supervision.examples, known[:, 1]).sum() / len(tokens)
         if distillation > 0 and known[:, 2].any():

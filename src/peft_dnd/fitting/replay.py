@@ -72,7 +72,7 @@ class Replay:
         pairs: The pairs of the update and those of the store.
         tasks: The names of the tasks that are replayed.
         former: What the generator wrote before, in a fit on what the base does.
-        size: How far that lies from the mean adapter.
+        spread: How far that lies apart from task to task.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Replay:
         self.tasks = tuple(names)
         self.share = args.replay_share
         self.former: FormerSelf | None = None
-        self.size = 1.0
+        self.spread = 1.0
         self._generator, self._store, self._rows, self._embeddings = generator, store, rows, embeddings
         self._by_rows = rows is not None and args.replay_targets == "rows"
         self._own = args.replay_targets == "checkpoints" or (args.replay_targets == "auto" and rows is None)
@@ -135,7 +135,7 @@ class Replay:
         elif self.former is None:
             read = {name: self._store.tasks[name].texts for name in self.tasks}
             self.former = FormerSelf(self._generator, read, self._embeddings)
-            self.size = self.former.size()
+            self.spread = self.former.spread()
 
     def supervised(self, supervision: Supervision, condition: Mapping[str, Any]) -> Supervision:
         """What a batch is held against, with what the generator wrote before for items that have nothing else."""

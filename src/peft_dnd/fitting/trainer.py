@@ -70,8 +70,9 @@ class DnDTrainer(UploadingTrainer):
     unasked.
 
     A generator that was fitted before goes on: the pairs are new tasks, and those before them are replayed from the
-    store in the generator's folder, as `args.replay_share` says, so that they are not forgotten. Every fit brings the
-    store up to date, and adds a [`Revision`] to the generator's card: what became of the earlier tasks.
+    store in the generator's folder, as `args.replay_share` and `args.replay_targets` say, so that they are not
+    forgotten. Every fit brings the store up to date, and adds a [`Revision`] to the generator's card: what became of
+    the earlier tasks.
 
     On a machine with several GPUs one process fits on the first of them. Start one process for each GPU to use them
     all: `torchrun --nproc_per_node=N fit.py`.
@@ -333,7 +334,7 @@ class DnDTrainer(UploadingTrainer):
     def _prepare(self) -> None:
         if self.replay is not None:
             self.replay.prepare()
-            self.objective.replay_size = self.replay.size
+            self.objective.replay_spread = self.replay.spread
         if self.pairs is not None:
             self.objective.prepare(self.pairs, self._some_batches)
         reading = self._sides.reading
