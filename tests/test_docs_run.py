@@ -109,8 +109,9 @@ def for_sharing(names: dict[str, Any], base: nn.Module, layout: AdapterLayout) -
 
 
 def for_several_bases(names: dict[str, Any], base: nn.Module, layout: AdapterLayout) -> None:
-    for size in ("0.5b", "1.5b", "7b"):
+    for size in ("0.5b", "1.5b", "3b", "7b"):
         shutil.copytree("pairs", f"pairs-{size}")
+    shutil.copytree("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-3B")
 
 
 # What a page takes for granted besides; it may give names that each block finds as they were.

@@ -254,6 +254,11 @@ def test_every_file_is_short_and_licensed() -> None:
             assert len(lines) <= 450, f"{path} has {len(lines)} lines"
 
 
+def test_the_oldest_torch_that_is_tested_is_the_oldest_that_is_declared() -> None:
+    tested = re.search(r"^OLDEST_TORCH \?= (\S+)\.0$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert tested and f'"torch>={tested[1]}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
 def names_of(package: str) -> set[str]:
     return set(importlib.import_module(f"peft_dnd.{package}").__all__)
 
@@ -265,6 +270,13 @@ def test_every_name_of_a_face_can_be_imported_and_stands_in_the_reference(packag
     assert names_of(package) <= set(re.findall(r"`(\w+)`", page))
     in_bold = set(re.findall(r"\*\*`(\w+)`\*\*", page))
     assert in_bold == names_of(package) & set(peft_dnd.__all__), "in bold is what peft_dnd itself has too"
+
+
+@pytest.mark.parametrize("path", faces(), ids=module_of)
+def test_no_name_of_a_face_is_that_of_a_file_beside_it(path: Path) -> None:
+    """Whichever of the two was imported first, the face would give the file."""
+    names = re.findall(r" as (\w+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert names and set(names) & {beside.stem for beside in path.parent.iterdir()} == set()
 
 
 def test_the_index_leads_from_every_public_name_to_its_package() -> None:

@@ -16,7 +16,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from language_model.base import load_base, with_small_head
 from language_model.going_on import reading_more
-from language_model.rows import IGNORED, Row, example_row, prompt_of
+from language_model.rows import Row, example_row, prompt_of
+from language_model.teachers import copy_answers, renumbered, tokens_of
 from language_model.wordings import languages
 from peft_dnd import (
     AdapterLayout,
@@ -27,6 +28,7 @@ from peft_dnd import (
     PromptConditionedLoraGeneratorConfig,
     write_task_without_checkpoints,
 )
+from peft_dnd.fitting.teacher import base_digest
 from peft_dnd.storage.files import read_json, write_json
 from peft_dnd.text import AnswerStatesTextEncoder, PromptEmbeddingCache
 
@@ -49,6 +51,10 @@ class FitSettings:
     warmup: float = 0.02
     common_tokens: int = 3000
     seed: int = 0
+    decoder: str = "core"
+    # Weights of what is minimised: the base's loss on labelled examples, and the divergence from a teacher's answers.
+    task_loss: float = 1.0
+    distillation: float = 0.0
     # Of a fit that goes on from a fitted generator: prompts drawn anew, and so many more directions read.
     start: str | None = None
     pool: str = "pool"
@@ -112,10 +118,7 @@ def write_pairs(
     """Write tasks as a pairs folder without checkpoints; their examples are labelled in the small head's numbers."""
     for number, (name, task, prompts) in enumerate(pools_of(tasks, settings)):
         rows = [example_row(tokenizer, example.input, example.output) for example in task.train]
-        labelled = [
-            {**row, "labels": [label if label == IGNORED else names[label] for label in row["labels"]]}
-            for row in rows[: settings.examples_a_task]
-        ]
+        labelled = [{**row, "labels": renumbered(row["labels"], names)} for row in rows[: settings.examples_a_task]]
         write_task_without_checkpoints(folder / f"{number:04d}", prompts, labelled, task=name, overwrite=True)
 
 
@@ -127,7 +130,7 @@ def answer_tokens(tasks: Sequence[Any], tokenizer: Any, settings: FitSettings) -
 
 
 def fit_generator(
-    folder: Path, base: Path, tasks: Sequence[Any], settings: FitSettings
+    folder: Path, base: Path, tasks: Sequence[Any], settings: FitSettings, answers: Path | None = None
 ) -> PromptConditionedLoraGenerator:
     """Fit a generator, going on where an interrupted fit stopped.
 
@@ -136,14 +139,18 @@ def fit_generator(
         base: The prepared base's folder.
         tasks: The world's training tasks.
         settings: How.
+        answers: For distillation, where a teacher's answers to the tasks are.
     """
     model, tokenizer = load_base(base, torch.bfloat16)
-    model, names = with_small_head(model, answer_tokens(tasks, tokenizer, settings))
+    tokens = answer_tokens(tasks, tokenizer, settings)
+    model, names = with_small_head(model, tokens if answers is None else [*tokens, *tokens_of(answers)])
     told = {**asdict(settings), "layers": list(settings.layers), "steps": 0, "start": None}
     marker = {"tasks": [task.name for task in tasks], "settings": told}
     written = folder / "pairs.json"
     if not written.is_file() or read_json(written) != marker:
         write_pairs(folder / "pairs", tasks, tokenizer, settings, names)
+        if answers is not None:
+            copy_answers(answers, folder / "pairs", names, base_digest(model))
         write_json(written, marker)
     encoder = AnswerStatesTextEncoder.from_pretrained(base, settings.layers, dtype=torch.bfloat16, block_tokens=512)
     if settings.start is None:
@@ -155,7 +162,8 @@ def fit_generator(
         max_steps=settings.steps,
         per_device_train_batch_size=settings.tasks_a_step,
         task_examples=settings.examples,
-        task_loss_weight=1.0,
+        task_loss_weight=settings.task_loss,
+        distillation_weight=settings.distillation,
         learning_rate=settings.learning_rate,
         warmup_steps=max(1, int(settings.warmup * settings.steps)),
         adam_beta2=0.98,
@@ -189,8 +197,10 @@ def _unfitted(
         pairs,
         encoder,
         num_prompts=settings.prompts,
-        decoder_type="core",
-        decoder_config={"core_rank": settings.core_rank, "hidden_size": settings.hidden_size},
+        decoder_type=settings.decoder,
+        decoder_config={"core_rank": settings.core_rank, "hidden_size": settings.hidden_size}
+        if settings.decoder == "core"
+        else {},
     )
     torch.manual_seed(settings.seed)
     return PromptConditionedLoraGenerator(config, encoder), pairs

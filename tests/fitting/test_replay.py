@@ -29,7 +29,7 @@ from peft_dnd.errors import CorruptFileError, GeneratorConfigError, RegressionEr
 from peft_dnd.evaluation import score_store
 from peft_dnd.fitting.inputs import TemperedSampler
 from peft_dnd.generator import MOST_POINTS_LOST, Revision, check_regression, revisions
-from peft_dnd.generator.revisions import REVISIONS, add_revision
+from peft_dnd.generator.revision_history import REVISIONS, add_revision
 from peft_dnd.pairs.replay_store import STORE_NAME
 
 

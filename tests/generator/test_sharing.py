@@ -6,12 +6,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from support.hub_state import HubServer
+from torch import nn
 
 from peft_dnd import (
     AdapterLayout,
@@ -22,6 +26,7 @@ from peft_dnd import (
     PromptConditionedLoraGeneratorConfig,
 )
 from peft_dnd.storage.cards import GENERATED_MARK
+from peft_dnd.text import SentenceTransformerTextEncoder
 
 
 pytest_plugins = ("support.hub_server",)
@@ -45,6 +50,14 @@ def own(generator: PromptConditionedLoraGenerator) -> PromptConditionedLoraGener
 def texts_of(folder: Path) -> str:
     files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
     return "\n".join(path.read_text(encoding="utf-8") for path in files)
+
+
+def another_encoder(folder: Path, place: Path) -> Path:
+    """The same text encoder with other weights."""
+    shutil.copytree(folder, place)
+    for file in place.rglob("*.safetensors"):
+        save_file({name: tensor + 0.1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    return place
 
 
 class TestGenerator:
@@ -75,6 +88,37 @@ class TestGenerator:
         expected = own.generate_adapter(PROMPTS).state_dict()
         found = loaded.generate_adapter(PROMPTS).state_dict()
         assert all(found[key].equal(expected[key]) for key in expected)
+
+    def test_a_text_encoder_on_the_hub_is_pinned_to_the_commit_that_was_read_by(
+        self, layout: AdapterLayout, hub: HubServer, encoder_folder: Path, tmp_path: Path
+    ) -> None:
+        first = hub.put("org/encoder", encoder_folder)
+        config = PromptConditionedLoraGeneratorConfig.from_adapters(layout, "org/encoder", num_prompts=2)
+        assert config.text_encoder_revision == first
+        loaded = SentenceTransformerTextEncoder.from_pretrained("org/encoder")
+        assert PromptConditionedLoraGeneratorConfig.from_adapters(layout, loaded).text_encoder_revision == first
+        by_branch = PromptConditionedLoraGeneratorConfig.from_adapters(
+            layout, "org/encoder", text_encoder_revision="main"
+        )
+        assert by_branch.text_encoder_revision == "main", "who names a branch wants the branch"
+        made = PromptConditionedLoraGenerator(config)
+        expected = made.encode_prompts(PROMPTS)[0]
+        made.save_pretrained(tmp_path / "generator")
+        hub.put("org/encoder", another_encoder(encoder_folder, tmp_path / "encoder"))
+        again = PromptConditionedLoraGenerator.from_pretrained(tmp_path / "generator")
+        assert again.encode_prompts(PROMPTS)[0].equal(expected)
+        again.config.text_encoder_revision = None
+        again._text_encoder = None
+        assert not again.encode_prompts(PROMPTS)[0].equal(expected), "the branch has moved on"
+
+    def test_so_is_a_language_model_that_reads_them(
+        self, layout: AdapterLayout, hub: HubServer, base_model: nn.Module, word_tokenizer: Any, tmp_path: Path
+    ) -> None:
+        base_model.save_pretrained(tmp_path / "base")
+        word_tokenizer.save_pretrained(tmp_path / "base")
+        commit = hub.put("org/base", tmp_path / "base")
+        config = PromptConditionedLoraGeneratorConfig.from_adapters(layout, "org/base", text_encoder_layers=[1, 2])
+        assert config.text_encoder_revision == commit
 
     def test_hub_ids_stay(self, own: PromptConditionedLoraGenerator, fetched: Fetched) -> None:
         own.config.text_encoder = "sentence-transformers/all-MiniLM-L6-v2"

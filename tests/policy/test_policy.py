@@ -261,6 +261,26 @@ class TestGate:
             tight.check(loud, base_model)
         assert refusal.value.reason == "behaviour"
 
+    def test_calibrated_on_what_the_generator_writes_itself(self, own, gate, full, base_model, monkeypatch) -> None:
+        written = own.generate_adapters(TASKS)
+        expected = gate.calibrate(written, base_model).bound
+        own.set_policy(full)  # which must not be in the way
+        calibrated = gate.calibrate(own.fitted_adapters(TASKS), base_model)
+        assert calibrated.bound == pytest.approx(expected, rel=1e-5) and calibrated.tasks == len(TASKS)
+        norms = NormBounds.calibrate(own.fitted_adapters(TASKS), base_model)
+        for adapter in written.values():
+            calibrated.check(adapter, base_model)
+            assert norms.excess(adapter.layout, adapter.state_dict(), slack=1e-6) == {}
+        assert norms.excess(adapter.layout, adapter.state_dict(), scale=10.0)
+        monkeypatch.setattr("peft_dnd.policy.bounds._MOST_TASKS", 3)
+        turned = (TASKS, reversed(TASKS.items()))
+        few = [gate.calibrate(own.fitted_adapters(dict(tasks)), base_model) for tasks in turned]
+        assert few[0].tasks == 3 and few[0].bound == few[1].bound, "whichever come first"
+        two = own.fitted_adapters(dict(list(TASKS.items())[:2]))
+        for calibrate in (gate.calibrate, NormBounds.calibrate):
+            with pytest.raises(PolicyError, match=r"3 tasks .*or more, got 2"):
+                calibrate(two, base_model)
+
     def test_where_the_base_is_at_hand(self, own, gate, fresh_base) -> None:
         own.set_policy(GeneratorPolicy(gate=replace(gate, bound=1e-6)))
         adapter = own.generate_adapter(WELCOME)

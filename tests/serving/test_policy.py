@@ -58,6 +58,27 @@ def test_an_adapter_that_fails_the_gate_is_not_kept(serve, generator, base_model
     assert client.get("/v1/adapters").json()["adapters"] == []
 
 
+def test_generators_say_which_bounds_they_have_and_not_what_is_in_them(
+    serve, generator, served, base_model, word_tokenizer
+) -> None:
+    own = copy.deepcopy(generator)
+    gate = BehaviourGate.from_prompts(TASK_PROMPTS["geo"], base_model, word_tokenizer, bound=9.0, answer_tokens=2)
+    policy = GeneratorPolicy(never_written=["*.down_proj"], gate=gate)
+    own.set_policy(policy)
+    gated = copy.deepcopy(own)
+    gated.set_gate_base(base_model)
+    client = serve(served, ServedGenerator("bound", own, "sha256:a"), ServedGenerator("gated", gated, "sha256:b"))
+    answer = client.get("/v1/generators")
+    found = {facts["generator"]: facts["policy"] for facts in answer.json()["generators"]}
+    kinds = {"parts": ["never_written", "gate"], "sha256": policy.sha256}
+    assert found == {
+        served.name: None,
+        "bound": {**kinds, "gate_checked": False},
+        "gated": {**kinds, "gate_checked": True},
+    }
+    assert "down_proj" not in answer.text and "river" not in answer.text
+
+
 def test_ids_without_a_policy_are_what_they_were(generator) -> None:
     plain = ServedGenerator("tiny", generator, "sha256:of-tiny", "sha256:of-its-encoder")
     bare = copy.deepcopy(generator)

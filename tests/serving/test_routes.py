@@ -89,6 +89,20 @@ def test_a_wrong_method_is_told_the_right_ones(serve) -> None:
         assert (answer.status_code, answer.headers["Allow"]) == (405, methods)
 
 
+@pytest.mark.parametrize("sent", [{}, {"Content-Type": "text/plain"}])
+def test_a_body_that_does_not_say_that_it_is_json_is_told_what_to_say(serve, sent) -> None:
+    client = serve()
+    answer = client.post("/v1/adapters", content=json.dumps({"prompts": PROMPTS}), headers=sent)
+    assert answer.status_code == 422 and "Content-Type: application/json" in answer.json()["detail"]
+    assert ("as text/plain" if sent else "without that header") in answer.json()["detail"]
+    assert client.get("/v1/adapters").json()["adapters"] == []
+    for media in ("application/json; charset=utf-8", "application/vnd.api+json"):
+        told = {"Content-Type": media}
+        wrong = client.post("/v1/adapters", content=json.dumps({"prompts": []}), headers=told).json()
+        assert "see errors" in wrong["detail"] and wrong["errors"]
+        assert client.post("/v1/adapters", content=json.dumps({"prompts": PROMPTS}), headers=told).status_code < 300
+
+
 def test_list_and_delete(serve) -> None:
     client = serve()
     ids = sorted(

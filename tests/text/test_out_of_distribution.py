@@ -120,6 +120,69 @@ def test_a_reference_is_read_back_whole(tmp_path: Path) -> None:
         PromptReference.load(tmp_path / "r.safetensors")
 
 
+class TestBounded:
+    """Where all that is known of the tasks' prompts would take too many bytes."""
+
+    @pytest.fixture
+    def made(self) -> dict[str, torch.Tensor]:
+        """Wide states that, as those of models do, vary in a few directions above all."""
+        mixing = torch.randn(24, 200, generator=torch.Generator().manual_seed(5))
+        noise = torch.Generator().manual_seed(6)
+        return {
+            task: torch.nn.functional.normalize(
+                rows @ mixing + 0.05 * torch.randn(len(rows), 200, generator=noise), dim=1
+            )
+            for task, rows in world(30, 0).items()
+        }
+
+    def test_it_is_within_them_and_judges_as_well(self, made, tmp_path: Path) -> None:
+        known, new = dict(list(made.items())[:20]), dict(list(made.items())[20:])
+        whole, bounded = PromptReference.fit(known), PromptReference.fit(known, most_bytes=80_000)
+        assert whole is not None and bounded is not None and bounded.axes is not None
+        assert whole.axes is None and 2 * whole.points.numel() > 80_000
+        assert 2 * (bounded.points.numel() + bounded.axes.numel()) <= 80_000
+        bounded.save(tmp_path / "r.safetensors")
+        assert (tmp_path / "r.safetensors").stat().st_size < 90_000
+        again = PromptReference.load(tmp_path / "r.safetensors")
+        draw = torch.Generator().manual_seed(1)
+        junk = {str(i): torch.nn.functional.normalize(torch.randn(8, 200, generator=draw), dim=1) for i in range(10)}
+        for points in (*new.values(), *junk.values()):
+            assert again.score(points) == bounded.score(points) == pytest.approx(whole.score(points), abs=0.03)
+            assert max(again.nearest_tasks(points).values()) == pytest.approx(
+                max(whole.nearest_tasks(points).values()), abs=0.1
+            )
+        assert again.threshold(8) == pytest.approx(whole.threshold(8), abs=0.03)
+        with pytest.raises(GeneratorConfigError, match="width 7, those of the fitted tasks 200"):
+            again.score(torch.ones(2, 7))
+
+    def test_what_is_drawn_in_fitting_does_not_depend_on_it(self, made) -> None:
+        torch.manual_seed(3)
+        expected = torch.rand(2)
+        torch.manual_seed(3)
+        first = PromptReference.fit(made, most_bytes=50_000)
+        assert torch.rand(2).equal(expected)
+        assert first is not None and first.points.equal(PromptReference.fit(made, most_bytes=50_000).points)
+
+    def test_the_default_is_a_share_of_the_decoder(self, generator, pairs, monkeypatch) -> None:
+        own = copy.deepcopy(generator)
+        own.fit_out_of_distribution(pairs)
+        assert own.prompt_reference.axes is None, "4 MiB at the least"
+        monkeypatch.setattr("peft_dnd.generator.generation._REFERENCE_BYTES", 0)
+        monkeypatch.setattr("peft_dnd.generator.generation._REFERENCE_SHARE", 1e-9)
+        own.fit_out_of_distribution(pairs)
+        assert own.prompt_reference.axes is not None
+        own.generate_adapter(PROMPTS)
+
+    def test_axes_of_another_form_are_refused(self, made, tmp_path: Path) -> None:
+        bounded = PromptReference.fit(made, most_bytes=50_000)
+        assert bounded is not None and bounded.axes is not None
+        tensors = {"points": bounded.points, "distances": bounded.distances, "counts": bounded.counts}
+        for axes in (bounded.axes[:, 1:], bounded.axes[0], torch.full_like(bounded.axes, float("nan"))):
+            save_file({**tensors, "axes": axes.contiguous()}, tmp_path / "r.safetensors")
+            with pytest.raises(CorruptFileError):
+                PromptReference.load(tmp_path / "r.safetensors")
+
+
 def test_what_is_read_lies_where_the_prompts_lie() -> None:
     draw = torch.Generator().manual_seed(0)
     states = TokenStates.from_list([torch.randn(n, 6, generator=draw) for n in (3, 1, 5)])

@@ -23,6 +23,7 @@ from .generate import generate
 from .import_adapters import import_adapters
 from .import_generator import import_generator
 from .inspect import inspect
+from .policy import policy
 from .serve import serve
 from .synthesize import synthesize
 from .verify import verify
@@ -36,6 +37,7 @@ _VERBS: dict[Callable[..., None], str] = {
     verify: "Make an adapter again and compare.",
     export: "Write an adapter for a serving engine.",
     card: "Print or write a model card.",
+    policy: "Show or set what a generator does not do.",
     collect: "Train adapters, keeping their checkpoints.",
     distil: "Let a teacher answer a task's inputs.",
     synthesize: "Make a task of a few seed prompts.",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`peft-dnd distil`: a task of prompts alone, from what a base does with a text in its window."""
+"""`peft-dnd distil`: a task of prompts alone, from what a base does with a text in its window, or an adapter."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ def distil(
     teacher_adapter: Annotated[
         str | None, typer.Option(help="Folder or Hub id of an adapter that the teacher has.")
     ] = None,
+    generator: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of a generator that writes the teacher's from --prompts."),
+    ] = None,
+    student: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the base that is to learn from this one, if it is another.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the texts into the tokenizer's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 32,
     top_tokens: Annotated[int, typer.Option(min=1, help="Of how many next tokens probabilities are kept.")] = 16,
@@ -44,9 +51,18 @@ def distil(
     A generator that is fitted to such tasks writes adapters with which the base does the same without the text: no
     labels and no checkpoints are needed. An interrupted pass goes on where it stopped when it is called again.
 
+    With --generator the teacher needs no text: its adapter knows the task. With --student what it says is for another
+    base of the same tokens, which is to be added to that generator.
+
     Example:
       peft-dnd distil Qwen/Qwen2.5-0.5B-Instruct questions.txt pairs/support --context-file policy.txt --chat
     """
+    if generator is not None and teacher_adapter is not None:
+        raise typer.BadParameter("Give the teacher's adapter by either --teacher-adapter or --generator.")
+    if generator is not None and prompts is None:
+        raise typer.BadParameter("--generator reads the file of --prompts: name it.")
+    if context is None and context_file is None and generator is not None:
+        context = ""
     if (context is None) == (context_file is None):
         raise typer.BadParameter("Give the teacher's text by either --context or --context-file.")
     if context_file is not None:
@@ -58,10 +74,14 @@ def distil(
     pool = None if prompts is None else read_prompts(prompts, column)
     from peft_dnd.adapters.generated_adapter import GeneratedAdapter
     from peft_dnd.fitting import distil_task
+    from peft_dnd.generator import PromptConditionedLoraGenerator
     from peft_dnd.pairs.distillation import load_distillation
 
     with progress(quiet):
         teacher = load_base(base, device=device)
+        if generator is not None:
+            written = PromptConditionedLoraGenerator.from_pretrained(generator)
+            teacher = written.generate_adapter(pool or (), base=teacher).load_into(teacher)
         if teacher_adapter is not None:
             teacher = GeneratedAdapter.from_pretrained(teacher_adapter).load_into(teacher)
         distil_task(
@@ -77,6 +97,8 @@ def distil(
             stop=None if stop is None else stop.replace("\\n", "\n"),
             rows_at_once=rows_at_once,
             task=task,
+            student=None if student is None else load_base(student, device=device),
+            student_tokenizer=None if student is None else load_tokenizer(student),
             overwrite=overwrite,
         )
     answered = len(load_distillation(folder) or ())

@@ -12,7 +12,7 @@ import typer
 
 from .bases import fit_to_skeleton
 from .console import CommandError, Json, Quiet, Revision, report
-from .policies import held_against_policy
+from .policy import held_against_policy
 
 
 if TYPE_CHECKING:

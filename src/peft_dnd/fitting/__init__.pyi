@@ -7,3 +7,4 @@ from .losses import masked_mse as masked_mse
 from .task_loss import TaskLoss as TaskLoss
 from .teacher import distil_task as distil_task
 from .trainer import DnDTrainer as DnDTrainer
+from .transfer import distil_generator as distil_generator

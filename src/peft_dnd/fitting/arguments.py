@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from ..errors import GeneratorConfigError
-from ..generator.revisions import MOST_POINTS_LOST
+from ..generator.revision_history import MOST_POINTS_LOST
 
 
 LOSS_WEIGHTINGS = ("between_task", "within_task", "none")

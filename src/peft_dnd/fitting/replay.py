@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +19,10 @@ from ..evaluation.store_scores import (
     written_tokens,
 )
 from ..generator.modeling import PromptConditionedLoraGenerator
-from ..generator.revisions import Revision, add_revision, revisions
-from ..pairs.dataset import PromptCheckpointDataset, ReplayedCheckpoint
+from ..generator.revision_history import Revision, add_revision, revisions
+from ..pairs.dataset import PromptCheckpointDataset
 from ..pairs.folder import Task
-from ..pairs.packed_adapters import AdapterPacking, PackedAdapter
+from ..pairs.packed_adapters import PackedCheckpoint
 from ..pairs.replay_store import ReplayStore, StoredTask
 from ..pairs.store_update import StoreBounds, updated_store
 from ..storage.progress import with_progress
@@ -38,18 +36,6 @@ from .stored_rows import StoredRows
 logger = logging.getLogger(__name__)
 
 _MOST_SCORED = 64
-
-
-class _Target:
-    """What a replayed task's adapter is to be: that of its store, or what the generator itself wrote before."""
-
-    def __init__(self, packing: AdapterPacking, packed: PackedAdapter | None) -> None:
-        self.packing = packing
-        self.packed = packed
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        assert self.packed is not None, "targets are written before the first item is read"
-        return self.packing.unpack(self.packed)
 
 
 class Replay:
@@ -92,11 +78,10 @@ class Replay:
         self._generator, self._store, self._rows, self._embeddings = generator, store, rows, embeddings
         self._by_rows = rows is not None and args.replay_targets == "rows"
         self._own = args.replay_targets == "checkpoints" or (args.replay_targets == "auto" and rows is None)
-        self._targets: dict[str, _Target] = {}
-        self._checkpoints: dict[Path, ReplayedCheckpoint] = {}
+        self._targets: dict[str, PackedCheckpoint] = {}
         tasks = [self._task(name) for name in names]
         against_weights = [task.name for task in tasks if task.examples is None and task.distillation is None]
-        self.pairs = new_pairs.with_replayed(tasks, self._checkpoints, against_weights)
+        self.pairs = new_pairs.with_replayed(tasks, self._targets, against_weights)
 
     @classmethod
     def of(
@@ -163,19 +148,16 @@ class Replay:
         }
 
     def _task(self, name: str) -> Task:
-        """A task of the store as one of the data set."""
-        kept = self._store.tasks[name]
-        task = Task(name, kept.texts, (), None, None, condition_text=self._store.condition_text)
+        """A task of the store as one of the data set; its adapter, if it is held against that, among the targets."""
+        kept, task = self._store.tasks[name], self._store.pairs_task(name)
         with_rows = self._rows.of(self._store, name) if self._rows is not None and self._by_rows else None
         if with_rows is not None and self._rows is not None:
             rows = self._rows.replayed(with_rows)
             return replace(task, examples=rows.get("examples"), distillation=rows.get("distillation"))
         adapter = kept.adapter if self._own else None
-        if adapter is None and self._rows is not None:
-            return task
-        place = Path("replayed", hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest())
-        self._checkpoints[place] = self._targets[name] = _Target(self._generator.adapter_packing(), adapter)
-        return replace(task, checkpoints=(place,), layout=self._store.layout)
+        if adapter is not None or self._rows is None:
+            self._targets[name] = PackedCheckpoint(self._generator.adapter_packing(), adapter)
+        return task
 
 
 class StoreKeeper:

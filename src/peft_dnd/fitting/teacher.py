@@ -3,7 +3,8 @@
 
 A teacher needs neither labels nor checkpoints: what it does with a text in its window (an instruction, solved
 examples, a policy, a document) is what the student, the same base with a generated adapter and without that text, is
-fitted to do (Doc-to-LoRA, arXiv 2602.15902, fits its generators so).
+fitted to do (Doc-to-LoRA, arXiv 2602.15902, fits its generators so). The student may also be another base that reads
+the same tokens.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ def distil_task(
     stop: str | None = None,
     rows_at_once: int = 16,
     task: str | None = None,
+    student: nn.Module | None = None,
+    student_tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> None:
     """Make a task's folder of prompts alone: the teacher answers them, with the task's text in its window.
@@ -75,10 +78,11 @@ def distil_task(
         folder: The task's folder inside the pairs folder, for instance `"pairs/support"`.
         inputs: What the student will see, one text each; for a model without chat template just as it will stand in
             its window, for instance `"Question: ... Answer:"`.
-        teacher: The frozen base whose answers are wanted: the one that the generator writes for, with or without an
-            adapter of its own. It is not changed.
+        teacher: The frozen base whose answers are wanted: the one that the generator writes for, or another (see
+            `student`), with or without an adapter of its own. It is not changed.
         tokenizer: Its tokenizer.
-        context: What stands in the teacher's window before the input: one text for all inputs, or one each.
+        context: What stands in the teacher's window before the input: one text for all inputs, or one each; `""` where
+            it is the teacher's own adapter, or its being another base, that tells it more.
         prompts: What the generator reads, the task's pool of prompts: by default each `context + input`. Of a task
             that exists already its own prompts are kept, and none may be given.
         chat: Whether the texts are put into the tokenizer's chat template, the context as the system's message and
@@ -89,6 +93,8 @@ def distil_task(
             stop by itself.
         rows_at_once: How many inputs go through the teacher at once.
         task: The task's name; by default that of the folder.
+        student: The base that the generator writes for, where the teacher is another. Their tokens must be the same.
+        student_tokenizer: Its tokenizer.
         overwrite: Whether to begin anew where another teacher, or other inputs, were at work before.
 
     Raises:
@@ -96,7 +102,7 @@ def distil_task(
         PromptTypeError: If they are no sequence of strings.
         PairsFolderError: If the folder holds something else, or what another teacher said, and `overwrite` is off; if
             an answer is empty; if prompts are given for a task that has some.
-        GeneratorConfigError: If a setting is impossible.
+        GeneratorConfigError: If a setting is impossible, or the student has other tokens than the teacher.
     """
     sizes = {"max_new_tokens": max_new_tokens, "top_tokens": top_tokens, "rows_at_once": rows_at_once}
     for name, value in sizes.items():
@@ -106,7 +112,8 @@ def distil_task(
     contexts = (context,) * len(inputs) if isinstance(context, str) else tuple(context)
     if len(contexts) != len(inputs):
         raise PromptError(f"There are {len(inputs)} inputs, but {len(contexts)} contexts. Give one text, or one each.")
-    windows = _windows(tokenizer, inputs, contexts, chat)
+    student_tokenizer = _tokenizer_of_student(tokenizer, student, student_tokenizer)
+    windows = _windows(tokenizer, student_tokenizer, inputs, contexts, chat)
     _check_lengths(teacher, windows, max_new_tokens)
     folder = Path(folder).absolute()
     found, pool = _task_of(folder, task, prompts, [c + i for c, i in zip(contexts, inputs, strict=True)])
@@ -119,6 +126,7 @@ def distil_task(
             "stop": stop,
         },
         rows=len(inputs),
+        student=None if student is None else base_digest(student),
     )
     writer = DistillationWriter(folder, record, overwrite=overwrite)
     if pool is not None:  # only now: what is refused leaves the folder as it was
@@ -165,22 +173,30 @@ def base_digest(model: nn.Module) -> str:
 
 
 def check_teachers(pairs: PromptCheckpointDataset, base_model: nn.Module) -> None:
-    """Make sure that what teachers said to the tasks was said by the base that is fitted for.
+    """Make sure that what teachers said to the tasks was said by the base that is fitted for, or to it.
 
     Raises:
-        PairsFolderError: If another base said it.
+        PairsFolderError: If another base said it, and not to this one.
     """
     own = base_digest(base_model)
     for task in pairs.tasks:
         rows = pairs.distillation(task)
         # What a generator kept of a teacher's answers was held against this base when it was read.
         record = None if rows is None or isinstance(rows, KeptExamples) else read_record(rows.path.parent)
-        if record is not None and record.teacher["base"] != own:
+        if record is None or (record.student or record.teacher["base"]) == own:
+            continue
+        if record.student is not None:
             raise PairsFolderError(
-                f"Task {task!r} was answered by another base, {record.teacher.get('name')!r} with the digest "
-                f"{record.teacher['base']}; the trainer's base_model has {own}. Have it answered by this base with "
-                "distil_task(..., overwrite=True), or pass the base that answered."
+                f"Task {task!r} was answered for another base than the trainer's base_model, for the one with the "
+                f"digest {record.student}; this has {own}. Have it answered for this one with distil_task(..., "
+                "student=base_model, overwrite=True), or pass the base that it was answered for."
             )
+        raise PairsFolderError(
+            f"Task {task!r} was answered by another base, {record.teacher.get('name')!r} with the digest "
+            f"{record.teacher['base']}; the trainer's base_model has {own}. Have it answered by this base with "
+            "distil_task(..., overwrite=True), or for it with distil_task(..., student=base_model, ...) if the other "
+            "is to be its teacher, or pass the base that answered."
+        )
 
 
 class _Answering:
@@ -280,25 +296,51 @@ def _as_teacher(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def _tokenizer_of_student(
+    tokenizer: PreTrainedTokenizerBase, student: nn.Module | None, own: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
+    """The student's tokenizer, whose tokens are found to be the teacher's."""
+    if (student is None) != (own is None):
+        raise GeneratorConfigError("Give both student and student_tokenizer, or none where the teacher's base learns.")
+    if own is None:
+        return tokenizer
+    theirs, mine = tokenizer.get_vocab(), own.get_vocab()
+    if theirs != mine:
+        token = min(token for token in {**theirs, **mine} if theirs.get(token) != mine.get(token))
+        raise GeneratorConfigError(
+            f"The student has other tokens than the teacher: {token!r} is number {mine.get(token)} in the one's "
+            f"vocabulary and {theirs.get(token)} in the other's, and distillation compares their probabilities token "
+            "by token. Take a teacher of the student's family, or write the teacher's answers as examples in the "
+            "student's tokens with peft_dnd.write_examples and fit with task_loss_weight."
+        )
+    return own
+
+
 def _windows(
-    tokenizer: PreTrainedTokenizerBase, inputs: Sequence[str], contexts: Sequence[str], chat: bool
+    tokenizer: PreTrainedTokenizerBase,
+    student_tokenizer: PreTrainedTokenizerBase,
+    inputs: Sequence[str],
+    contexts: Sequence[str],
+    chat: bool,
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids of what the teacher reads, and of what the student reads, input by input."""
     if not chat:
         return [
-            (list(tokenizer(context + text)["input_ids"]), list(tokenizer(text)["input_ids"]))
+            (list(tokenizer(context + text)["input_ids"]), list(student_tokenizer(text)["input_ids"]))
             for context, text in zip(contexts, inputs, strict=True)
         ]
 
-    def ids(*messages: dict[str, str]) -> list[int]:
-        found: Any = tokenizer.apply_chat_template(
+    def ids(by: PreTrainedTokenizerBase, *messages: dict[str, str]) -> list[int]:
+        found: Any = by.apply_chat_template(
             list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
         )
         return list(found["input_ids"])
 
     asked = [{"role": "user", "content": text} for text in inputs]
-    told = [{"role": "system", "content": context} for context in contexts]
-    return [(ids(system, user), ids(user)) for system, user in zip(told, asked, strict=True)]
+    told = [[{"role": "system", "content": context}] if context else [] for context in contexts]
+    return [
+        (ids(tokenizer, *system, user), ids(student_tokenizer, user)) for system, user in zip(told, asked, strict=True)
+    ]
 
 
 def _check_lengths(teacher: nn.Module, windows: Sequence[tuple[list[int], list[int]]], max_new_tokens: int) -> None:

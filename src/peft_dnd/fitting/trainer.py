@@ -37,7 +37,7 @@ from .inputs import EpochSampler, TemperedSampler, check_kinds, use_one_gpu, wit
 from .losses import add_noise
 from .objective import LOSSES
 from .replay import Replay, StoreKeeper
-from .several_bases import sampler_of_bases, split_off
+from .several_bases import SupervisionOfBases, sampler_of_bases, split_off
 from .sides import FittingSides
 from .stored_rows import StoredRows
 from .task_loss import LossFunction
@@ -229,7 +229,8 @@ class DnDTrainer(UploadingTrainer):
             same for the mean training adapter, which a generator must stay below; with an `adapter_scorer` also
             `eval_score` and `eval_shuffled_score`; and times. With task loss `eval_loss` is the sum of both losses by
             their weights after the warm start, and they stand apart in `eval_weight_loss`, if there are checkpoints,
-            and `eval_task_loss`, beside `eval_mean_adapter_task_loss`.
+            and `eval_task_loss`, beside `eval_mean_adapter_task_loss`. Of several bases these are the means over all
+            items, and each base's own stand beside them, `eval_<base>_loss` for one.
         """
         self._prepare()
         dataset = self._sides.pairs(self.eval_dataset if eval_dataset is None else eval_dataset, "eval_dataset")
@@ -281,14 +282,28 @@ class DnDTrainer(UploadingTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = self.objective.item_losses(model(**condition), supervision)
         known = supervision.known(len(losses), losses.device)
+        labels = known.float()
+        if isinstance(supervision, SupervisionOfBases):
+            labels = torch.cat([labels, supervision.base_numbers(self.generator.config.base_names).to(labels)], 1)
         # A loss of batches would count the items of a last, smaller one more; that of all items is taken in the end.
         loss = self.objective.total(losses, known) if prediction_loss_only else None
         # Trainer calls compute_metrics only where there are labels.
-        return loss, losses, known.float()
+        return loss, losses, labels
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         items = torch.from_numpy(np.asarray(prediction.predictions))
-        known = torch.from_numpy(np.asarray(prediction.label_ids)) > 0
+        labels = torch.from_numpy(np.asarray(prediction.label_ids))
+        known, numbers = labels[:, :3] > 0, labels[:, 3:]
+        metrics = self._means(items, known)
+        for number, name in enumerate(self.generator.config.base_names if numbers.numel() else ()):
+            of_base = numbers[:, 0] == number
+            if of_base.any():
+                own = self._means(items[of_base], known[of_base])
+                metrics |= {f"{name}_{key}": value for key, value in own.items()}
+        return metrics
+
+    def _means(self, items: torch.Tensor, known: torch.Tensor) -> dict[str, float]:
+        """The loss and its parts over some items."""
         means = {}
         for column, name in enumerate(LOSSES):
             has = known[:, column // 2]

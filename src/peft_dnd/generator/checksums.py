@@ -91,17 +91,16 @@ def checked_meanwhile(name: str, folder: Path) -> Iterator[None]:
     refuse(name, folder, differing + _small_differences(checksums, folder))
 
 
-def check_all_but_tensors(name: str, folder: Path) -> Mapping[str, str]:
-    """Check what [`checked_meanwhile`] does but for the tensors, whose checksums by name are given back instead.
+def check_all_but_tensors(name: str, folder: Path) -> Checksums | None:
+    """Check what [`checked_meanwhile`] does but for the tensors, and give the checksums back, if there are any.
 
     Raises:
         CorruptFileError: As there.
     """
     checksums = Checksums.read(folder)
-    if checksums is None:
-        return {}
-    refuse(name, folder, _small_differences(checksums, folder))
-    return checksums.tensors
+    if checksums is not None:
+        refuse(name, folder, _small_differences(checksums, folder))
+    return checksums
 
 
 def check_text_encoder_files(folder: Path) -> None:

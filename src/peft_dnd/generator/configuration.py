@@ -210,7 +210,7 @@ class PromptConditionedLoraGeneratorConfig(BasesMixin, PretrainedConfig):
             adapters: A `PromptCheckpointDataset`, or a layout alone; for several bases a dictionary, name -> one of
                 these.
             text_encoder: Hub id or folder of a model, or a loaded text encoder.
-            text_encoder_revision: See the class.
+            text_encoder_revision: See the class. `None` keeps the commit that the Hub gave.
             text_encoder_layer: See the class; negative numbers count from the output, -1. Of a loaded text encoder it
                 is known.
             text_encoder_layers: See the class. Of a loaded text encoder they are known.
@@ -258,7 +258,8 @@ class PromptConditionedLoraGeneratorConfig(BasesMixin, PretrainedConfig):
             base_name=given.base_name,
             bases=given.entries(),
             text_encoder=name,
-            text_encoder_revision=text_encoder_revision,
+            # A branch moves on, and with it what the prompts are read by: the commit that was loaded stays.
+            text_encoder_revision=text_encoder_revision or getattr(encoder, "commit_hash", None),
             text_encoder_layer=getattr(encoder, "layer", None),
             text_encoder_layers=getattr(encoder, "layers", None),
             text_encoder_in_folder=text_encoder_in_folder or name is None,

@@ -32,6 +32,10 @@ from .fingerprint import generator_sha256
 from .policing import PolicyMixin
 
 
+# What is kept of the fitted tasks' prompts may take this share of the decoder's bytes, or so many.
+_REFERENCE_SHARE = 0.1
+_REFERENCE_BYTES = 2**22
+
 # Task name -> its prompts, or their answers.
 Pools = Mapping[str, PromptsLike]
 
@@ -164,13 +168,19 @@ class AdapterWritingMixin(PolicyMixin):
 
     @torch.no_grad()
     def fit_out_of_distribution(
-        self, prompts: PromptedAdapters | Pools, *, embeddings: PromptEmbeddingCache | None = None
+        self,
+        prompts: PromptedAdapters | Pools,
+        *,
+        embeddings: PromptEmbeddingCache | None = None,
+        most_bytes: int | None = None,
     ) -> None:
         """Keep what is needed to tell whether prompts belong with those of the fitted tasks. `DnDTrainer` does it.
 
         Args:
             prompts: The training pairs, or training task -> its prompts (or the texts that are read in their place).
             embeddings: The tasks' prompts as already read.
+            most_bytes: How many bytes that may take; `None` is a tenth of the decoder's, and 4 MiB at the least. See
+                [`PromptReference.fit`][peft_dnd.text.PromptReference.fit].
 
         Raises:
             NotFittedError: If there are fewer than three tasks.
@@ -182,7 +192,9 @@ class AdapterWritingMixin(PolicyMixin):
                 task: self._points(task, check_prompts(lines, f"the prompts of task {task!r}"), len(pools), embeddings)
                 for task, lines in pools.items()
             }
-        self.prompt_reference = PromptReference.fit(points)
+        if most_bytes is None:
+            most_bytes = max(_REFERENCE_BYTES, int(_REFERENCE_SHARE * _bytes_of(self.decoder)))
+        self.prompt_reference = PromptReference.fit(points, most_bytes=most_bytes)
         if self.prompt_reference is None:
             raise NotFittedError(
                 f"How tasks differ in their prompts can be told from {FEWEST_TASKS} of them or more, got {len(pools)}."
@@ -224,9 +236,7 @@ class AdapterWritingMixin(PolicyMixin):
             self._refuse_prompts(prompts, seed, what)
             states, mask = self.encode_prompts(prompts, seed=seed)
             found = judge(self.prompt_reference, read_points(states, mask), fallback, what, stacklevel=4)
-            device = cast(torch.device, self.device)
-            tokens = self(states[None].to(device), mask[None].to(device))[0] * found.factor
-            grid = self.normalization.denormalize(tokens.to(self.normalization.mean.device)).cpu()
+            grid = self._decoded(states, mask, found.factor)
         if not torch.isfinite(grid).all():
             raise WeightValueError(
                 "The generator wrote NaN or infinity. Its weights are damaged, or float16 overflowed: load it in "
@@ -235,6 +245,26 @@ class AdapterWritingMixin(PolicyMixin):
         provenance = {**self._provenance(prompts, seed), **found.provenance()}
         adapter = GeneratedAdapter(self.config.adapter_layout, self.weight_tokenizer.decode(grid), provenance)
         return self.hold_to_policy(adapter)
+
+    def _decoded(self, states: torch.Tensor, mask: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        device = cast(torch.device, self.device)
+        tokens = self(states[None].to(device), mask[None].to(device))[0] * factor
+        return self.normalization.denormalize(tokens.to(self.normalization.mean.device)).cpu()
+
+    def fitted_adapters(self, prompts: PromptedAdapters | Pools) -> Mapping[str, GeneratedAdapter]:
+        """The adapters that this generator writes for its fitted tasks, no policy in the way: to calibrate one on.
+
+        Each is written when it is asked for, and not kept.
+
+        Args:
+            prompts: The training pairs, or training task -> its prompts (or the texts that are read in their place).
+
+        Raises:
+            NotFittedError: If the generator was never fitted.
+        """
+        self._checked(Fallback())
+        given = prompts if isinstance(prompts, Mapping) else {task: prompts.prompts(task) for task in prompts.tasks}
+        return _FittedAdapters(self, given)
 
     def _provenance(self, prompts: tuple[str, ...], seed: int) -> dict[str, Any]:
         return {
@@ -249,6 +279,28 @@ class AdapterWritingMixin(PolicyMixin):
             "peft_dnd_version": __version__,
             "torch_version": torch.__version__,
         }
+
+
+class _FittedAdapters(Mapping[str, GeneratedAdapter]):
+    def __init__(self, generator: AdapterWritingMixin, pools: Pools) -> None:
+        self._generator, self._pools = generator, pools
+
+    @torch.no_grad()
+    def __getitem__(self, task: str) -> GeneratedAdapter:
+        generator, texts = self._generator, check_prompts(self._pools[task], f"the prompts of task {task!r}")
+        with evaluating(generator):
+            grid = generator._decoded(*generator.encode_prompts(texts))
+        return GeneratedAdapter(generator.config.adapter_layout, generator.weight_tokenizer.decode(grid))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pools)
+
+    def __len__(self) -> int:
+        return len(self._pools)
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 @contextmanager

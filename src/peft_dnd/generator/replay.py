@@ -6,8 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..adapters.tokenizer import WeightNormalization, WeightTokenizer
-from ..errors import CorruptFileError, TextEncoderError
-from ..pairs.packed_adapters import AdapterPacking
+from ..errors import CorruptFileError, NotFittedError, TextEncoderError
+from ..pairs.dataset import PromptCheckpointDataset
+from ..pairs.packed_adapters import AdapterPacking, PackedCheckpoint
 from ..pairs.replay_store import MEND, STORE_NAME, ReplayStore
 from ..storage.checksums import Checksums
 from ..text.encoder_probe import EncoderProbe
@@ -49,6 +50,27 @@ class ReplayStoreMixin(PromptReadingMixin):
         if store is not None:
             self._check_store(store, "The replay store")
         self._replay_store, self._replay_folder = store, None
+
+    def stored_pairs(self) -> PromptCheckpointDataset:
+        """The tasks of the replay store of which it holds an adapter, as pairs: the mean of each one's checkpoints.
+
+        Raises:
+            NotFittedError: If there is no store, or no adapter in it.
+            CorruptFileError: And the others of `replay_store`.
+        """
+        store = self.replay_store
+        packing = self.adapter_packing()
+        held = {
+            name: PackedCheckpoint(packing, task.adapter)
+            for name, task in ({} if store is None else store.tasks).items()
+            if task.adapter is not None
+        }
+        if store is None or not held:
+            raise NotFittedError(
+                "The generator keeps no adapters of its fitted tasks: it has no replay store, or one without room for "
+                "them. Give the training pairs themselves."
+            )
+        return PromptCheckpointDataset([], layout=store.layout).with_replayed(map(store.pairs_task, held), held)
 
     def adapter_packing(self) -> AdapterPacking:
         """What packs adapters for the replay store, and unpacks them."""

@@ -156,7 +156,7 @@ class StreamedLoraGenerator(PromptConditionedLoraGenerator):
             refuse(name, folder, [what])
 
         def checksum_of(key: str) -> RunningChecksum | None:
-            return RunningChecksum(key, stored[key], checksums.get(key, ""), differs) if checksums else None
+            return None if checksums is None else checksums.running(key, stored[key], differs)
 
         model._stream_from(stored, dtype or _saved_dtype(config, stored), checksum_of)
         model._loaded_from(name, folder, commit, hub.get("token"), text_encoder)

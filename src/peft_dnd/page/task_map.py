@@ -46,7 +46,7 @@ class TaskMap:
         Returns:
             float32 (n, 2).
         """
-        return torch.from_numpy(self._axes.transform(points.float().cpu().numpy())).float()
+        return torch.from_numpy(self._axes.transform(self._reference.place(points).numpy())).float()
 
     def rows(self, points: Tensor) -> dict[str, list[float] | list[str]]:
         """The columns of the picture: the fitted tasks, the prompts, and last, so that it lies on top, the task.
@@ -72,6 +72,6 @@ class TaskMap:
             How many prompts are near that one task, and of how many tasks the nearest prompts are altogether.
         """
         task = torch.repeat_interleave(torch.arange(len(self._reference.counts)), self._reference.counts)
-        near = task[(points.float().cpu() @ self._reference.points.float().T).argmax(1)]
+        near = task[(self._reference.place(points) @ self._reference.points.float().T).argmax(1)]
         counted = torch.bincount(near)
         return int(counted.max()), int((counted > 0).sum())

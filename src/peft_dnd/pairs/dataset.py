@@ -244,19 +244,28 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         return self._of(formed)
 
     def with_replayed(
-        self, tasks: Iterable[Task], checkpoints: Mapping[Path, ReplayedCheckpoint], against_weights: Iterable[str]
+        self,
+        tasks: Iterable[Task],
+        checkpoints: Mapping[str, ReplayedCheckpoint],
+        against_weights: Iterable[str] = (),
     ) -> PromptCheckpointDataset:
         """The same pairs and those of earlier tasks, of which a generator has kept something.
 
         Args:
             tasks: The earlier tasks, none of those that are here.
-            checkpoints: Those of their checkpoints that lie in no file, by the paths that the tasks name.
-            against_weights: The tasks that are held against weights whatever the others are held against: their items
+            checkpoints: Task name -> its checkpoint, which lies in no file, for those of them that have one.
+            against_weights: Those that are held against weights whatever the others are held against: their items
                 have a true `"replayed"`.
         """
-        other = self._of(sorted([*self._tasks.values(), *tasks], key=lambda task: natural_key(task.name)))
-        other._replayed = {**self._replayed, **checkpoints}
-        other._against_weights = self._against_weights.union(against_weights)
+        held, all_tasks = dict(self._replayed), list(self._tasks.values())
+        for task in tasks:
+            if task.name in checkpoints:
+                place = Path("replayed", hashlib.sha256(task.name.encode("utf-8", "surrogatepass")).hexdigest())
+                held[place] = checkpoints[task.name]
+                task = replace(task, checkpoints=(place,), layout=self._layout)
+            all_tasks.append(task)
+        other = self._of(sorted(all_tasks, key=lambda task: natural_key(task.name)))
+        other._replayed, other._against_weights = held, self._against_weights.union(against_weights)
         return other
 
     def prompts(self, task: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class DistillationRecord:
         asked: What it was asked and how: the digest of what stood in its window, input by input, and its settings.
         rows: How many inputs there are.
         complete: Whether the teacher came to the end.
+        student: The digest of the base that is to learn from it, where that is another than the teacher's.
         peft_dnd_version: Version of the library that wrote it.
     """
 
@@ -48,6 +49,7 @@ class DistillationRecord:
     asked: Mapping[str, Any]
     rows: int
     complete: bool = False
+    student: str | None = None
     peft_dnd_version: str = field(default=__version__, compare=False)
 
 
@@ -79,6 +81,7 @@ def read_record(folder: PathLike) -> DistillationRecord | None:
             asked=dict(data["asked"]),
             rows=int(data["rows"]),
             complete=data["complete"] is True,
+            student=None if data.get("student") is None else str(data["student"]),
             peft_dnd_version=str(data.get("peft_dnd_version", "unknown")),
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -131,11 +134,7 @@ class DistillationWriter:
         self._record = record
         self._partial = self.folder / PARTIAL_NAME
         found = read_record(self.folder)
-        same = found is not None and (found.teacher, found.asked, found.rows) == (
-            dict(record.teacher),
-            dict(record.asked),
-            record.rows,
-        )
+        same = found is not None and replace(found, complete=record.complete) == record
         if found is not None and not same and not overwrite:
             raise PairsFolderError(_difference(self.folder, found, record))
         self._same = same
@@ -172,7 +171,7 @@ class DistillationWriter:
             )
         if self._partial.is_file():
             os.replace(self._partial, self.folder / ROWS_NAME)
-        write_record(self.folder, DistillationRecord(**{**asdict(self._record), "complete": True}))
+        write_record(self.folder, replace(self._record, complete=True))
 
 
 def _difference(folder: Path, found: DistillationRecord, record: DistillationRecord) -> str:
@@ -184,8 +183,11 @@ def _difference(folder: Path, found: DistillationRecord, record: DistillationRec
                 f"{start}, but that was {what}: {found.teacher.get('name')!r} with {key} {found.teacher.get(key)}; "
                 f"this one is {record.teacher.get('name')!r} with {key} {record.teacher.get(key)}. {mend}"
             )
+    if found.student != record.student:
+        then, now = (one.student or one.teacher.get("base") for one in (found, record))
+        return f"{start}, but for another student: the base with the digest {then}; this one is {now}. {mend}"
     names = {**found.asked, **record.asked}
     different = [name for name in names if found.asked.get(name) != record.asked.get(name)]
     first = different[0] if different else "rows"
-    before, now = (found.asked.get(first), record.asked.get(first)) if different else (found.rows, record.rows)
-    return f"{start}, but it was asked something else: {first} was {before!r} and is {now!r}. {mend}"
+    before, after = (found.asked.get(first), record.asked.get(first)) if different else (found.rows, record.rows)
+    return f"{start}, but it was asked something else: {first} was {before!r} and is {after!r}. {mend}"

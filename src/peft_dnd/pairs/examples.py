@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import CorruptFileError, PairsFolderError
 from ..storage.files import PathLike, staged_file
+from ..text.drawing import draw
 
 
 EXAMPLES_NAME = "examples.jsonl"
@@ -74,15 +75,7 @@ class TaskExamples:
         size = len(self)
         if count >= size:
             return self.read(range(size))
-        chance = random.Random(f"examples {seed}")
-        # The first steps of a Fisher-Yates shuffle, of which only the places that it touches are kept.
-        moved: dict[int, int] = {}
-        drawn = []
-        for place in range(count):
-            other = place + int(chance.random() * (size - place))
-            drawn.append(moved.get(other, other))
-            moved[other] = moved.get(place, place)
-        return self.read(drawn)
+        return self.read(draw(size, count, random.Random(f"examples {seed}")))
 
     def _row(self, file: Any, number: int) -> dict[str, Any]:
         start, end = int(self._starts[number]), int(self._starts[number + 1])

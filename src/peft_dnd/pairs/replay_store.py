@@ -23,6 +23,7 @@ from ..adapters.names import natural_key
 from ..errors import CorruptFileError, FormatVersionError, GeneratorConfigError, LayoutError
 from ..storage.files import PathLike, read_safetensors, read_safetensors_metadata, write_safetensors
 from ..text.encoder_probe import EncoderProbe
+from .folder import Task
 from .packed_adapters import AdapterPacking, PackedAdapter
 
 
@@ -90,6 +91,10 @@ class ReplayStore:
     def pairs_bytes(self) -> int:
         """How large the pairs of all its tasks were together."""
         return sum(task.pairs_bytes for task in self.tasks.values())
+
+    def pairs_task(self, name: str) -> Task:
+        """A task's texts as a task of a data set, without its adapter and rows."""
+        return Task(name, self.tasks[name].texts, (), None, None, condition_text=self.condition_text)
 
     def check(self, packing: AdapterPacking, condition_text: str, source: str) -> None:
         """Make sure that the store is that of the generator beside which it lies.

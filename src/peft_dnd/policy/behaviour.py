@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from ..pairs.dataset import PromptCheckpointDataset
 from ..storage.progress import with_progress
 from ..text.prompt_shapes import PromptsLike
 from ..text.prompts import prompt_texts
-from .bounds import FALSE_ALARMS, FEWEST_TASKS, check_false_alarms, upper_bound
+from .bounds import FALSE_ALARMS, FEWEST_TASKS, check_false_alarms, tasks_drawn, upper_bound
 
 
 _AT_ONCE = 8
@@ -105,26 +105,41 @@ class BehaviourGate:
         return cls(nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor(starts), stops, bound)
 
     def calibrate(
-        self, pairs: PromptCheckpointDataset, base_model: nn.Module, *, false_alarms: float = FALSE_ALARMS
+        self,
+        adapters: PromptCheckpointDataset | Mapping[str, GeneratedAdapter],
+        base_model: nn.Module,
+        *,
+        false_alarms: float = FALSE_ALARMS,
     ) -> BehaviourGate:
-        """The same gate with its bound derived from training adapters: the last checkpoint of each task.
+        """The same gate with its bound derived from adapters that are to pass.
 
         Logarithms of the largest divergence of each are taken for normally distributed between tasks, and the bound is
-        their [`upper_bound`][peft_dnd.policy.bounds.upper_bound].
+        their [`upper_bound`][peft_dnd.policy.bounds.upper_bound]. Of many tasks 128 are drawn by their names.
+
+        Args:
+            adapters: Task -> its adapter, as `generator.fitted_adapters(pairs)` gives them; or pairs, of which the
+                last checkpoint of each task counts. What a generator writes may be far tamer than what it was fitted
+                to, and then gives the tighter bound.
+            base_model: The base.
+            false_alarms: See the class.
 
         Raises:
-            PolicyError: If fewer than three tasks have checkpoints.
+            PolicyError: If there are adapters of fewer than three tasks.
         """
         check_false_alarms(false_alarms)
-        tasks = [task for task in pairs.tasks if pairs.checkpoints(task)]
-        if len(tasks) < FEWEST_TASKS:
+        if isinstance(adapters, PromptCheckpointDataset):
+            found: Mapping[str, GeneratedAdapter] = _LastCheckpoints(adapters)
+        else:
+            found = adapters
+        if len(found) < FEWEST_TASKS:
             raise PolicyError(
-                f"A behaviour gate is calibrated on {FEWEST_TASKS} tasks with checkpoints or more, got {len(tasks)}. "
+                f"A behaviour gate is calibrated on the adapters of {FEWEST_TASKS} tasks or more, got {len(found)}. "
                 "State the bound: BehaviourGate.from_prompts(..., bound=...)."
             )
+        tasks = tasks_drawn(found)
         worst = torch.stack(
             [
-                self.divergences(GeneratedAdapter(pairs.layout, pairs.state_dict(task)), base_model).amax()
+                self.divergences(found[task], base_model).amax()
                 for task in with_progress(tasks, "Measuring divergences")
             ]
         )
@@ -161,13 +176,16 @@ class BehaviourGate:
             places = torch.arange(tokens.shape[1], device=tokens.device)
             stops, starts = self.stops[rows, None].to(tokens.device), self.starts[rows, None].to(tokens.device)
             # The token at a place is foretold one place before it.
-            counted = ((places >= starts - 1) & (places < stops - 1)).cpu()
+            counted = (places >= starts - 1) & (places < stops - 1)
             given = {"input_ids": tokens, "attention_mask": (places < stops).long()}
             # A soft prompt's own places come first.
-            plain, moved = (model(**given).logits[:, -tokens.shape[1] :].float().cpu() for model in (base, adapted))
-            plain, moved = plain.log_softmax(-1), moved.log_softmax(-1)
-            divergence = (plain.exp() * (plain - moved)).sum(-1)
-            found.append((divergence * counted).sum(1) / counted.sum(1))
+            plain, moved = (
+                model(**given).logits[:, -tokens.shape[1] :][counted].float().log_softmax(-1).cpu()
+                for model in (base, adapted)
+            )
+            divergence = counted.cpu().float()
+            divergence[counted.cpu()] = (plain.exp() * (plain - moved)).sum(-1)
+            found.append(divergence.sum(1) / counted.cpu().sum(1))
         return torch.cat(found).nan_to_num(nan=float("inf"), posinf=float("inf")).clamp(min=0)
 
     def check(self, adapter: GeneratedAdapter, base_model: nn.Module, *, scale: float = 1.0) -> float:
@@ -238,6 +256,23 @@ class BehaviourGate:
             raise ValueError("a gate's bound is no number")
         alarms = data["false_alarms"]
         return cls(tokens, starts, stops, bound, int(data["tasks"]), None if alarms is None else float(alarms))
+
+
+class _LastCheckpoints(Mapping[str, GeneratedAdapter]):
+    """The last checkpoint of each task that has some, read when it is asked for."""
+
+    def __init__(self, pairs: PromptCheckpointDataset) -> None:
+        self._pairs = pairs
+        self._tasks = [task for task in pairs.tasks if pairs.checkpoints(task)]
+
+    def __getitem__(self, task: str) -> GeneratedAdapter:
+        return GeneratedAdapter(self._pairs.layout, self._pairs.state_dict(task))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
 
 
 def at_hand(base_model: nn.Module) -> bool:

@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import sqrt
 
 import torch
 from torch import Tensor
 
 from ..errors import PolicyError
+from ..storage.digests import texts_digest
 
 
 # Of fewer tasks nothing is known of how tasks differ.
 FEWEST_TASKS = 3
 FALSE_ALARMS = 0.01
+# More adapters than that tell hardly more.
+_MOST_TASKS = 128
 
 
 def upper_bound(values: Tensor, false_alarms: float) -> Tensor:
@@ -54,3 +58,8 @@ def check_false_alarms(false_alarms: float) -> None:
     """
     if not isinstance(false_alarms, float) or not 0 < false_alarms < 1:
         raise PolicyError(f"false_alarms must be a number between 0 and 1, got {false_alarms!r:.80}.")
+
+
+def tasks_drawn(tasks: Iterable[str]) -> list[str]:
+    """The tasks whose adapters a bound is calibrated on, where each has to be written or run: of many 128, by name."""
+    return sorted(tasks, key=lambda name: texts_digest([name]))[:_MOST_TASKS]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.factors import delta_weight_distances
+from ..adapters.generated_adapter import GeneratedAdapter
 from ..adapters.layout import AdapterLayout
 from ..adapters.matching import adaptable_modules, check_fits, match_modules
 from ..errors import PolicyError, WeightValueError, did_you_mean
 from ..pairs.dataset import PromptCheckpointDataset
 from ..storage.progress import with_progress
-from .bounds import FALSE_ALARMS, FEWEST_TASKS, check_false_alarms, upper_bound
+from .bounds import FALSE_ALARMS, FEWEST_TASKS, check_false_alarms, tasks_drawn, upper_bound
 
 
 ABOVE = ("shrink", "refuse")
@@ -64,20 +65,21 @@ class NormBounds:
     @classmethod
     def calibrate(
         cls,
-        pairs: PromptCheckpointDataset,
+        adapters: PromptCheckpointDataset | Mapping[str, GeneratedAdapter],
         base_model: nn.Module | None = None,
         *,
         above: str = "shrink",
         false_alarms: float = FALSE_ALARMS,
     ) -> NormBounds:
-        """Derive bounds from training adapters.
+        """Derive bounds from the training adapters, or others that are to be within them.
 
         Of each task the largest norm of its checkpoints counts. Logarithms of norms are taken for normally distributed
         between tasks; a module's bound is their [`upper_bound`][peft_dnd.policy.bounds.upper_bound] at
         `false_alarms` / M, for M modules, so that all of them together cry wolf as rarely as is said.
 
         Args:
-            pairs: The training pairs.
+            adapters: The training pairs; or task -> its adapter, as `generator.fitted_adapters(pairs)` gives them,
+                where a generator was fitted without checkpoints. Of many of these 128 are drawn by their names.
             base_model: The base, to which norms are then relative; weights of 8 bits and fewer are not read.
             above: See the class.
             false_alarms: See the class.
@@ -89,21 +91,22 @@ class NormBounds:
             WeightValueError: If the base's weights are not at hand, or not floating point.
         """
         check_false_alarms(false_alarms)
-        layout = pairs.layout
-        base = {} if base_model is None else weight_norms(base_model, layout)
-        rows = []
-        for task in with_progress([task for task in pairs.tasks if pairs.checkpoints(task)], "Measuring updates"):
-            found = [
-                update_norms(layout, pairs.state_dict(task, number), base)
-                for number in range(len(pairs.checkpoints(task)))
-            ]
-            together = torch.stack([_together(norms) for norms in found]).amax()
-            rows.append(torch.cat([torch.stack(found).amax(0), together[None]]))
-        if len(rows) < FEWEST_TASKS:
+        if isinstance(adapters, PromptCheckpointDataset):
+            tasks = [task for task in adapters.tasks if adapters.checkpoints(task)]
+        else:
+            tasks = tasks_drawn(adapters)
+        if len(tasks) < FEWEST_TASKS:
             raise PolicyError(
-                f"Norms are calibrated on {FEWEST_TASKS} tasks with checkpoints or more, got {len(rows)}. Give more "
+                f"Norms are calibrated on {FEWEST_TASKS} tasks with checkpoints or more, got {len(tasks)}. Give more "
                 "tasks, or state the bounds: NormBounds(modules={...}, total=...)."
             )
+        layout = adapters.layout if isinstance(adapters, PromptCheckpointDataset) else adapters[tasks[0]].layout
+        base = {} if base_model is None else weight_norms(base_model, layout)
+        rows = []
+        for task in with_progress(tasks, "Measuring updates"):
+            found = [update_norms(layout, matrices, base) for matrices in _matrices(adapters, task)]
+            together = torch.stack([_together(norms) for norms in found]).amax()
+            rows.append(torch.cat([torch.stack(found).amax(0), together[None]]))
         seen = torch.stack(rows)
         bounds = [_bound(norms, false_alarms / len(layout.modules)) for norms in seen[:, :-1].T]
         names = [module.name for module in layout.modules]
@@ -190,6 +193,16 @@ class NormBounds:
             "tasks": self.tasks,
             "false_alarms": self.false_alarms,
         }
+
+
+def _matrices(
+    adapters: PromptCheckpointDataset | Mapping[str, GeneratedAdapter], task: str
+) -> Iterator[Mapping[str, Tensor]]:
+    if isinstance(adapters, PromptCheckpointDataset):
+        for number in range(len(adapters.checkpoints(task))):
+            yield adapters.state_dict(task, number)
+    else:
+        yield adapters[task].state_dict()
 
 
 def update_norms(

@@ -23,7 +23,7 @@ from .refused_prompts import RefusedPrompts
 
 POLICY_NAME = "policy.safetensors"
 _DIGEST = "policy_sha256"
-_PARTS = ("norms", "never_written", "refused", "classifier", "gate")
+PARTS = ("norms", "never_written", "refused", "classifier", "gate")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +61,11 @@ class GeneratorPolicy:
                 raise PolicyError(f"{name} must be a {kind.__name__} or None, got {getattr(self, name)!r:.80}.")
         if self.gate is not None:
             _ = self.gate.checked_bound
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Which of its parts there are."""
+        return tuple(name for name in PARTS if getattr(self, name))
 
     def check_layout(self, layout: AdapterLayout) -> None:
         """Make sure that the policy can be held by adapters of a layout.
@@ -163,7 +168,7 @@ class GeneratorPolicy:
         """
         try:
             tensors = read_safetensors(path) if data.get("refused") or data.get("gate") else {}
-            unknown = set(data) - {*_PARTS, _DIGEST}
+            unknown = set(data) - {*PARTS, _DIGEST}
             if unknown:
                 raise ValueError(f"there is {min(unknown)!r:.80}, which this version does not know")
             found = cls(

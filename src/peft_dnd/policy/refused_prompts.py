@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..errors import PolicyError
 from .bounds import FALSE_ALARMS, FEWEST_TASKS, check_false_alarms, upper_bound
+from .prompt_space import PromptSpace
 
 
-# Texts -> where they lie, float32 (n, C), of length 1.
+# Texts -> where they lie, float32 (n, C), of length 1, as the text encoder has it.
 Read = Callable[[Sequence[str]], Tensor]
 # A prompt -> the texts by which it is judged.
 Views = Callable[[str], Sequence[str]]
@@ -58,8 +59,9 @@ class RefusedPrompts:
 
     Attributes:
         classes: The classes.
-        points: Where each class's examples lie, float16 (n, C).
-        allowed: Where prompts of the training tasks lie, float16 (m, C).
+        points: Where each class's examples lie in the space, float16 (n, K).
+        allowed: Where prompts of the training tasks lie there, float16 (m, K).
+        space: The space in which prompts are compared, learned from the training tasks.
         tasks: On how many training tasks the thresholds were calibrated.
         false_alarms: The probability with which prompts of a new task of the training tasks' kind are refused, for
             each class.
@@ -68,6 +70,7 @@ class RefusedPrompts:
     classes: tuple[RefusedClass, ...]
     points: tuple[Tensor, ...]
     allowed: Tensor
+    space: PromptSpace
     tasks: int
     false_alarms: float
 
@@ -82,6 +85,9 @@ class RefusedPrompts:
         false_alarms: float = FALSE_ALARMS,
     ) -> RefusedPrompts:
         """Take examples of the classes, and derive their thresholds.
+
+        Prompts are compared in the [`PromptSpace`][peft_dnd.policy.prompt_space.PromptSpace] of the training tasks, in
+        which what the prompts of one task differ in counts for little.
 
         Each training task in turn is taken for new, and its prompts' scores noted. The threshold for a prompt is the
         [`upper_bound`][peft_dnd.policy.bounds.upper_bound] of the tasks' highest, at half of `false_alarms`. The other
@@ -114,21 +120,23 @@ class RefusedPrompts:
         tasks = [
             _Texts.of(prompts[: _share(_MOST_ALLOWED, len(allowed))], read, views) for prompts in allowed.values()
         ]
+        space = PromptSpace.fit([task.points for task in tasks])
+        tasks = [task.placed(space) for task in tasks]
         found = []
         points = []
         welcome = torch.cat([task.points for task in tasks])
         for name, prompts in examples.items():
-            kept = _Texts.of(list(dict.fromkeys(prompts))[:_MOST_OF_A_CLASS], read, views)
+            kept = _Texts.of(list(dict.fromkeys(prompts))[:_MOST_OF_A_CLASS], read, views).placed(space)
             seen = [task.scores(kept.points, _others(tasks, number)).double() for number, task in enumerate(tasks)]
             found.append(_derived(name, seen, kept.scores_left_out(welcome), false_alarms))
             points.append(_distinct(kept.points))
-        return cls(tuple(found), tuple(points), _distinct(welcome), len(tasks), false_alarms)
+        return cls(tuple(found), tuple(points), _distinct(welcome), space, len(tasks), false_alarms)
 
     def scores(self, prompts: Sequence[str], read: Read, views: Views) -> Tensor:
         """How much more prompts are like the examples of each class than like the training tasks' prompts.
 
-        A text's score is its cosine similarity to the nearest example less that to the nearest prompt of a training
-        task, and a prompt's the highest of the texts by which it is judged.
+        A text's score is its cosine similarity in the space to the nearest example less that to the nearest prompt of
+        a training task, and a prompt's the highest of the texts by which it is judged.
 
         Args:
             prompts: Prompts.
@@ -139,12 +147,12 @@ class RefusedPrompts:
             (n, number of classes), float32, from -2 to 2.
         """
         given = _Texts.of(prompts, read, views)
-        if given.points.shape[1] != self.allowed.shape[1]:
+        if given.points.shape[1] != self.space.width:
             raise PolicyError(
-                f"The policy's refused classes were read with states of width {self.allowed.shape[1]}, and this text "
+                f"The policy's refused classes were read with states of width {self.space.width}, and this text "
                 f"encoder's have {given.points.shape[1]}. Use the text encoder that the policy was made with."
             )
-        allowed = self.allowed.float()
+        given, allowed = given.placed(self.space), self.allowed.float()
         return torch.stack([given.scores(points.float(), allowed) for points in self.points], 1)
 
     def refused(self, prompts: Sequence[str], read: Read, views: Views) -> dict[str, int]:
@@ -170,7 +178,8 @@ class RefusedPrompts:
     def tensors(self) -> dict[str, Tensor]:
         """The rest, under the names of the policy's file."""
         named = {f"refused.{number}": points for number, points in enumerate(self.points)}
-        return {**named, "refused.allowed": self.allowed}
+        space = {"refused.axes": self.space.axes, "refused.scales": self.space.scales}
+        return {**named, "refused.allowed": self.allowed, **space}
 
     @classmethod
     def from_parts(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RefusedPrompts:
@@ -185,14 +194,17 @@ class RefusedPrompts:
         )
         points = tuple(tensors[f"refused.{number}"] for number in range(len(classes)))
         allowed = tensors["refused.allowed"]
-        width = allowed.shape[-1]
+        space = PromptSpace(tensors["refused.axes"], tensors["refused.scales"])
+        if not space.is_usable():
+            raise ValueError("the space of the prompts is none")
+        width = space.axes.shape[1]
         for found in (*points, allowed):
             usable = found.dim() == 2 and found.is_floating_point() and found.shape[-1] == width and len(found)
             if not usable or not torch.isfinite(found.float()).all():
                 raise ValueError("points are not of one width, or not finite")
         if not classes or not all(isfinite(getattr(one, name)) for one in classes for name in _NUMBERS):
             raise ValueError("no class, or a threshold that is no number")
-        return cls(classes, points, allowed, int(data["tasks"]), float(data["false_alarms"]))
+        return cls(classes, points, allowed, space, int(data["tasks"]), float(data["false_alarms"]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,6 +221,10 @@ class _Texts:
         place = {text: number for number, text in enumerate(distinct)}
         points = read(distinct).detach().float().cpu()
         return cls(points[[place[text] for texts in seen for text in texts]], [len(texts) for texts in seen])
+
+    def placed(self, space: PromptSpace) -> _Texts:
+        """The same in a space."""
+        return replace(self, points=space.place(self.points))
 
     def scores(self, examples: Tensor, allowed: Tensor) -> Tensor:
         """Each prompt's score, (n,)."""
@@ -254,4 +270,4 @@ def _others(tasks: Sequence[_Texts], left_out: int) -> Tensor:
 
 
 def _share(most: int, tasks: int) -> int:
-    return max(1, most // (4 * tasks))
+    return max(2, most // (4 * tasks))

@@ -92,7 +92,7 @@ async def answer_problem(request: Request, error: Exception) -> JSONResponse:
         return problem_response(of_library_error(error))
     if isinstance(error, RequestValidationError):
         return problem_response(
-            Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "The request is not of the form that it must have; see errors."),
+            Problem(HTTPStatus.UNPROCESSABLE_ENTITY, _what_is_wrong(request, error)),
             [_part(found) for found in error.errors()[:20]],
         )
     assert isinstance(error, HTTPException)
@@ -100,6 +100,19 @@ async def answer_problem(request: Request, error: Exception) -> JSONResponse:
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         headers["Allow"] = ", ".join(_methods_allowed(request))
     return problem_response(Problem(error.status_code, str(error.detail), headers))
+
+
+def _what_is_wrong(request: Request, error: RequestValidationError) -> str:
+    sent = request.headers.get("content-type")
+    if any(found["loc"][:1] == ("body",) for found in error.errors()) and not _says_json(sent):
+        came = "without that header" if sent is None else f"as {sent:.80}"
+        return f"The body must be a JSON object, sent with the header Content-Type: application/json; it came {came}."
+    return "The request is not of the form that it must have; see errors."
+
+
+def _says_json(content_type: str | None) -> bool:
+    media = (content_type or "").partition(";")[0].strip().lower()
+    return media == "application/json" or (media.startswith("application/") and media.endswith("+json"))
 
 
 def _methods_allowed(request: Request) -> list[str]:

@@ -15,6 +15,7 @@ from starlette.responses import StreamingResponse
 
 from .archive import file_chunks, tar_chunks, tar_size
 from .cache import OpenAdapter
+from .generators import ServedGenerator
 from .guard import client_of, note
 from .messages import (
     AdapterFacts,
@@ -24,6 +25,7 @@ from .messages import (
     GeneratorFacts,
     GeneratorList,
     Health,
+    PolicyFacts,
     TaskFacts,
     TaskList,
     TaskName,
@@ -72,7 +74,7 @@ async def make_adapter(
     """Make the adapter of some prompts, or of a task that has a name; if it is there, nothing is done."""
     client = client_of(request.scope)
     if isinstance(wanted, FromTask):
-        found = service.adapter_of_task(wanted.task, client)
+        found = service.adapter_of_task(wanted.task, client, wanted.base)
     else:
         found = service.adapter(wanted.source(), client)
     facts, made = await _while_connected(request, found)
@@ -200,12 +202,22 @@ async def list_generators(service: Service) -> GeneratorList:
                 generator=served.name,
                 revision=served.revision,
                 base_model=served.generator.config.base_model_name_or_path,
+                bases=list(served.generator.config.base_names),
                 reads_answers=served.generator.config.condition_text != "prompts",
                 tells_out_of_distribution=served.generator.prompt_reference is not None,
+                policy=_policy_of(served),
             )
             for served in service.generators.values()
         ]
     )
+
+
+def _policy_of(served: ServedGenerator) -> PolicyFacts | None:
+    policy = served.generator.policy
+    if policy is None:
+        return None
+    gated = None if policy.gate is None else served.is_gated
+    return PolicyFacts(parts=list(policy.parts), gate_checked=gated, sha256=policy.sha256)
 
 
 @health.get("/live")

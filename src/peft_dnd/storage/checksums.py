@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checksums of a model's folder, which find the damage that names and shapes cannot show.
 
-A flipped byte, two tensors of one shape exchanged, a scale set to zero: all of it loads. So CRC-32 values of the
-tensors, of the other safetensors files and of the settings that belong to the weights stand beside them, in
-`checksums.json`. They tell damage, not forgery: whoever edits a folder on purpose can write them anew.
-
-CRC-32 because it is in Python's library, runs without Python's lock at several gigabytes a second, can be taken of a
-tensor slice by slice, and misses no damage of up to four bytes in a row, and of other damage one in four billion.
+A flipped byte, two tensors of one shape exchanged, a scale set to zero: all of it loads. So checksums of the tensors,
+of the other safetensors files and of the settings that belong to the weights stand beside them, in `checksums.json`.
+They tell damage, not forgery: whoever edits a folder on purpose can write them anew. How they are taken is in
+[`sums`][peft_dnd.storage.sums].
 """
 
 from __future__ import annotations
@@ -15,10 +13,9 @@ import json
 import mmap
 import os
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +25,14 @@ import torch
 from ..errors import CorruptFileError, FormatVersionError
 from .files import read_json, write_json
 from .stored_weights import StoredTensor, stored_tensors
+from .sums import SUMS, RunningSum
 
 
 CHECKSUMS_NAME = "checksums.json"
-FORMAT_VERSION = 1
-ALGORITHM = "crc32"
+FORMAT_VERSION = 2
+ALGORITHM = "grid64"
 
 _MOST_THREADS = 4
-_BUFFER_BYTES = 2**20
 
 # What the system says of a folder's files: device, number, size and times of change of each.
 _State = frozenset[tuple[str, int, int, int, int, int]]
@@ -46,17 +43,19 @@ _FOUND_ALIKE: set[_State] = set()
 
 @dataclass(frozen=True)
 class Checksums:
-    """What a folder's parts were when it was saved: eight hexadecimal digits for each.
+    """What a folder's parts were when it was saved: hexadecimal digits for each.
 
     Attributes:
         tensors: The model's tensors, whichever file they lie in: of type, shape and bytes.
         files: Other files with weights, by their path in the folder: of all bytes.
         settings: What of the configuration belongs to the weights: of each value as JSON.
+        algorithm: How they were taken, one of [`SUMS`][peft_dnd.storage.sums.SUMS].
     """
 
     tensors: Mapping[str, str]
     files: Mapping[str, str]
     settings: Mapping[str, str]
+    algorithm: str = ALGORITHM
 
     @classmethod
     def of(cls, folder: Path, files: Iterable[str], settings: Mapping[str, Any]) -> Checksums:
@@ -72,12 +71,12 @@ class Checksums:
             CorruptFileError: If a file is cut short or is no safetensors file.
         """
         with _Workers() as workers:
-            tensors = workers.start_on_tensors(stored_tensors(folder))
-            others = {name: workers.start(file_checksum, folder / name) for name in sorted(files)}
+            tensors = workers.start_on_tensors(stored_tensors(folder), ALGORITHM)
+            others = {name: workers.start(file_checksum, folder / name, ALGORITHM) for name in sorted(files)}
             return cls(
                 tensors=dict(sorted(workers.results(tensors).items())),
                 files={name: found.result() for name, found in others.items()},
-                settings=setting_checksums(settings),
+                settings=setting_checksums(settings, ALGORITHM),
             )
 
     @classmethod
@@ -100,6 +99,9 @@ class Checksums:
                     f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade peft-dnd"
                 )
             parts = {part: dict(content[part]) for part in ("tensors", "files", "settings")}
+            algorithm = content["algorithm"]
+            if algorithm not in SUMS:
+                raise ValueError(f"no algorithm {algorithm!r:.40}")
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, FormatVersionError):
                 raise
@@ -107,12 +109,12 @@ class Checksums:
                 f"{str(path)!r} does not have the form of a folder's checksums ({error!r}). It was damaged or edited: "
                 "fetch the generator again, or write it anew with peft_dnd.generator.renew_checksums."
             ) from error
-        return cls(**parts)
+        return cls(**parts, algorithm=algorithm)
 
     def write(self, folder: Path) -> Path:
         """Write them into a folder, whole or not at all."""
         path = folder / CHECKSUMS_NAME
-        write_json(path, {"format_version": FORMAT_VERSION, "algorithm": ALGORITHM, **asdict(self)})
+        write_json(path, {"format_version": FORMAT_VERSION, **asdict(self)})
         return path
 
     @contextmanager
@@ -149,7 +151,7 @@ class Checksums:
 
     def _begun(self, folder: Path, workers: _Workers) -> tuple[dict[str, StoredTensor], list[Future[dict[str, str]]]]:
         stored = stored_tensors(folder)
-        return stored, workers.start_on_tensors(stored)
+        return stored, workers.start_on_tensors(stored, self.algorithm)
 
     def file_differences(self, folder: Path, start: str = "") -> list[str]:
         """Which of the other files differ, in words: of those that are there and whose path begins with `start`."""
@@ -157,14 +159,18 @@ class Checksums:
         return [
             f"the file {name!r}"
             for name, path in paths.items()
-            if path.is_file() and file_checksum(path) != self.files[name]
+            if path.is_file() and file_checksum(path, self.algorithm) != self.files[name]
         ]
 
     def setting_differences(self, settings: Mapping[str, Any]) -> list[str]:
         """Which settings differ, in words."""
-        found = setting_checksums(settings)
+        found = setting_checksums(settings, self.algorithm)
         names = sorted(found.keys() | self.settings.keys())
         return [f"the setting {name!r}" for name in names if found.get(name) != self.settings.get(name)]
+
+    def running(self, name: str, stored: StoredTensor, on_difference: Callable[[str], Any]) -> RunningChecksum:
+        """The checksum of a tensor that is going to be read by slices; see [`RunningChecksum`]."""
+        return RunningChecksum(name, stored, self.tensors.get(name, ""), self.algorithm, on_difference)
 
 
 class RunningChecksum:
@@ -174,12 +180,15 @@ class RunningChecksum:
         name: The tensor's name.
         stored: The tensor.
         expected: What its checksum must be.
+        algorithm: How it is taken.
         on_difference: Called with what differs, in words, if it is another.
     """
 
-    def __init__(self, name: str, stored: StoredTensor, expected: str, on_difference: Callable[[str], Any]) -> None:
+    def __init__(
+        self, name: str, stored: StoredTensor, expected: str, algorithm: str, on_difference: Callable[[str], Any]
+    ) -> None:
         self._name, self._stored, self._expected, self._on_difference = name, stored, expected, on_difference
-        self._found, self._next_row = checksum_of_form(stored), 0
+        self._sum, self._next_row = begun_on(stored, algorithm), 0
 
     def take(self, start: int, rows: torch.Tensor) -> None:
         """Take note of rows that were read, from `start` on. Rows that came by before count once."""
@@ -187,8 +196,9 @@ class RunningChecksum:
         if not start <= self._next_row < stop:
             return
         new = rows[self._next_row - start :].contiguous().view(-1).view(torch.uint8)
-        self._found, self._next_row = zlib.crc32(new.numpy().data, self._found), stop
-        if stop == (self._stored.shape or (1,))[0] and as_text(self._found) != self._expected:
+        self._sum.update(new.numpy().data)
+        self._next_row = stop
+        if stop == (self._stored.shape or (1,))[0] and self._sum.hexdigest() != self._expected:
             self._on_difference(_in_words(self._name, self._stored))
 
 
@@ -204,11 +214,11 @@ class _Workers:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pool.shutdown(cancel_futures=kind is not None)
 
-    def start_on_tensors(self, stored: Mapping[str, StoredTensor]) -> list[Future[dict[str, str]]]:
+    def start_on_tensors(self, stored: Mapping[str, StoredTensor], algorithm: str) -> list[Future[dict[str, str]]]:
         """Begin to take checksums, each thread of its share of the bytes."""
         largest_first = sorted(stored.items(), key=lambda item: item[1].num_bytes, reverse=True)
         shares = [dict(largest_first[thread :: self._count]) for thread in range(self._count)]
-        return [self.start(_tensor_checksums, share) for share in shares]
+        return [self.start(tensor_checksums, share, algorithm) for share in shares if share]
 
     @staticmethod
     def results(started: list[Future[dict[str, str]]]) -> dict[str, str]:
@@ -216,8 +226,19 @@ class _Workers:
         return {name: checksum for share in started for name, checksum in share.result().items()}
 
 
-def _tensor_checksums(stored: Mapping[str, StoredTensor]) -> dict[str, str]:
-    return {name: tensor_checksum(tensor) for name, tensor in stored.items()}
+def tensor_checksums(stored: Mapping[str, StoredTensor], algorithm: str) -> dict[str, str]:
+    """Checksums of stored tensors: of each one's type and shape, as text, then its bytes."""
+    found = {}
+    with ExitStack() as open_files:
+        maps: dict[Path, memoryview] = {}
+        for name, tensor in stored.items():
+            if tensor.path not in maps:
+                maps[tensor.path] = open_files.enter_context(mapped(tensor.path))
+            running = begun_on(tensor, algorithm)
+            with maps[tensor.path][tensor.offset : tensor.offset + tensor.num_bytes] as part:
+                running.update(part)
+            found[name] = running.hexdigest()
+    return found
 
 
 def _state_of_files(folder: Path) -> _State | None:
@@ -235,39 +256,38 @@ def _in_words(name: str, stored: StoredTensor) -> str:
     return f"the tensor {name!r} in {stored.path.name!r}"
 
 
-def tensor_checksum(tensor: StoredTensor) -> str:
-    """CRC-32 of a stored tensor: of its type and shape, as text, then its bytes."""
-    found = checksum_of_form(tensor)
-    if tensor.num_bytes:
-        with (
-            tensor.path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-            memoryview(mapped) as view,
-            view[tensor.offset : tensor.offset + tensor.num_bytes] as part,
-        ):
-            found = zlib.crc32(part, found)
-    return as_text(found)
+def begun_on(tensor: StoredTensor, algorithm: str) -> RunningSum:
+    """What a tensor's checksum begins with: its type and shape."""
+    return SUMS[algorithm](f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} ".encode())
 
 
-def checksum_of_form(tensor: StoredTensor) -> int:
-    """What a tensor's checksum begins with."""
-    return zlib.crc32(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} ".encode())
+def file_checksum(path: Path, algorithm: str) -> str:
+    """The checksum of a whole file."""
+    running = SUMS[algorithm]()
+    with mapped(path) as view:
+        running.update(view)
+    return running.hexdigest()
 
 
-def file_checksum(path: Path) -> str:
-    """CRC-32 of a whole file."""
-    found, buffer = 0, bytearray(_BUFFER_BYTES)
-    with path.open("rb", buffering=0) as file, memoryview(buffer) as view:
-        while count := file.readinto(buffer):
-            found = zlib.crc32(view[:count], found)
-    return as_text(found)
+def setting_checksums(settings: Mapping[str, Any], algorithm: str) -> dict[str, str]:
+    """The checksum of each value, as JSON with sorted keys."""
+    found = {}
+    for name, value in settings.items():
+        running = SUMS[algorithm]()
+        running.update(memoryview(json.dumps(value, sort_keys=True).encode()))
+        found[name] = running.hexdigest()
+    return found
 
 
-def setting_checksums(settings: Mapping[str, Any]) -> dict[str, str]:
-    """CRC-32 of each value, as JSON with sorted keys."""
-    return {name: as_text(zlib.crc32(json.dumps(value, sort_keys=True).encode())) for name, value in settings.items()}
-
-
-def as_text(checksum: int) -> str:
-    """Eight hexadecimal digits."""
-    return f"{checksum:08x}"
+@contextmanager
+def mapped(path: Path) -> Iterator[memoryview]:
+    """A file's bytes, read as they are asked for."""
+    if not path.stat().st_size:  # which cannot be mapped
+        yield memoryview(b"")
+        return
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        memoryview(content) as view,
+    ):
+        yield view

@@ -15,8 +15,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
 from ..errors import GeneratorConfigError, TextEncoderError
+from ..storage.hub import commit_in_cache
 from ..storage.processes import loaded_whole
 from ..storage.progress import short_bars_hidden
 from .hidden_states_encoder import HiddenStatesTextEncoder
@@ -42,6 +44,9 @@ class AnswerStatesTextEncoder(HiddenStatesTextEncoder):
         block_tokens: How many tokens of prompts of equal length may go through the model at once, at least one
             prompt's.
 
+    Attributes:
+        commit_hash: The Hub commit that `from_pretrained` loaded the model from; `None` if it is not known.
+
     Raises:
         GeneratorConfigError: If there are no layers, or one of them does not exist.
 
@@ -64,6 +69,7 @@ class AnswerStatesTextEncoder(HiddenStatesTextEncoder):
     ) -> None:
         super().__init__(model, tokenizer, name_or_path=name_or_path, max_length=max_length, block_tokens=block_tokens)
         self.layer = None  # there is not one
+        self.commit_hash: str | None = None
         if not layers:
             raise GeneratorConfigError("layers must name at least one layer of the text encoder, and names none.")
         self.layers = tuple(layer_from_front(self._reader.config, layer) for layer in layers)
@@ -111,6 +117,7 @@ class AnswerStatesTextEncoder(HiddenStatesTextEncoder):
                 "with both, or pass text_encoder=AnswerStatesTextEncoder(model, tokenizer, layers)."
             ) from error
         encoder = cls(model, tokenizer, layers, name_or_path=name, block_tokens=block_tokens)
+        encoder.commit_hash = commit_in_cache(name, (CONFIG_NAME,), revision=revision)
         drop_layers(encoder._reader, max(encoder.layers) + 1)
         return encoder
 

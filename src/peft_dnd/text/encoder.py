@@ -26,7 +26,8 @@ class TextEncoder(Protocol):
 
     An encoder that reads a chosen layer, several, or long prompts in windows, tells so by attributes `layer`, `layers`
     (a tuple) and `window_tokens`; one that has none of them does none of it. In windows it is called as
-    `encode_tokens(prompts, max_length=...)`, and need not read a prompt further than that.
+    `encode_tokens(prompts, max_length=...)`, and need not read a prompt further than that. One that knows its commit
+    on the Hub tells it by `commit_hash`.
 
     Attributes:
         trainable: Whether gradients flow into the encoder; the library sets it when the encoder is to be fitted too.

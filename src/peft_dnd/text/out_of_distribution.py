@@ -32,6 +32,7 @@ FEWEST_TASKS = 3
 _MOST_PER_TASK = 128
 _MOST_ALTOGETHER = 8192
 _ROWS_AT_ONCE = 1024
+_FEWEST_AXES = 16
 _TASKS = "tasks"
 
 
@@ -59,25 +60,33 @@ class PromptReference:
     Make one with [`fit`][PromptReference.fit].
 
     Attributes:
-        points: Where the fitted tasks' prompts lie, float16 (n, C), at most 128 of each task and 8192 altogether.
+        points: Where the fitted tasks' prompts lie, float16 (n, K), at most 128 of each task and 8192 altogether; K is
+            C, or the number of axes.
         distances: How far each is from the nearest prompt of another task, float32 (n,).
         counts: How many there are of each task, int64 (T,).
         tasks: The tasks' names; empty where an earlier version of the library has kept none.
+        axes: Where all of C would take too many bytes, the directions by which the points are kept, float16 (C, K).
     """
 
     points: Tensor
     distances: Tensor
     counts: Tensor
     tasks: tuple[str, ...] = ()
+    axes: Tensor | None = None
     # (prompts, false alarms) -> the threshold, which takes a while with thousands of tasks.
     _thresholds: dict[tuple[int, float], float] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def fit(cls, points: Mapping[str, Tensor]) -> PromptReference | None:
+    def fit(cls, points: Mapping[str, Tensor], *, most_bytes: int | None = None) -> PromptReference | None:
         """Take the prompts of the fitted tasks.
+
+        Where the points would take more than `most_bytes` they are kept by their K principal directions alone (those
+        of the singular value decomposition, not centred), as many as there is room for. What a new prompt has in other
+        directions adds nothing to its likeness to a known one, which has next to nothing there.
 
         Args:
             points: Task -> where its prompts lie, (n, C), of length 1; of more than [`prompts_kept`] the first count.
+            most_bytes: How many bytes the points may take, with no fewer than 16 directions; `None` sets no bound.
 
         Returns:
             `None` if there are fewer than three tasks: then nothing can be known of how tasks differ.
@@ -87,12 +96,34 @@ class PromptReference:
         kept = [rows[: prompts_kept(len(points))].detach().float().cpu() for rows in points.values()]
         counts = torch.tensor([len(rows) for rows in kept])
         joined = torch.cat(kept)
+        axes = _principal_axes(joined, most_bytes)
+        joined = joined if axes is None else joined @ axes.float()
         task = torch.repeat_interleave(torch.arange(len(kept)), counts)
         distances = [
             _nearest(rows, joined, own[:, None] == task)
             for rows, own in zip(joined.split(_ROWS_AT_ONCE), task.split(_ROWS_AT_ONCE), strict=True)
         ]
-        return cls(joined.half(), torch.cat(distances), counts, tuple(points))
+        return cls(joined.half(), torch.cat(distances), counts, tuple(points), axes)
+
+    def place(self, points: Tensor) -> Tensor:
+        """Prompts as `points` holds the fitted tasks': along the axes, if there are any.
+
+        Args:
+            points: Where the prompts lie, (n, C), of length 1.
+
+        Returns:
+            float32 (n, K), on the CPU.
+
+        Raises:
+            GeneratorConfigError: If they are of another width.
+        """
+        rows, width = points.detach().float().cpu(), (self.points.T if self.axes is None else self.axes).shape[0]
+        if rows.shape[1] != width:
+            raise GeneratorConfigError(
+                f"The prompts' states have width {rows.shape[1]}, those of the fitted tasks {width}. Use the text "
+                "encoder that the generator was fitted with."
+            )
+        return rows if self.axes is None else rows @ self.axes.float()
 
     def strangeness(self, points: Tensor) -> float:
         """The mean distance of prompts to the nearest prompt of a fitted task, from 0 to 2.
@@ -100,7 +131,7 @@ class PromptReference:
         Args:
             points: Where the prompts lie, (n, C), of length 1.
         """
-        rows, known = self._checked(points), self.points.float()
+        rows, known = self.place(points), self.points.float()
         return float(torch.cat([_nearest(part, known) for part in rows.split(_ROWS_AT_ONCE)]).mean())
 
     def nearest_tasks(self, points: Tensor) -> dict[str, float]:
@@ -113,21 +144,12 @@ class PromptReference:
             Name of a task, `"task 7"` where no name is known -> the share of the prompts whose nearest known prompt is
             one of its; the largest share first, together 1.
         """
-        rows, known = self._checked(points), self.points.float()
+        rows, known = self.place(points), self.points.float()
         nearest = torch.cat([(part @ known.T).argmax(1) for part in rows.split(_ROWS_AT_ONCE)])
         task = torch.repeat_interleave(torch.arange(len(self.counts)), self.counts)[nearest]
         found = torch.bincount(task, minlength=len(self.counts))
         order = found.argsort(descending=True, stable=True)[: int((found > 0).sum())].tolist()
         return {self.tasks[i] if self.tasks else f"task {i}": int(found[i]) / len(rows) for i in order}
-
-    def _checked(self, points: Tensor) -> Tensor:
-        rows = points.detach().float().cpu()
-        if rows.shape[1] != self.points.shape[1]:
-            raise GeneratorConfigError(
-                f"The prompts' states have width {rows.shape[1]}, those of the fitted tasks {self.points.shape[1]}. "
-                "Use the text encoder that the generator was fitted with."
-            )
-        return rows
 
     def score(self, points: Tensor) -> float:
         """How strange prompts are, as a probability: with which a new task of the fitted tasks' kind would be less so.
@@ -204,6 +226,8 @@ class PromptReference:
     def save(self, path: PathLike) -> None:
         """Write it to a safetensors file."""
         tensors = {"points": self.points, "distances": self.distances, "counts": self.counts}
+        if self.axes is not None:
+            tensors["axes"] = self.axes
         write_safetensors(path, tensors, (_TASKS, json.dumps(self.tasks)))
 
     @classmethod
@@ -214,7 +238,7 @@ class PromptReference:
             CorruptFileError: If the file is unreadable or something else.
         """
         found = read_safetensors(path)
-        if set(found) == {"points", "distances", "counts"} and _belong_together(**found):
+        if set(found) - {"axes"} == {"points", "distances", "counts"} and _belong_together(**found):
             with suppress(ValueError):
                 tasks = json.loads(read_safetensors_metadata(path).get(_TASKS, "[]"))
                 if isinstance(tasks, list) and len(tasks) in (0, len(found["counts"])):
@@ -225,11 +249,29 @@ class PromptReference:
         )
 
 
-def _belong_together(points: Tensor, distances: Tensor, counts: Tensor) -> bool:
+def _principal_axes(points: Tensor, most_bytes: int | None) -> Tensor | None:
+    """The directions by which points can be kept within so many bytes, float16 (C, K); `None` if all of them can."""
+    rows, width = points.shape
+    if most_bytes is None or 2 * rows * width <= most_bytes:
+        return None
+    return principal_axes(points, max(most_bytes // (2 * (rows + width)), _FEWEST_AXES)).half()
+
+
+def principal_axes(points: Tensor, count: int) -> Tensor:
+    """The principal directions of points (n, C), not centred: at most `count` of them, float32 (C, K)."""
+    with torch.random.fork_rng(devices=[]):  # what is drawn in fitting must not depend on it
+        torch.manual_seed(0)
+        return torch.svd_lowrank(points.float(), q=min(count, *points.shape))[2]
+
+
+def _belong_together(points: Tensor, distances: Tensor, counts: Tensor, axes: Tensor | None = None) -> bool:
     shaped = points.dim() == 2 and distances.dim() == counts.dim() == 1 and len(points) == len(distances)
     if not shaped or counts.dtype != torch.int64 or not (points.is_floating_point() and distances.is_floating_point()):
         return False
-    finite = bool(torch.isfinite(points.float()).all() and torch.isfinite(distances.float()).all())
+    if axes is not None and (axes.dim() != 2 or not axes.is_floating_point() or axes.shape[1] != points.shape[1]):
+        return False
+    floats = (points, distances) if axes is None else (points, distances, axes)
+    finite = all(bool(torch.isfinite(one.float()).all()) for one in floats)
     # Each count by itself, since their sum may overflow.
     counted = len(counts) >= FEWEST_TASKS and bool(((counts > 0) & (counts <= len(points))).all())
     return finite and counted and int(counts.sum()) == len(points)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Labels, teachers and decoders at equal examples: python benchmarks/language_model/objectives.py --seed 0.
+
+On a part of the world, each generator is fitted for as many steps of as many rows: on labelled examples, on what a
+teacher answers to the same inputs, or on both; and with other decoders on labelled examples. All are asked the same
+questions of held-out tasks. One teacher is the bare base with the instruction and four solved examples in its window.
+The other is one LoRA for all training tasks with the instruction in its window, `adapter.safetensors` in the folder
+that `run.py` calls `multi_task`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import get_peft_model, set_peft_model_state_dict
+
+
+BENCHMARKS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(BENCHMARKS))
+
+from record import write_result  # noqa: E402
+
+from language_model.base import load_base, prepare_base  # noqa: E402
+from language_model.compare import above, means  # noqa: E402
+from language_model.fitting import FitSettings, fit_generator, lora_config  # noqa: E402
+from language_model.judging import FEW, Contest, Size, draw_questions, score_all  # noqa: E402
+from language_model.parts import Part, small_part  # noqa: E402
+from language_model.rivals import MULTI_TASK, OWN, lora_layout  # noqa: E402
+from language_model.run import load_generator  # noqa: E402
+from language_model.sampled_head import with_head  # noqa: E402
+from language_model.teachers import ask_teacher  # noqa: E402
+from language_model.world import build_world  # noqa: E402
+from peft_dnd.storage.files import read_json, read_safetensors, write_json  # noqa: E402
+
+
+logger = logging.getLogger("language_model")
+
+EXAMPLES, LORA = "examples", "lora"
+# A step has as many rows in all: of one kind, or half and half.
+ROWS, HALF = 4, 2
+STEPS = 170
+# Training inputs of a task, the same for labels and teachers.
+INPUTS = 24
+SOLVED = {EXAMPLES: FEW, LORA: 0}
+# Once for all variants, and each of them.
+KNOWN, ASKED = ("base", "in_context"), ("generated", "shuffled")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is fitted to, and by whom.
+
+    Attributes:
+        teacher: Whose answers are distilled; `None`: nobody's.
+        labels: Whether labelled examples are fitted to as well, or alone.
+        decoder: The decoder's family.
+    """
+
+    teacher: str | None = None
+    labels: bool = True
+    decoder: str = "core"
+
+    def settings(self, seed: int, steps: int) -> FitSettings:
+        both = self.labels and self.teacher is not None
+        return replace(
+            FitSettings(),
+            seed=seed,
+            steps=steps,
+            examples=HALF if both else ROWS,
+            examples_a_task=INPUTS,
+            decoder=self.decoder,
+            task_loss=float(self.labels),
+            distillation=float(self.teacher is not None),
+        )
+
+
+# The first is what the others are held against.
+VARIANTS = {
+    "labels": Variant(),
+    "teacher with examples": Variant(EXAMPLES, labels=False),
+    "teacher with a LoRA": Variant(LORA, labels=False),
+    "labels and teacher with a LoRA": Variant(LORA),
+    "labels, set_transformer": Variant(decoder="set_transformer"),
+    "labels, text_to_lora": Variant(decoder="text_to_lora"),
+}
+
+
+def main() -> None:
+    """Fit and ask what is asked for, and report on all that is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--multi-task", type=Path, required=True, help="the folder with the LoRA for all tasks")
+    parser.add_argument("--output", type=Path, default=Path("language_model_output"), help="where everything goes")
+    parser.add_argument("--data", type=Path, action="append", default=[], help="as that LoRA was trained with")
+    parser.add_argument("--base", type=Path, help="where the base is, or goes; default: in the output folder")
+    parser.add_argument("--only", choices=VARIANTS, action="append", help="fit no others in this run")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--threads", type=int, help="of the processor; default: torch's own choice")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    transformers.utils.logging.set_verbosity_error()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    base = prepare_base(options.base or options.output / "base")
+    part = small_part(build_world(options.seed, options.data))
+    folder = options.output / f"objectives-{options.seed}"
+    for name in options.only or VARIANTS:
+        fit_and_ask(options, part, base, folder, name)
+    found = {name: read_json(path_of(folder, name)) for name in VARIANTS if path_of(folder, name).is_file()}
+    first = next(iter(found))
+    result = {
+        "training_tasks": len(part.of("training")),
+        "steps": options.steps,
+        "rows a step": FitSettings().tasks_a_step * ROWS,
+        "inputs of a task": INPUTS,
+        "variants": found,
+        f"above {first}": {
+            name: {
+                kind: above(rows["generated"], found[first]["kinds"][kind]["generated"])
+                for kind, rows in of["kinds"].items()
+            }
+            for name, of in found.items()
+            if name != first
+        },
+    }
+    command = f"python benchmarks/language_model/objectives.py --seed {options.seed} --steps {options.steps}"
+    write_result(f"language_model_objectives_seed_{options.seed}", result, command)
+
+
+def path_of(folder: Path, name: str) -> Path:
+    return folder / name.replace(" ", "-").replace(",", "") / "found.json"
+
+
+def fit_and_ask(options: argparse.Namespace, part: Part, base: Path, folder: Path, name: str) -> None:
+    """Fit one variant and ask it, unless that is done."""
+    variant, where = VARIANTS[name], path_of(folder, name).parent
+    if path_of(folder, name).is_file():
+        return
+    logger.info("%s", name)
+    answers = None if variant.teacher is None else teacher_answers(options, part, base, folder, variant.teacher)
+    began = time.perf_counter()
+    settings = variant.settings(options.seed, options.steps)
+    fit_generator(where / "fitting", base, part.of("training"), settings, answers)
+    seconds = time.perf_counter() - began
+    model, tokenizer = load_base(base, torch.bfloat16)
+    generator = load_generator(str(where / "fitting" / "generator"), base)
+    contest = Contest(model=model, tokenizer=tokenizer, generator=generator, own_layout=lora_layout(model, OWN.rank))
+    questions = draw_questions(part, Size(), options.seed)
+    known = score_all(contest, questions, folder / "known", KNOWN)
+    scored = {
+        kind: {**known[kind], **of} for kind, of in score_all(contest, questions, where / "scores", ASKED).items()
+    }
+    found = {
+        "seconds of fitting": round(seconds, 1),
+        "parameters": generator.num_parameters(),
+        "loss of the last steps": last_loss(read_json(where / "fitting" / "log.json")),
+        "kinds": {kind: {key: means(of["scores"]) for key, of in rows.items()} for kind, rows in scored.items()},
+    }
+    if answers is not None:
+        found["teacher"] = read_json(answers / "teacher.json")
+    write_json(path_of(folder, name), found)
+
+
+def last_loss(log: list[Mapping[str, Any]]) -> float:
+    """Of the last steps that the log has a loss of."""
+    return float([entry["loss"] for entry in log if "loss" in entry][-1])
+
+
+def teacher_answers(options: argparse.Namespace, part: Part, base: Path, folder: Path, name: str) -> Path:
+    """A teacher's answers to the training inputs, asked for if need be."""
+    answers = folder / f"answers-{name}"
+    if (answers / "teacher.json").is_file():
+        return answers
+    model, tokenizer = load_base(base, torch.bfloat16)
+    teacher: Any = with_head(model)
+    if name == LORA:
+        teacher = get_peft_model(teacher, lora_config(MULTI_TASK.rank), autocast_adapter_dtype=False)
+        set_peft_model_state_dict(teacher, read_safetensors(options.multi_task / "adapter.safetensors"))
+    began = time.perf_counter()
+    right = ask_teacher(
+        answers, teacher, tokenizer, part.of("training"), inputs=INPUTS, shots=SOLVED[name], seed=options.seed
+    )
+    write_json(answers / "teacher.json", {"right": right, "seconds": round(time.perf_counter() - began, 1)})
+    return answers
+
+
+if __name__ == "__main__":
+    main()
