@@ -272,6 +272,13 @@ def test_every_name_of_a_face_can_be_imported_and_stands_in_the_reference(packag
     assert in_bold == names_of(package) & set(peft_dnd.__all__), "in bold is what peft_dnd itself has too"
 
 
+@pytest.mark.parametrize("path", faces(), ids=module_of)
+def test_no_name_of_a_face_is_that_of_a_file_beside_it(path: Path) -> None:
+    """Whichever of the two was imported first, the face would give the file."""
+    names = re.findall(r" as (\w+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert names and set(names) & {beside.stem for beside in path.parent.iterdir()} == set()
+
+
 def test_the_index_leads_from_every_public_name_to_its_package() -> None:
     index = (ROOT / "docs" / "reference" / "index.md").read_text(encoding="utf-8")
     leads = dict(re.findall(r"\[`(\w+)`\]\((\w+)\.md", index))

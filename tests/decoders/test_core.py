@@ -114,9 +114,9 @@ def test_impossible_settings_are_named(settings, message):
         new_decoder(**settings)
 
 
-def test_positions_without_matrices_are_refused():
-    with pytest.raises(GeneratorConfigError, match="6 weight tokens, but positions with the matrices of 0"):
-        CoreDecoder((8, 5, 12), (6, 4, 16), TokenPositions(layers=(0,) * 6, slots=tuple(range(6))))
+def test_positions_of_another_grid_are_refused():
+    with pytest.raises(GeneratorConfigError, match="There are 5 weight tokens, but positions of 6"):
+        CoreDecoder((8, 5, 12), (5, 4, 16), POSITIONS)
 
 
 def test_states_of_another_width_are_refused():

@@ -30,7 +30,9 @@ from peft_dnd.errors import GeneratorConfigError
 from peft_dnd.text.prompts import draw_prompt_set
 
 
-POSITIONS = TokenPositions(layers=(0, 0, 0, 1, 1, 1), slots=(0, 1, 2, 0, 1, 2))
+POSITIONS = TokenPositions(
+    layers=(0, 0, 0, 1, 1, 1), slots=(0, 1, 2, 0, 1, 2), matrices=(0, 1, 1, 2, 3, 3), sides=("A", "B", "B") * 2
+)
 PROMPTS = ["what is tax law ?", "what is the law of the court ?", "a court please", "law ."]
 
 

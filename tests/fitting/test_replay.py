@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import shutil
 import signal
 from collections import Counter
@@ -30,7 +29,7 @@ from peft_dnd.errors import CorruptFileError, GeneratorConfigError, RegressionEr
 from peft_dnd.evaluation import score_store
 from peft_dnd.fitting.inputs import TemperedSampler
 from peft_dnd.generator import MOST_POINTS_LOST, Revision, check_regression, revisions
-from peft_dnd.generator.revisions import REVISIONS, add_revision
+from peft_dnd.generator.revision_history import REVISIONS, add_revision
 from peft_dnd.pairs.replay_store import STORE_NAME
 
 
@@ -160,17 +159,6 @@ def test_what_is_in_the_new_pairs_is_not_replayed(
     (law, _) = parts[1].split(["med"])
     trainer = DnDTrainer(copy.deepcopy(fitted), arguments(tmp_path), law)
     assert trainer.replay is not None and trainer.replay.tasks == EARLY
-
-
-def test_a_fit_by_task_loss_says_that_it_replays_nothing(
-    fitted: PromptConditionedLoraGenerator, parts: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    from peft_dnd.fitting.replay import Replay
-
-    asked = arguments(tmp_path, task_loss_weight=1.0)
-    with caplog.at_level(logging.WARNING):
-        assert Replay.of(fitted, asked, parts[1]) is None
-    assert "The 2 earlier tasks" in caplog.text and "Pass the pairs of the earlier tasks too" in caplog.text
 
 
 def test_a_resumed_update_is_that_which_was_never_cut_off(folder: Path, parts: Any, tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ class TokenPositions:
 
     layers: tuple[int, ...]
     slots: tuple[int, ...]
-    matrices: tuple[int, ...] = ()
-    sides: tuple[str, ...] = ()
+    matrices: tuple[int, ...]
+    sides: tuple[str, ...]
 
     @property
     def num_layers(self) -> int:

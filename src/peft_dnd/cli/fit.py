@@ -131,7 +131,7 @@ def fit(
 def _fit(plan: dict[str, Any], folder: Path, device: str | None, *, resume: bool, quiet: bool) -> dict[str, Any]:
     from peft_dnd.fitting import DnDTrainer, DnDTrainingArguments
     from peft_dnd.generator import PromptConditionedLoraGenerator, PromptConditionedLoraGeneratorConfig, revisions
-    from peft_dnd.generator.revisions import REVISIONS
+    from peft_dnd.generator.revision_history import REVISIONS
 
     own = {"output_dir": str(folder), "seed": plan.get("seed", 0), "disable_tqdm": quiet, **_TRAINING}
     if device == "cpu":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every family of decoders refuses: impossible shapes and settings, states that it was not built for."""
+"""What every family of decoders refuses: impossible shapes, positions and settings, states of other shapes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from ..adapters.positions import TokenPositions
 from ..errors import GeneratorConfigError
 
 
@@ -20,6 +21,15 @@ def check_shape(name: str, shape: Iterable[int]) -> GridShape:
     if len(sizes) != 3 or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
         raise GeneratorConfigError(f"{name} must be three positive integers (N, L, C), but is {shape!r}.")
     return sizes
+
+
+def check_positions(positions: TokenPositions, num_tokens: int) -> None:
+    """Refuses positions that are those of another number of weight tokens."""
+    if len(positions.slots) != num_tokens:
+        raise GeneratorConfigError(
+            f"There are {num_tokens} weight tokens, but positions of {len(positions.slots)}. Both must come from the "
+            "same weight tokenizer."
+        )
 
 
 def check_settings(sizes: Mapping[str, int], dropout: float, summary_noise: float) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..adapters.positions import TokenPositions
 from ..errors import GeneratorConfigError
-from .checks import check_set, check_settings, check_shape
+from .checks import check_positions, check_set, check_settings, check_shape
 from .discriminants import discriminants
 
 
@@ -176,11 +176,7 @@ class CoreDecoder(nn.Module):
             raise GeneratorConfigError(
                 f"core_rank must not be above the adapter's rank {shape[1]}, but is {core_rank}."
             )
-        if not len(positions.matrices) == len(positions.sides) == shape[0]:
-            raise GeneratorConfigError(
-                f"There are {shape[0]} weight tokens, but positions with the matrices of {len(positions.matrices)}. "
-                "Both must come from the same weight tokenizer."
-            )
+        check_positions(positions, shape[0])
         self._settings = {
             **sizes,
             "dropout": dropout,

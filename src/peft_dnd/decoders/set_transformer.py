@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..adapters.positions import TokenPositions
 from ..errors import GeneratorConfigError
-from .checks import check_set, check_settings, check_shape
+from .checks import check_positions, check_set, check_settings, check_shape
 
 
 class Attention(nn.Module):
@@ -219,11 +219,7 @@ class SetTransformerDecoder(nn.Module):
             raise GeneratorConfigError(
                 f"num_heads must divide hidden_size, but {num_heads} does not divide {hidden_size}."
             )
-        if len(positions.slots) != num_tokens:
-            raise GeneratorConfigError(
-                f"There are {num_tokens} weight tokens, but positions of {len(positions.slots)}. Both must come from "
-                "the same weight tokenizer."
-            )
+        check_positions(positions, num_tokens)
         self._settings = {
             **settings,
             "dropout": dropout,

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..adapters.positions import TokenPositions
 from ..errors import GeneratorConfigError
-from .checks import check_set, check_settings, check_shape
+from .checks import check_positions, check_set, check_settings, check_shape
 
 
 RANK_POSITIONS = (None, "learned", "rotary")
@@ -146,11 +146,7 @@ class TextToLoraDecoder(nn.Module):
             raise GeneratorConfigError(f"latent_size must be a multiple of 4, but is {latent_size}.")
         if rank_positions not in RANK_POSITIONS:
             raise GeneratorConfigError(f"rank_positions must be one of {RANK_POSITIONS}, but is {rank_positions!r}.")
-        if not len(positions.matrices) == len(positions.sides) == num_tokens:
-            raise GeneratorConfigError(
-                f"There are {num_tokens} weight tokens, but positions with the matrices of {len(positions.matrices)}. "
-                "Both must come from the same weight tokenizer."
-            )
+        check_positions(positions, num_tokens)
         self._settings = {
             "latent_size": latent_size,
             "head_in_size": head_in_size,

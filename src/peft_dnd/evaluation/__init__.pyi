@@ -6,12 +6,12 @@ from .bench import AdapterSource as AdapterSource
 from .bench import Scorer as Scorer
 from .controls import junk_prompts as junk_prompts
 from .controls import shuffled_tasks as shuffled_tasks
+from .cross_validation import leave_one_out as leave_one_out
 from .harness import HarnessScorer as HarnessScorer
 from .held_out import AdapterGenerator as AdapterGenerator
 from .held_out import HeldOutTask as HeldOutTask
 from .intervals import Estimate as Estimate
 from .intervals import Resampling as Resampling
-from .leave_one_out import leave_one_out as leave_one_out
 from .protocol import evaluate_generator as evaluate_generator
 from .readout import Row as Row
 from .report import EvaluationReport as EvaluationReport

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import EvaluationError
+from ..text.drawing import draw
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,4 @@ class AnswerScorer:
 def _draw(pool: Sequence[tuple[str, str]], number: int, seed: str) -> list[tuple[str, str]]:
     if len(pool) < number:
         raise EvaluationError(f"{number} in-context examples were asked for, and there are {len(pool)}.")
-    chance = Random(f"shots {seed}")
-    items = list(pool)
-    for place in range(number):
-        other = place + int(chance.random() * (len(items) - place))
-        items[place], items[other] = items[other], items[place]
-    return items[:number]
+    return [pool[place] for place in draw(len(pool), number, Random(f"shots {seed}"))]

@@ -23,7 +23,7 @@ from transformers.utils.hub import PushInProgress
 from ..generator.configuration import TEXT_ENCODER_FOLDER, PromptConditionedLoraGeneratorConfig
 from ..generator.model_card import generator_card
 from ..generator.modeling import PromptConditionedLoraGenerator
-from ..generator.revisions import check_regression
+from ..generator.revision_history import check_regression
 from ..generator.summary import SUMMARY_NAME, renew_sizes
 from ..pairs.replay_store import STORE_NAME
 from ..storage.cards import CARD_NAME, may_write_card

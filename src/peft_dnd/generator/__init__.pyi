@@ -5,10 +5,10 @@ from .configuration import PromptConditionedLoraGeneratorConfig as PromptConditi
 from .modeling import PromptConditionedLoraGenerator as PromptConditionedLoraGenerator
 from .paper_settings import PaperSettings as PaperSettings
 from .paper_settings import available_settings as available_settings
-from .revisions import MOST_POINTS_LOST as MOST_POINTS_LOST
-from .revisions import Revision as Revision
-from .revisions import check_regression as check_regression
-from .revisions import revisions as revisions
+from .revision_history import MOST_POINTS_LOST as MOST_POINTS_LOST
+from .revision_history import Revision as Revision
+from .revision_history import check_regression as check_regression
+from .revision_history import revisions as revisions
 from .streaming import StreamedLoraGenerator as StreamedLoraGenerator
 from .verification import Check as Check
 from .verification import Verification as Verification

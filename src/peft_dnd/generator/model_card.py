@@ -14,7 +14,7 @@ from ..policy.policy import policy_in_words
 from ..storage.cards import GENERATED_MARK, PLACE, check_card_metadata, loading_the_base
 from ..storage.hub import hub_id
 from .configuration import PromptConditionedLoraGeneratorConfig
-from .revisions import REVISIONS, revisions_section
+from .revision_history import REVISIONS, revisions_section
 
 
 # Under this name a configuration's `measured` holds the rows of the held-out protocol.

@@ -19,7 +19,7 @@ from ..storage.uploading import UploadOptions, upload
 from ..text.out_of_distribution import PromptReference
 from .configuration import PromptConditionedLoraGeneratorConfig
 from .model_card import generator_card
-from .revisions import MOST_POINTS_LOST, check_regression
+from .revision_history import MOST_POINTS_LOST, check_regression
 from .summary import generator_summary
 
 

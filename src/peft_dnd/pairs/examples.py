@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import CorruptFileError, PairsFolderError
 from ..storage.files import PathLike, staged_file
+from ..text.drawing import draw
 
 
 EXAMPLES_NAME = "examples.jsonl"
@@ -74,15 +75,7 @@ class TaskExamples:
         size = len(self)
         if count >= size:
             return self.read(range(size))
-        chance = random.Random(f"examples {seed}")
-        # The first steps of a Fisher-Yates shuffle, of which only the places that it touches are kept.
-        moved: dict[int, int] = {}
-        drawn = []
-        for place in range(count):
-            other = place + int(chance.random() * (size - place))
-            drawn.append(moved.get(other, other))
-            moved[other] = moved.get(place, place)
-        return self.read(drawn)
+        return self.read(draw(size, count, random.Random(f"examples {seed}")))
 
     def _row(self, file: Any, number: int) -> dict[str, Any]:
         start, end = int(self._starts[number]), int(self._starts[number + 1])
@@ -97,6 +90,24 @@ class TaskExamples:
                 f"takes ({error}). The file may have been cut short or edited by hand: write it again."
             ) from error
         return row
+
+
+class KeptExamples(TaskExamples):
+    """Rows that are held in memory, and lie in no file of their own.
+
+    Args:
+        rows: The rows.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        self._rows = tuple(dict(row) for row in rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
+        """Rows by their numbers."""
+        return [dict(self._rows[number]) for number in numbers]
 
 
 def write_examples(task_folder: PathLike, rows: Iterable[Mapping[str, Any]]) -> int:

@@ -227,8 +227,7 @@ def _shapes(weights: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _checked_sha256(path: Path, expected: str | None) -> str:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+    found = _sha256(path)
     # The Hub's cache calls a large file by its SHA-256, and links to it.
     stored = path.resolve()
     cached = stored.name if stored.parent.name == "blobs" and _HEX_SHA256.fullmatch(stored.name) else None
@@ -241,10 +240,11 @@ def _checked_sha256(path: Path, expected: str | None) -> str:
     return found
 
 
-def _sha256(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()  # hashlib.file_digest came with Python 3.11
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
     return digest.hexdigest()
 
 

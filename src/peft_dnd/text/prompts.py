@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import GeneratorConfigError, PromptError, PromptTypeError
 from ..storage.digests import texts_digest
+from .drawing import draw
 from .prompt_shapes import PromptsLike, column_of, text_of
 
 
@@ -203,9 +204,7 @@ def select_prompts(pool_size: int, num_prompts: int, generator: torch.Generator 
     - Fewer, n: each is used floor(N / n) times, and N mod n of them, a seeded draw without replacement, once more;
       then all N are shuffled.
 
-    A seed gives the same choice on every platform and device and in every version of torch and Python: the only
-    source of chance is `random.Random(seed).random()`, the one sequence that Python promises never to change (it does
-    not promise that of `sample` or `shuffle`, nor torch of `randperm`).
+    A seed gives the same choice on every platform and device and in every version of torch and Python.
 
     Args:
         pool_size: How many prompts there are, at least 1.
@@ -233,10 +232,10 @@ def select_prompts(pool_size: int, num_prompts: int, generator: torch.Generator 
     if pool_size == num_prompts:
         return torch.arange(num_prompts)
     if pool_size > num_prompts:
-        return torch.tensor(_draw(list(range(pool_size)), num_prompts, chance))
+        return torch.tensor(draw(pool_size, num_prompts, chance))
     repeats, remainder = divmod(num_prompts, pool_size)
-    chosen = list(range(pool_size)) * repeats + _draw(list(range(pool_size)), remainder, chance)
-    return torch.tensor(_draw(chosen, num_prompts, chance))
+    chosen = list(range(pool_size)) * repeats + draw(pool_size, remainder, chance)
+    return torch.tensor([chosen[place] for place in draw(num_prompts, num_prompts, chance)])
 
 
 def draw_prompt_set(pool_size: int, num_prompts: int, generator: torch.Generator | int, smallest: int = 0) -> Tensor:
@@ -279,11 +278,3 @@ def _seed_of(generator: torch.Generator | int) -> int:
         # Python's generator drops the sign, so that -1 would silently be 1.
         raise GeneratorConfigError(f"A seed must be at least 0, not {generator}.")
     return int(generator)
-
-
-def _draw(items: list[int], count: int, chance: random.Random) -> list[int]:
-    """Draw `count` of `items` without replacement: the first steps of a Fisher-Yates shuffle, in place."""
-    for place in range(count):
-        other = place + int(chance.random() * (len(items) - place))
-        items[place], items[other] = items[other], items[place]
-    return items[:count]
