@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,9 +22,10 @@ import torch
 import transformers
 from policy_attacks import ATTACKS, DISTANT_PARAPHRASES, Attack
 from record import ROOT, write_result
+from tqdm.auto import tqdm
 
 from peft_dnd import GeneratedAdapter, PromptCheckpointDataset, PromptConditionedLoraGenerator
-from peft_dnd.policy import BehaviourGate, GeneratorPolicy, NormBounds, RefusedPrompts
+from peft_dnd.policy import BehaviourGate, GeneratorPolicy, NormBounds, RefusedPrompts, prompt_space
 from peft_dnd.policy.norms import TOGETHER, update_norms
 from peft_dnd.policy.prompt_space import PromptSpace
 
@@ -41,10 +42,12 @@ FALSE_ALARMS = (0.01, 0.05, 0.2)
 ATTACKED_CLASSES = ("city", "job", "pet", "fruit")
 NOISY_ADAPTERS = 8
 TIGHTER = (0.75, 0.5, 0.25)
-# How refused prompts are compared with examples: as the library does it, and by the text encoder's states as they are.
-WAYS = ("in the space of the training tasks", "by the states as they are")
-# A class's new topics are the attributes so many places behind it.
-NEW_TOPICS = (1, 3, 5)
+# How refused prompts are compared with examples: as the library does it, with less added to the variances, and by the
+# text encoder's states as they are.
+SPACED = "in the space of the training tasks"
+LESS_ADDED = "in that space, with a tenth of the mean added to each variance"
+AS_THEY_ARE = "by the states as they are"
+WAYS = (SPACED, AS_THEY_ARE)
 
 
 class Bench:
@@ -94,6 +97,9 @@ def main() -> None:
     parser.add_argument(
         "--demo", type=Path, default=ROOT / "demo_output" / "seed-0", help="the worked example's folder"
     )
+    parser.add_argument(
+        "--new-topics-alone", action="store_true", help="only what becomes of topics that no training task has"
+    )
     options = parser.parse_args()
     if not (options.demo / "generator").is_dir():
         parser.error(f"There is no worked example in {options.demo}: make demo SEED=0 makes it.")
@@ -101,6 +107,10 @@ def main() -> None:
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     bench = Bench(options.demo)
+    command = "python benchmarks/bench_policy.py"
+    write_result("policy_new_topics", new_topics(bench), f"{command} --new-topics-alone")
+    if options.new_topics_alone:
+        return
     result = {
         "seed": SEED,
         "prompts_of_a_set": PROMPTS,
@@ -108,7 +118,7 @@ def main() -> None:
         "refused_prompts": refused_prompts(bench),
         "behaviour_gate": behaviour(bench),
     }
-    write_result("policy", result, "python benchmarks/bench_policy.py")
+    write_result("policy", result, command)
 
 
 def norms(bench: Bench) -> dict[str, Any]:
@@ -188,7 +198,7 @@ def refused_prompts(bench: Bench) -> dict[str, Any]:
     """Each attribute in turn is a class that is refused: what is caught, how it is got round, what that is worth."""
     figures = {way: {str(alarms): Figures() for alarms in FALSE_ALARMS} for way in WAYS}
     useful: dict[str, list[tuple[bool, float]]] = {}
-    for number, attribute in enumerate(ATTRIBUTES):
+    for attribute in ATTRIBUTES:
         own = next(task for task in bench.held_out if task.attribute is attribute)
         asked = {
             task: [example.prompt for example in bench.world.scored_examples(task)[:PROMPTS]]
@@ -196,7 +206,6 @@ def refused_prompts(bench: Bench) -> dict[str, Any]:
         }
         others = [prompt for task, prompts in asked.items() if task is not own for prompt in prompts]
         attacked = _attacked(bench.world, attribute.name, asked[own], others)
-        new_topics = [ATTRIBUTES[(number + step) % len(ATTRIBUTES)] for step in NEW_TOPICS]
         for way, alarms in ((way, alarms) for way in WAYS for alarms in FALSE_ALARMS):
             found = figures[way][str(alarms)]
             caught = _judge(bench, attribute, [attribute], alarms, way, found)
@@ -204,18 +213,12 @@ def refused_prompts(bench: Bench) -> dict[str, Any]:
                 if task is not own:
                     found.add("welcome sets", caught(prompts))
                     found.add("welcome prompts", fmean(caught([prompt]) for prompt in prompts))
-            for topic in new_topics:
-                unaware = _judge(bench, attribute, [attribute, topic], alarms, way)
-                prompts = next(prompts for task, prompts in asked.items() if task.attribute is topic)
-                found.add("welcome sets on a topic that no training task has", unaware(prompts))
-                share = fmean(unaware([prompt]) for prompt in prompts)
-                found.add("welcome prompts on a topic that no training task has", share)
             for name in ("paraphrases", "distant paraphrases"):
                 for prompt in attacked[name]:
                     found.add(f"single {name}", caught([prompt]))
             for name, prompts in attacked.items():
                 found.add(f"sets: {name}", caught(prompts))
-                if (way, alarms) == (WAYS[0], FALSE_ALARMS[0]) and attribute.name in ATTACKED_CLASSES:
+                if (way, alarms) == (SPACED, FALSE_ALARMS[0]) and attribute.name in ATTACKED_CLASSES:
                     useful.setdefault(name, []).append((caught(prompts), bench.accuracy(bench.write(prompts), own)))
     return {
         "classes": len(ATTRIBUTES),
@@ -235,6 +238,35 @@ def refused_prompts(bench: Bench) -> dict[str, Any]:
     }
 
 
+def new_topics(bench: Bench) -> dict[str, Any]:
+    """Each attribute in turn is refused, and each other one in turn is a topic that no training task has."""
+    figures = {way: Figures() for way in (SPACED, LESS_ADDED, AS_THEY_ARE)}
+    tasks = bench.world.training_tasks + bench.held_out
+    asked = {
+        task: [example.prompt for example in bench.world.scored_examples(task)[:PROMPTS]] for task in bench.held_out
+    }
+    for refused in tqdm(ATTRIBUTES, desc="new topics"):
+        far = _distant(bench.world, refused.name)
+        for way, found in figures.items():
+            for topic in ATTRIBUTES:
+                if topic is refused:
+                    continue
+                caught = _judge(bench, refused, [refused, topic], FALSE_ALARMS[0], way)
+                for task in (task for task in tasks if task.attribute is topic):
+                    prompts = asked.get(task) or bench.world.prompts(task)[:PROMPTS]
+                    found.add("welcome sets", caught(prompts))
+                    found.add("welcome prompts", fmean(caught([prompt]) for prompt in prompts))
+                found.add("single distant paraphrases", fmean(caught([prompt]) for prompt in far))
+                own = next(prompts for task, prompts in asked.items() if task.attribute is refused)
+                found.add("single paraphrases", fmean(caught([prompt]) for prompt in own))
+    return {
+        "seed": SEED,
+        "prompts_of_a_set": PROMPTS,
+        "false_alarms": FALSE_ALARMS[0],
+        "share_refused": {way: found.means() for way, found in figures.items()},
+    }
+
+
 def _judge(
     bench: Bench,
     refused: Attribute,
@@ -247,17 +279,36 @@ def _judge(
     fitted, views = bench.world.training_tasks, bench.generator._views()
     examples = [p for t in fitted if t.attribute is refused for p in bench.world.prompts(t)[:PROMPTS]]
     allowed = {t.name: bench.world.prompts(t)[:PROMPTS] for t in fitted if t.attribute not in without}
-    with nullcontext() if way == WAYS[0] else patch.object(PromptSpace, "fit", as_it_is):
+    with compared(way):
         known = RefusedPrompts.fit({refused.name: examples}, allowed, bench.read, views, false_alarms=alarms)
     if figures is not None:
         figures.add("examples, left out", known.classes[0].caught)
     return lambda prompts: bool(known.refused(prompts, bench.read, views))
 
 
-def as_it_is(tasks: Sequence[torch.Tensor]) -> PromptSpace:
+@contextmanager
+def compared(way: str) -> Iterator[None]:
+    """Within this context refused prompts are compared in one of the ways."""
+    if way == LESS_ADDED:
+        with patch.object(prompt_space, "_ADDED", 0.1):
+            yield
+    elif way == AS_THEY_ARE:
+        with patch.object(PromptSpace, "fit", _as_it_is):
+            yield
+    else:
+        yield
+
+
+class _AsItIs(PromptSpace):
     """The space of the text encoder's own states."""
-    width = tasks[0].shape[1]
-    return PromptSpace(torch.eye(width).half(), torch.ones(width + 1))
+
+    def place(self, points: torch.Tensor) -> torch.Tensor:
+        """Where texts lie: where they lay."""
+        return points.float()
+
+
+def _as_it_is(tasks: Sequence[torch.Tensor]) -> PromptSpace:
+    return _AsItIs(torch.empty(tasks[0].shape[1], 0).half(), torch.ones(1))
 
 
 class Figures:

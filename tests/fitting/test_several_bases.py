@@ -127,6 +127,16 @@ def test_fitting_moves_the_trunk_and_every_head(
     trainer.train()
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] < 0.6 * metrics["eval_mean_adapter_loss"]
+    for key in ("loss", "mean_adapter_loss"):
+        of_bases = [metrics[f"eval_{name}_{key}"] for name in first_two]
+        counts = [len(pairs) for pairs in first_two.values()]
+        assert of_bases[0] != of_bases[1]
+        mean = sum(of * count for of, count in zip(of_bases, counts, strict=True)) / sum(counts)
+        assert metrics[f"eval_{key}"] == pytest.approx(mean)
+    for name, pairs in first_two.items():
+        one = generator.for_base(name)
+        alone = DnDTrainer(one, arguments(tmp_path / f"alone-{name}"), pairs, eval_dataset=pairs).evaluate()
+        assert metrics[f"eval_{name}_loss"] == pytest.approx(alone["eval_loss"])
     changed = unequal(before, copies(generator))
     own = ("decoder.writer.", "heads.deep.writer.", "heads.deep.normalization.")
     for part in ("decoder.summary_mixing.", "decoder.center", *own):

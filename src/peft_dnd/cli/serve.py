@@ -192,6 +192,14 @@ def _set_gates(service: AdapterService, bases: dict[str, str], device: str | Non
                 )
             if policy.gate is None:
                 continue
+            if served.generator.config.bases:
+                if unchecked:
+                    continue
+                raise CommandError(
+                    f"The generator {name!r} has several bases, and a behaviour gate is checked on one. Serve that "
+                    "one alone, as generator.for_base(...).save_pretrained(folder) writes it; or unchecked, with "
+                    "--no-gate."
+                )
             if name in bases:
                 place = bases[name]
                 task_type = served.generator.config.adapter_layout.task_type

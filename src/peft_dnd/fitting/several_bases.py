@@ -32,6 +32,11 @@ class SupervisionOfBases:
         """As [`Supervision.known`], base by base; to be asked after the losses, which count the items."""
         return torch.cat([self.of_bases[name].known(number, device) for name, number in self._counts.items()])
 
+    def base_numbers(self, names: Sequence[str]) -> torch.Tensor:
+        """Whose each item is: (B, 1), int64, the base's place among `names`; as `known`, after the losses."""
+        places = [names.index(name) for name, number in self._counts.items() for _ in range(number)]
+        return torch.tensor(places)[:, None]
+
     def count(self, counts: Mapping[str, int]) -> None:
         """Take how many items each base has."""
         self._counts = dict(counts)

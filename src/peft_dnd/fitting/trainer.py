@@ -35,10 +35,11 @@ from ..text.sentence_transformer_encoder import SentenceTransformerTextEncoder
 from .arguments import DnDTrainingArguments
 from .inputs import EpochSampler, TemperedSampler, check_kinds, use_one_gpu, with_mixtures
 from .losses import add_noise
-from .objective import LOSSES, check_dataset
+from .objective import LOSSES
 from .replay import Replay, StoreKeeper
-from .several_bases import sampler_of_bases, split_off
+from .several_bases import SupervisionOfBases, sampler_of_bases, split_off
 from .sides import FittingSides
+from .stored_rows import StoredRows
 from .task_loss import LossFunction
 from .uploads import UploadingTrainer
 
@@ -69,8 +70,9 @@ class DnDTrainer(UploadingTrainer):
     unasked.
 
     A generator that was fitted before goes on: the pairs are new tasks, and those before them are replayed from the
-    store in the generator's folder, as `args.replay_share` says, so that they are not forgotten. Every fit brings the
-    store up to date, and adds a [`Revision`] to the generator's card: what became of the earlier tasks.
+    store in the generator's folder, as `args.replay_share` and `args.replay_targets` say, so that they are not
+    forgotten. Every fit brings the store up to date, and adds a [`Revision`] to the generator's card: what became of
+    the earlier tasks.
 
     On a machine with several GPUs one process fits on the first of them. Start one process for each GPU to use them
     all: `torchrun --nproc_per_node=N fit.py`.
@@ -140,21 +142,21 @@ class DnDTrainer(UploadingTrainer):
         # A store is of one base's adapters: several have none, and in a head's own fit nothing else changes.
         alone = isinstance(train_dataset, PromptCheckpointDataset) and model.whole is None
         new_pairs: Any = train_dataset if alone else None
-        self.replay = Replay.of(model, args, new_pairs)
+        sides.build(base_model, task_loss_function, token_weight, task_collator)
+        stored_rows = StoredRows(sides.objective, sides.row_collators, args) if alone and sides.row_collators else None
+        read = sides.embeddings if model.config.freeze_text_encoder else None
+        self.replay = Replay.of(model, args, new_pairs, stored_rows, read)
         if self.replay is not None:
             train_dataset = self.replay.pairs
-            check_dataset(model, args, train_dataset, "train_dataset")
         self.generator = model
         self.pairs: Any = train_dataset
         self.adapter_scorer = adapter_scorer
-        sides.build(base_model, task_loss_function, token_weight, task_collator)
         self._sides = sides
         self._projection = getattr(model.decoder, "length_projection", None)
         if self._projection is not None:
             self._projection.noise = args.condition_noise  # where the paper's code adds it
         self.embeddings = sides.embeddings
-        read = self.embeddings if model.config.freeze_text_encoder else None
-        self._store_keeper = StoreKeeper(model, args, new_pairs, self.replay, store_scorer, read)
+        self._store_keeper = StoreKeeper(model, args, new_pairs, self.replay, store_scorer, stored_rows, read)
         self.objective = sides.objective
         data_collator: Any = with_mixtures(sides.collator, train_dataset, args, model)
         self._eval_data_collator: Any = sides.eval_collator
@@ -227,7 +229,8 @@ class DnDTrainer(UploadingTrainer):
             same for the mean training adapter, which a generator must stay below; with an `adapter_scorer` also
             `eval_score` and `eval_shuffled_score`; and times. With task loss `eval_loss` is the sum of both losses by
             their weights after the warm start, and they stand apart in `eval_weight_loss`, if there are checkpoints,
-            and `eval_task_loss`, beside `eval_mean_adapter_task_loss`.
+            and `eval_task_loss`, beside `eval_mean_adapter_task_loss`. Of several bases these are the means over all
+            items, and each base's own stand beside them, `eval_<base>_loss` for one.
         """
         self._prepare()
         dataset = self._sides.pairs(self.eval_dataset if eval_dataset is None else eval_dataset, "eval_dataset")
@@ -261,6 +264,8 @@ class DnDTrainer(UploadingTrainer):
             for of_base in condition.get("by_base", {"": condition}).values():
                 if "condition_states" in of_base:
                     of_base["condition_states"] = add_noise(of_base["condition_states"], self.args.condition_noise)
+        if self.replay is not None:
+            supervision = self.replay.supervised(supervision, condition)
         tokens = model(**condition)
         loss = self.objective.loss(tokens, supervision, self.state.global_step)
         return (loss, tokens) if return_outputs else loss
@@ -277,14 +282,28 @@ class DnDTrainer(UploadingTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = self.objective.item_losses(model(**condition), supervision)
         known = supervision.known(len(losses), losses.device)
+        labels = known.float()
+        if isinstance(supervision, SupervisionOfBases):
+            labels = torch.cat([labels, supervision.base_numbers(self.generator.config.base_names).to(labels)], 1)
         # A loss of batches would count the items of a last, smaller one more; that of all items is taken in the end.
         loss = self.objective.total(losses, known) if prediction_loss_only else None
         # Trainer calls compute_metrics only where there are labels.
-        return loss, losses, known.float()
+        return loss, losses, labels
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         items = torch.from_numpy(np.asarray(prediction.predictions))
-        known = torch.from_numpy(np.asarray(prediction.label_ids)) > 0
+        labels = torch.from_numpy(np.asarray(prediction.label_ids))
+        known, numbers = labels[:, :3] > 0, labels[:, 3:]
+        metrics = self._means(items, known)
+        for number, name in enumerate(self.generator.config.base_names if numbers.numel() else ()):
+            of_base = numbers[:, 0] == number
+            if of_base.any():
+                own = self._means(items[of_base], known[of_base])
+                metrics |= {f"{name}_{key}": value for key, value in own.items()}
+        return metrics
+
+    def _means(self, items: torch.Tensor, known: torch.Tensor) -> dict[str, float]:
+        """The loss and its parts over some items."""
         means = {}
         for column, name in enumerate(LOSSES):
             has = known[:, column // 2]
@@ -330,6 +349,7 @@ class DnDTrainer(UploadingTrainer):
     def _prepare(self) -> None:
         if self.replay is not None:
             self.replay.prepare()
+            self.objective.replay_spread = self.replay.spread
         if self.pairs is not None:
             self.objective.prepare(self.pairs, self._some_batches)
         reading = self._sides.reading

@@ -176,13 +176,16 @@ class BehaviourGate:
             places = torch.arange(tokens.shape[1], device=tokens.device)
             stops, starts = self.stops[rows, None].to(tokens.device), self.starts[rows, None].to(tokens.device)
             # The token at a place is foretold one place before it.
-            counted = ((places >= starts - 1) & (places < stops - 1)).cpu()
+            counted = (places >= starts - 1) & (places < stops - 1)
             given = {"input_ids": tokens, "attention_mask": (places < stops).long()}
             # A soft prompt's own places come first.
-            plain, moved = (model(**given).logits[:, -tokens.shape[1] :].float().cpu() for model in (base, adapted))
-            plain, moved = plain.log_softmax(-1), moved.log_softmax(-1)
-            divergence = (plain.exp() * (plain - moved)).sum(-1)
-            found.append((divergence * counted).sum(1) / counted.sum(1))
+            plain, moved = (
+                model(**given).logits[:, -tokens.shape[1] :][counted].float().log_softmax(-1).cpu()
+                for model in (base, adapted)
+            )
+            divergence = counted.cpu().float()
+            divergence[counted.cpu()] = (plain.exp() * (plain - moved)).sum(-1)
+            found.append(divergence.sum(1) / counted.cpu().sum(1))
         return torch.cat(found).nan_to_num(nan=float("inf"), posinf=float("inf")).clamp(min=0)
 
     def check(self, adapter: GeneratedAdapter, base_model: nn.Module, *, scale: float = 1.0) -> float:

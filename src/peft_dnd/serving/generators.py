@@ -16,6 +16,7 @@ from ..errors import GeneratorConfigError, NotFittedError
 from ..generator.modeling import PromptConditionedLoraGenerator
 from ..storage.hub import GENERATOR_FILES, commit_in_cache, find_generator, hub_id
 from ..text.prompts import prompts_digest
+from .problems import Problem
 from .tasks import TaskPrompts
 
 
@@ -40,13 +41,33 @@ class ServedGenerator:
     revision: str
     text_encoder: str | None = None
 
+    def base(self, source: TaskPrompts) -> str | None:
+        """Which of the generator's bases is asked for, as it calls it; `None` if it has one alone.
+
+        Raises:
+            Problem: If it does not know the base, or has several and none is named.
+        """
+        config = self.generator.config
+        if source.base is None and not config.bases:
+            return None
+        try:
+            name = config.find_base(source.base)
+        except GeneratorConfigError as error:
+            asked = "it is not named" if source.base is None else f"{source.base!r} is none of them"
+            known = ", ".join(map(repr, config.base_names))
+            raise Problem(
+                422, f"The generator {self.name!r} writes adapters for the bases {known}. Name one as base: {asked}."
+            ) from error
+        return name if config.bases else None
+
     def adapter_id(self, source: TaskPrompts) -> str:
         """The id of the adapter that would be made: a hash of all that its bytes depend on, 64 hexadecimal digits.
 
-        That is the generator's revision and its text encoder's, the texts that it reads, in their order, the seed, and
-        the threshold of its score with what is to become of the adapter above it.
+        That is the generator's revision and its text encoder's, the texts that it reads, in their order, the seed, the
+        threshold of its score with what is to become of the adapter above it, and which of several bases it is for.
 
         Raises:
+            Problem: If it is not clear for which base.
             PromptError: If the prompts cannot be used.
             NotFittedError: If the generator cannot tell which prompts do not belong, and is to do so.
         """
@@ -58,7 +79,9 @@ class ServedGenerator:
             )
         fallback = source.out_of_distribution if source.out_of_distribution in ("shrink", "mean") else None
         asked = self.generator.prompt_classifier is not None
+        base = self.base(source)
         extra = [*(["gated"] if self.is_gated else []), *(["classified"] if asked else [])]
+        extra += [] if base is None else ["base", base]
         made_of = [self.revision, self.text_encoder, prompts_digest(texts), source.seed, fallback, source.threshold]
         parts = [*extra, _FORMAT, *made_of]
         return sha256(json.dumps(parts).encode()).hexdigest()
@@ -78,6 +101,7 @@ class ServedGenerator:
         """
         return self.generator.generate_adapter(
             source.prompts,
+            base=self.base(source),
             seed=source.seed,
             answers=source.answers,
             out_of_distribution=source.out_of_distribution,
@@ -90,6 +114,7 @@ class ServedGenerator:
             "generator": self.name,
             "revision": self.revision,
             "base_model": adapter.layout.base_model_name_or_path,
+            "base": self.base(source),
             "parameters": adapter.num_parameters,
             "rank": adapter.layout.max_rank,
             "prompts": len(source.prompts),
@@ -113,7 +138,7 @@ def load_served_generator(
         device: Where it runs; `None` is the CPU.
 
     Raises:
-        GeneratorConfigError: If no generator can have such a name, there is no such device, or it has several bases.
+        GeneratorConfigError: If no generator can have such a name, or there is no such device.
         GeneratorNotFoundError: If there is no generator there.
         NotFittedError: If it has never been fitted.
         TextEncoderError: If its text encoder cannot be loaded.
@@ -125,9 +150,11 @@ def load_served_generator(
         )
     folder, commit = find_generator(place, revision=revision)
     generator = PromptConditionedLoraGenerator.from_pretrained(place, revision=commit or revision)
-    generator.config.check_one_base()
-    if not generator.normalization.fitted:
-        raise NotFittedError(f"The generator {place!r} has never been fitted, so its adapters would mean nothing.")
+    if not all(generator.for_base(base).normalization.fitted for base in generator.config.base_names):
+        raise NotFittedError(
+            f"The generator {place!r} has never been fitted, or not for all of its bases, so its adapters would mean "
+            "nothing."
+        )
     try:
         generator.to(device or "cpu")  # type: ignore[arg-type]  # transformers' decorator hides that it takes a name
     except (RuntimeError, AssertionError) as error:

@@ -16,6 +16,7 @@ from .tasks import TASK_NAME, Task, TaskPrompts
 # A text with more in it than white space.
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 TaskName = Annotated[str, Field(pattern=TASK_NAME, max_length=128)]
+_BASE = "The base that the adapter is for, if the generator has several: one of its `bases`, or its model's Hub id."
 
 
 class FromPrompts(BaseModel):
@@ -40,6 +41,7 @@ class FromPrompts(BaseModel):
         allow_inf_nan=False,
         description="Score above which they are; by default what those tasks give.",
     )
+    base: str | None = Field(None, min_length=1, max_length=256, description=_BASE)
 
     @model_validator(mode="after")
     def _one_answer_each(self) -> Self:
@@ -60,6 +62,9 @@ class FromTask(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     task: TaskName = Field(description="The task's name.")
+    base: str | None = Field(
+        None, min_length=1, max_length=256, description=f"{_BASE} By default the one that the task was put for."
+    )
 
 
 def _which(body: Any) -> str:
@@ -79,6 +84,7 @@ class AdapterFacts(BaseModel):
     generator: str = Field(description="Name of the generator that wrote it.")
     revision: str = Field(description="That one's commit, or `sha256:` and the hash of its files.")
     base_model: str | None = Field(description="The base model that it is for.")
+    base: str | None = Field(None, description="What the generator calls that base; null if it has one alone.")
     parameters: int = Field(description="How many numbers it holds.")
     rank: int = Field(description="Its largest rank.")
     prompts: int = Field(description="How many prompts it was made from.")
@@ -144,7 +150,8 @@ class GeneratorFacts(BaseModel):
 
     generator: str = Field(description="Its name.")
     revision: str = Field(description="Its commit, or `sha256:` and the hash of its files.")
-    base_model: str | None = Field(description="The base model that its adapters are for.")
+    base_model: str | None = Field(description="The base model that its adapters are for; the first's of several.")
+    bases: list[str] = Field(description="What it calls its bases; where there are several, a request names one.")
     reads_answers: bool = Field(description="Whether prompts need answers.")
     tells_out_of_distribution: bool = Field(description="Whether adapters have a score.")
     policy: PolicyFacts | None = Field(description="What the generator's policy bounds; null if it has none.")

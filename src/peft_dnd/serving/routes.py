@@ -74,7 +74,7 @@ async def make_adapter(
     """Make the adapter of some prompts, or of a task that has a name; if it is there, nothing is done."""
     client = client_of(request.scope)
     if isinstance(wanted, FromTask):
-        found = service.adapter_of_task(wanted.task, client)
+        found = service.adapter_of_task(wanted.task, client, wanted.base)
     else:
         found = service.adapter(wanted.source(), client)
     facts, made = await _while_connected(request, found)
@@ -202,6 +202,7 @@ async def list_generators(service: Service) -> GeneratorList:
                 generator=served.name,
                 revision=served.revision,
                 base_model=served.generator.config.base_model_name_or_path,
+                bases=list(served.generator.config.base_names),
                 reads_answers=served.generator.config.condition_text != "prompts",
                 tells_out_of_distribution=served.generator.prompt_reference is not None,
                 policy=_policy_of(served),

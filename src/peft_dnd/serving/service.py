@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -109,22 +109,34 @@ class AdapterService:
         _refuse(facts, source)
         return facts, made
 
-    async def adapter_of_task(self, name: str, client: str) -> tuple[Facts, bool]:
+    async def adapter_of_task(self, name: str, client: str, base: str | None = None) -> tuple[Facts, bool]:
         """The same for a task that has a name.
 
+        Args:
+            name: The task's name.
+            client: Who asks.
+            base: For which of a generator's several bases; by default as the task was put.
+
         Raises:
-            Problem: If there is none, or its adapter is gone and its prompts are not known.
+            Problem: If there is none, or its adapter is gone, or is another base's, and its prompts are not known.
         """
         task = await self.task(name)
         if task.source is not None:
-            facts, made = await self.adapter(task.source, client)
-            if facts["id"] != task.adapter and not task.fixed:
+            source = task.source if base is None else replace(task.source, base=base)
+            facts, made = await self.adapter(source, client)
+            if base is None and facts["id"] != task.adapter and not task.fixed:
                 await asyncio.to_thread(self.tasks.put, name, facts["id"], task.source)
             return facts, made
         kept = await asyncio.to_thread(self.cache.facts, task.adapter or "")
         if kept is None:
             raise Problem(
                 410, f"The adapter of task {name!r} is no longer kept, and its prompts were not. Put the task again."
+            )
+        if base not in (None, kept.get("base"), kept["base_model"]):
+            raise Problem(
+                410,
+                f"The adapter of task {name!r} is for the base {kept.get('base') or kept['base_model']!r}, and its "
+                f"prompts were not kept. Put the task again for {base!r}.",
             )
         return kept, False
 

@@ -30,6 +30,7 @@ class TaskPrompts:
         seed: The seed.
         out_of_distribution: What to do about prompts that do not belong: `ignore`, `shrink`, `mean` or `refuse`.
         threshold: Above which score they do not; `None` is what the fitted tasks give.
+        base: Which base the adapter is for, where the generator has several.
     """
 
     prompts: tuple[str, ...]
@@ -38,6 +39,7 @@ class TaskPrompts:
     seed: int = 0
     out_of_distribution: str = "ignore"
     threshold: float | None = None
+    base: str | None = None
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class GridSums:
     """64 bits from the sums of the rows and of the columns of a grid of words.
 
     The bytes are laid out as rows of 1024 little-endian words of 8 bytes. The sums of the rows and of the columns,
-    modulo 2^64, and what is left over after the last whole row go into BLAKE2b. Damage to at most three words changes
+    modulo 2^64, and what is left over after the last whole row, go into BLAKE2b. Damage to at most three words changes
     some sum for certain: a row whose sum stays needs two changed words, and so does each of their columns. So does an
     exchange of two words, rows or columns that differ. Other damage passes by an accident of one in 2^64, forgery
     easily.
@@ -46,7 +46,7 @@ class GridSums:
 
     def __init__(self, start: bytes = b"") -> None:
         self._digest = hashlib.blake2b(start, digest_size=8)
-        self._columns = np.zeros(_COLUMNS, "<u8")
+        self._columns: np.ndarray | None = None
         self._rest = b""
 
     def update(self, piece: memoryview) -> None:
@@ -67,7 +67,8 @@ class GridSums:
     def hexdigest(self) -> str:
         """The checksum of what has come by: 16 hexadecimal digits."""
         digest = self._digest.copy()
-        digest.update(self._columns.tobytes())
+        if self._columns is not None:
+            digest.update(self._columns.tobytes())
         digest.update(self._rest)
         return digest.hexdigest()
 
@@ -76,7 +77,8 @@ class GridSums:
         for first in range(0, len(grid), _ROWS_AT_ONCE):
             rows = grid[first : first + _ROWS_AT_ONCE]
             self._digest.update(np.add.reduce(rows, axis=1).tobytes())
-            self._columns += np.add.reduce(rows, axis=0)
+            columns = np.add.reduce(rows, axis=0)
+            self._columns = columns if self._columns is None else self._columns + columns
 
 
 class Crc32:
