@@ -28,9 +28,9 @@ sys.path[:0] = [str(EXAMPLE), str(BENCHMARKS), str(BENCHMARKS / "hard_world")]
 from fitting import fit_generator, train_on_all_tasks  # noqa: E402
 from judging import judge  # noqa: E402
 from record import write_result  # noqa: E402
+from rivals import MULTI_TASK  # noqa: E402
 from run import FITTING_SETTINGS, GENERATOR_SETTINGS  # noqa: E402
 from stages import Progress, Stage  # noqa: E402
-from tasks import SETTINGS  # noqa: E402
 from world import build_world  # noqa: E402
 
 from peft_dnd import PromptCheckpointDataset, PromptConditionedLoraGenerator  # noqa: E402
@@ -45,8 +45,6 @@ TEXT_TO_LORA: dict[str, Any] = {
     },
     "fitting": FITTING_SETTINGS,
 }
-# Four times the steps and twice the rank of one task's adapter: it has to serve 24 tasks.
-MULTI_TASK = {**SETTINGS, "rank": 8, "alpha": 16, "steps": 320}
 STAGES = {
     "multi_task": Stage("training one LoRA on all training tasks", ("multi_task",)),
     NAME: Stage("fitting: text_to_lora", (f"{NAME}-fitting", NAME)),

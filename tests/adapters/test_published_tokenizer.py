@@ -7,22 +7,13 @@ import math
 
 import pytest
 import torch
+from support.released import PROJECTIONS
 
 from peft_dnd import AdapterLayout, PromptConditionedLoraGeneratorConfig, PublishedTokenizer, WeightTokenizer
 from peft_dnd.adapters.layout import LoraModule
 from peft_dnd.errors import GeneratorConfigError, LayoutError
 
 
-# In the order of the release; in the layout's own order down, gate and up come before k, o, q and v.
-PROJECTIONS = {
-    "self_attn.q_proj": (16, 16),
-    "self_attn.k_proj": (16, 8),
-    "self_attn.v_proj": (16, 8),
-    "self_attn.o_proj": (16, 16),
-    "mlp.up_proj": (16, 24),
-    "mlp.gate_proj": (16, 24),
-    "mlp.down_proj": (24, 16),
-}
 LAYERS = (0, 2, 10)
 RANK, WIDTH = 4, 8
 

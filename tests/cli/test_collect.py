@@ -62,7 +62,7 @@ def test_mistakes_are_named_before_anything_is_trained(run, base_folder, task_fi
     start = ("collect", "--base", base_folder, "-o", tmp_path / "pairs", "--device", "cpu")
     for options, code, words in (
         ((), 2, "--task"),
-        (("--task", "law.jsonl"), 2, "NAME=FILE"),
+        (("--task", "law.jsonl"), 2, "TASK=FILE"),
         (("--task", "law=typo.jsonl"), 1, "typo.jsonl"),
         (("--task", law, "--answer-column", "answr"), 1, "Did you mean 'answer'?"),
         (("--task", law, "--set", "lora.alpa=2"), 1, "unknown setting 'alpa'"),

@@ -12,13 +12,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from support.constants import TASK_PROMPTS
+from support.fitting import fitting_arguments
 from support.live_models import PROMPTS, TOKENS
 from torch import nn
 
 from peft_dnd import (
     DnDConfig,
     DnDTrainer,
-    DnDTrainingArguments,
     PromptCheckpointDataset,
     PromptConditionedLoraGenerator,
     PromptConditionedLoraGeneratorConfig,
@@ -81,18 +81,7 @@ def test_fitting(
         write_examples(tmp_path / "pairs" / task, ROWS)
     data = PromptCheckpointDataset.from_folder(tmp_path / "pairs")
     config = PromptConditionedLoraGeneratorConfig.from_adapters(data, str(encoder_folder), decoder_type=decoder)
-    arguments = DnDTrainingArguments(
-        str(tmp_path / "fit"),
-        max_steps=12,
-        per_device_train_batch_size=4,
-        learning_rate=3e-3,
-        task_loss_weight=1.0,
-        task_examples=2,
-        save_strategy="no",
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-    )
+    arguments = fitting_arguments(tmp_path / "fit", max_steps=12, task_loss_weight=1.0, task_examples=2)
     trainer = DnDTrainer(
         PromptConditionedLoraGenerator(config), arguments, data, data, base_model=fresh_base().double()
     )

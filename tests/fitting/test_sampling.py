@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from support.fitting import fitting_arguments
 
 from peft_dnd import (
     DnDTrainer,
@@ -74,16 +75,7 @@ def generator(pairs: PromptCheckpointDataset, encoder_folder: Path) -> PromptCon
 
 
 def arguments(folder: Path, exponent: float) -> DnDTrainingArguments:
-    return DnDTrainingArguments(
-        output_dir=str(folder),
-        task_sampling_exponent=exponent,
-        per_device_train_batch_size=1,
-        max_steps=12,
-        save_strategy="no",
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-    )
+    return fitting_arguments(folder, task_sampling_exponent=exponent, per_device_train_batch_size=1, max_steps=12)
 
 
 def test_a_fit_sees_rare_tasks_as_often_as_it_is_told(

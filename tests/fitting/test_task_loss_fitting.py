@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from support.collecting import fresh_adapter, train
 from support.constants import TASK_PROMPTS
+from support.fitting import convolution_generator, fitting_arguments
 from support.live_models import assert_untouched, snapshot
 from support.rows import rows_of
 from torch import nn
@@ -25,7 +27,6 @@ from peft_dnd import (
     DnDTrainingArguments,
     PromptCheckpointDataset,
     PromptConditionedLoraGenerator,
-    PromptConditionedLoraGeneratorConfig,
     write_examples,
     write_task_without_checkpoints,
 )
@@ -65,30 +66,11 @@ def mixed(tmp_path: Path, layout: AdapterLayout) -> PromptCheckpointDataset:
 
 @pytest.fixture
 def make_generator(layout: AdapterLayout, encoder_folder: Path) -> Callable[..., PromptConditionedLoraGenerator]:
-    def make(**changes: Any) -> PromptConditionedLoraGenerator:
-        settings = {"num_prompts": 3, "max_prompt_length": 12, "decoder_type": "hyper_convolution"}
-        settings |= {"decoder_config": {"kernel_size": 3}, **changes}
-        config = PromptConditionedLoraGeneratorConfig.from_adapters(layout, str(encoder_folder), **settings)
-        torch.manual_seed(0)
-        return PromptConditionedLoraGenerator(config)
-
-    return make
+    return partial(convolution_generator, layout, encoder_folder, max_prompt_length=12)
 
 
 def arguments(folder: Path, **changes: Any) -> DnDTrainingArguments:
-    settings = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 3e-3,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "report_to": "none",
-        "task_loss_weight": 1.0,
-        "task_examples": 6,
-    }
-    return DnDTrainingArguments(output_dir=str(folder), **{**settings, **changes})
+    return fitting_arguments(folder, **{"max_steps": 4, "task_loss_weight": 1.0, "task_examples": 6, **changes})
 
 
 Make = Callable[..., PromptConditionedLoraGenerator]

@@ -7,22 +7,22 @@ import copy
 import json
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
+from support.fitting import convolution_generator, fitting_arguments
 from torch import nn
 from transformers import TrainerCallback
 
 from peft_dnd import (
     AdapterLayout,
     DnDTrainer,
-    DnDTrainingArguments,
     PromptCheckpointDataset,
     PromptConditionedLoraGenerator,
-    PromptConditionedLoraGeneratorConfig,
 )
 from peft_dnd.adapters.tokenizer import weight_statistics
 from peft_dnd.errors import GeneratorConfigError, LayoutError
@@ -34,32 +34,7 @@ from peft_dnd.pairs.writer import PairWriter
 def make_generator(
     pairs: PromptCheckpointDataset, encoder_folder: Path
 ) -> Callable[..., PromptConditionedLoraGenerator]:
-    def make(**changes: Any) -> PromptConditionedLoraGenerator:
-        settings = {
-            "num_prompts": 3,
-            "decoder_type": "hyper_convolution",
-            "decoder_config": {"kernel_size": 3},
-            **changes,
-        }
-        config = PromptConditionedLoraGeneratorConfig.from_adapters(pairs, str(encoder_folder), **settings)
-        torch.manual_seed(0)
-        return PromptConditionedLoraGenerator(config)
-
-    return make
-
-
-def arguments(folder: Path, **changes: Any) -> DnDTrainingArguments:
-    settings = {
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 3e-3,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "report_to": "none",
-    }
-    return DnDTrainingArguments(output_dir=str(folder), **{**settings, **changes})
+    return partial(convolution_generator, pairs, encoder_folder)
 
 
 def test_learns_each_task_from_its_prompts(
@@ -67,7 +42,7 @@ def test_learns_each_task_from_its_prompts(
 ) -> None:
     generator = make_generator()
     before = {name: parameter.clone() for name, parameter in generator.named_parameters()}
-    trainer = DnDTrainer(generator, arguments(tmp_path, max_steps=120), pairs)
+    trainer = DnDTrainer(generator, fitting_arguments(tmp_path, max_steps=120), pairs)
     trainer.train()
     assert all(not torch.equal(before[name], parameter) for name, parameter in generator.named_parameters())
 
@@ -87,7 +62,7 @@ def test_statistics_weights_and_measurements(
 ) -> None:
     train, held_out = pairs.split(held_out=["art"])
     generator = make_generator()
-    trainer = DnDTrainer(generator, arguments(tmp_path), train, held_out)
+    trainer = DnDTrainer(generator, fitting_arguments(tmp_path), train, held_out)
     trainer.train()
     metrics = trainer.evaluate()
 
@@ -126,12 +101,12 @@ def test_resume_equals_no_interruption(
     # 12 checkpoints in batches of 4 are 3 steps an epoch: step 4 stands in the middle of the second.
     settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "condition_noise": 1e-2}
     whole = make_generator()
-    DnDTrainer(whole, arguments(tmp_path / "whole", **settings), pairs).train()
+    DnDTrainer(whole, fitting_arguments(tmp_path / "whole", **settings), pairs).train()
 
-    DnDTrainer(make_generator(), arguments(tmp_path / "cut", **settings), pairs, callbacks=[Stop()]).train()
+    DnDTrainer(make_generator(), fitting_arguments(tmp_path / "cut", **settings), pairs, callbacks=[Stop()]).train()
     torch.manual_seed(99)
     resumed = make_generator()
-    trainer = DnDTrainer(resumed, arguments(tmp_path / "cut", **settings), pairs)
+    trainer = DnDTrainer(resumed, fitting_arguments(tmp_path / "cut", **settings), pairs)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 8
     for (name, first), second in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
@@ -150,7 +125,7 @@ def test_prompts_are_read_once_and_drawn_anew_at_every_visit(
             targets.extend(inputs["target_tokens"])
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    trainer = Watched(make_generator(), arguments(tmp_path, max_steps=9), pairs)
+    trainer = Watched(make_generator(), fitting_arguments(tmp_path, max_steps=9), pairs)
     trainer.train()
     assert trainer.embeddings.encoder_calls == len(pairs.tasks)
     assert len({states.numpy().tobytes() for states in seen}) > len(seen) * 2 / 3
@@ -164,8 +139,10 @@ def test_gradient_accumulation_equals_a_larger_batch(
 ) -> None:
     settings = {"max_steps": 3, "condition_noise": 0.0, "target_noise": 0.0, "optim": "sgd"}
     one, other = make_generator(), make_generator()
-    DnDTrainer(one, arguments(tmp_path / "a", per_device_train_batch_size=4, **settings), pairs).train()
-    accumulated = arguments(tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4, **settings)
+    DnDTrainer(one, fitting_arguments(tmp_path / "a", per_device_train_batch_size=4, **settings), pairs).train()
+    accumulated = fitting_arguments(
+        tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4, **settings
+    )
     DnDTrainer(other, accumulated, pairs).train()
     for (name, first), second in zip(one.named_parameters(), other.parameters(), strict=True):
         assert torch.allclose(first, second, atol=1e-6), name
@@ -175,7 +152,7 @@ def test_mixed_precision_trains_float32_weights(
     pairs: PromptCheckpointDataset, make_generator: Callable[..., PromptConditionedLoraGenerator], tmp_path: Path
 ) -> None:
     generator = make_generator()
-    trainer = DnDTrainer(generator, arguments(tmp_path, bf16=True, max_steps=20), pairs)
+    trainer = DnDTrainer(generator, fitting_arguments(tmp_path, bf16=True, max_steps=20), pairs)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert generator.dtype == torch.float32
@@ -186,8 +163,8 @@ def test_gradient_checkpointing_changes_nothing(
     pairs: PromptCheckpointDataset, make_generator: Callable[..., PromptConditionedLoraGenerator], tmp_path: Path
 ) -> None:
     plain, checkpointed = make_generator(), make_generator()
-    DnDTrainer(plain, arguments(tmp_path, max_steps=2), pairs).train()
-    DnDTrainer(checkpointed, arguments(tmp_path, max_steps=2, gradient_checkpointing=True), pairs).train()
+    DnDTrainer(plain, fitting_arguments(tmp_path, max_steps=2), pairs).train()
+    DnDTrainer(checkpointed, fitting_arguments(tmp_path, max_steps=2, gradient_checkpointing=True), pairs).train()
     assert checkpointed.decoder.gradient_checkpointing
     for first, second in zip(plain.parameters(), checkpointed.parameters(), strict=True):
         assert torch.allclose(first, second, atol=1e-6)
@@ -197,7 +174,7 @@ def test_no_weight_decay_on_norms_and_biases(
     pairs: PromptCheckpointDataset, make_generator: Callable[..., PromptConditionedLoraGenerator], tmp_path: Path
 ) -> None:
     generator = make_generator()
-    trainer = DnDTrainer(generator, arguments(tmp_path), pairs)
+    trainer = DnDTrainer(generator, fitting_arguments(tmp_path), pairs)
     optimizer = trainer.create_optimizer()
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in generator.named_parameters():
@@ -210,7 +187,7 @@ def test_a_run_that_starts_again_reads_no_prompt_twice(
 ) -> None:
     def fitted() -> tuple[int, dict[str, torch.Tensor]]:
         generator = make_generator()
-        settings = arguments(tmp_path / "run", max_steps=2, prompt_states_dir=str(tmp_path / "states"))
+        settings = fitting_arguments(tmp_path / "run", max_steps=2, prompt_states_dir=str(tmp_path / "states"))
         trainer = DnDTrainer(generator, settings, pairs)
         trainer.train()
         return trainer.embeddings.encoder_calls, {**generator.state_dict()}
@@ -231,7 +208,7 @@ def test_text_encoder_can_be_fitted_too_and_is_carried(
     )
     before = {name: p.clone() for name, p in generator.text_encoder.module.named_parameters()}
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    DnDTrainer(generator, arguments(tmp_path, **settings), pairs).train()
+    DnDTrainer(generator, fitting_arguments(tmp_path, **settings), pairs).train()
     moved = [name for name, p in generator.text_encoder.module.named_parameters() if not torch.equal(p, before[name])]
     assert any("attention" in name for name in moved)
 
@@ -242,7 +219,7 @@ def test_text_encoder_can_be_fitted_too_and_is_carried(
     assert all(torch.equal(t, expected[k]) for k, t in loaded.generate_adapter(prompts).state_dict().items())
 
     resumed = make_generator(freeze_text_encoder=False)
-    DnDTrainer(resumed, arguments(tmp_path, **settings), pairs).train(
+    DnDTrainer(resumed, fitting_arguments(tmp_path, **settings), pairs).train(
         resume_from_checkpoint=str(tmp_path / "checkpoint-1")
     )
     for (name, first), second in zip(generator.state_dict().items(), resumed.state_dict().values(), strict=True):
@@ -253,9 +230,9 @@ def test_a_fit_that_was_interrupted_in_a_step_resumes_to_the_same_bytes(
     pairs: PromptCheckpointDataset, make_generator: Callable[..., PromptConditionedLoraGenerator], tmp_path: Path
 ) -> None:
     whole, cut, resumed = make_generator(), make_generator(), make_generator()
-    DnDTrainer(whole, arguments(tmp_path / "whole"), pairs).train()
+    DnDTrainer(whole, fitting_arguments(tmp_path / "whole"), pairs).train()
 
-    settings = arguments(tmp_path / "cut", save_strategy="steps", save_steps=2)
+    settings = fitting_arguments(tmp_path / "cut", save_strategy="steps", save_steps=2)
     steps = 0
 
     def interrupt_the_fourth(*_: Any) -> None:
@@ -287,7 +264,7 @@ def test_scores_held_out_tasks_beside_shuffled_prompts(
     def scorer(task: str, adapter: Any) -> float:
         return digests.setdefault((task, adapter.provenance["prompts_sha256"]), float(len(digests)))
 
-    metrics = DnDTrainer(generator, arguments(tmp_path), train, held_out, adapter_scorer=scorer).evaluate()
+    metrics = DnDTrainer(generator, fitting_arguments(tmp_path), train, held_out, adapter_scorer=scorer).evaluate()
     own = {
         task: generator.generate_adapter(held_out.prompts(task)).provenance["prompts_sha256"]
         for task in held_out.tasks
@@ -302,20 +279,22 @@ def test_weights_of_the_paper_and_none(
     pairs: PromptCheckpointDataset, make_generator: Callable[..., PromptConditionedLoraGenerator], tmp_path: Path
 ) -> None:
     for weighting in ("within_task", "none"):
-        trainer = DnDTrainer(make_generator(), arguments(tmp_path, loss_weighting=weighting, max_steps=1), pairs)
+        trainer = DnDTrainer(
+            make_generator(), fitting_arguments(tmp_path, loss_weighting=weighting, max_steps=1), pairs
+        )
         trainer.train()
         assert (trainer.objective.token_weight is None) == (weighting == "none")
     with pytest.raises(GeneratorConfigError, match=r"loss_weighting.*'typo'"):
-        arguments(tmp_path, loss_weighting="typo")
+        fitting_arguments(tmp_path, loss_weighting="typo")
     with pytest.raises(GeneratorConfigError, match="condition_noise"):
-        arguments(tmp_path, condition_noise=-1.0)
+        fitting_arguments(tmp_path, condition_noise=-1.0)
 
 
 def test_without_normalisation_tokens_are_the_weights(
     pairs: PromptCheckpointDataset, make_generator: Callable[..., PromptConditionedLoraGenerator], tmp_path: Path
 ) -> None:
     generator = make_generator(normalization="none")
-    DnDTrainer(generator, arguments(tmp_path, max_steps=1), pairs).train()
+    DnDTrainer(generator, fitting_arguments(tmp_path, max_steps=1), pairs).train()
     grid = torch.randn(generator.weight_tokenizer.grid_shape)
     assert torch.equal(generator.normalization.denormalize(grid), grid)
     generator.generate_adapter(["court"])
@@ -331,11 +310,11 @@ def test_pairs_of_another_layout_are_refused(
     writer.close()
     other = PromptCheckpointDataset.from_folder(tmp_path / "pairs")
     with pytest.raises(LayoutError, match=r"train_dataset.*down_proj"):
-        DnDTrainer(make_generator(), arguments(tmp_path), other)
+        DnDTrainer(make_generator(), fitting_arguments(tmp_path), other)
 
 
 def test_training_arguments_survive_a_copy(tmp_path: Path) -> None:
-    first = arguments(tmp_path)
+    first = fitting_arguments(tmp_path)
     assert copy.deepcopy(first).to_dict() == first.to_dict()
     assert first.remove_unused_columns is False
 
@@ -346,7 +325,7 @@ def test_one_process_fits_on_one_of_several_gpus(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    args = arguments(tmp_path, max_steps=1)
+    args = fitting_arguments(tmp_path, max_steps=1)
     assert args.n_gpu == 0  # the devices are set up, and no more will be looked for
     monkeypatch.setattr(args, "_n_gpu", 2)
     assert args.train_batch_size == 8

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.fitting import convolution_generator, fitting_arguments
 
 from peft_dnd import (
     DnDTrainer,
     DnDTrainingArguments,
     PromptCheckpointDataset,
     PromptConditionedLoraGenerator,
-    PromptConditionedLoraGeneratorConfig,
 )
 from peft_dnd.adapters.factors import canonical_state_dict, delta_weight_mse
 from peft_dnd.errors import GeneratorConfigError
@@ -24,15 +24,9 @@ from peft_dnd.fitting.losses import masked_mse
 def fit(
     folder: Path, pairs: PromptCheckpointDataset, encoder_folder: Path, **changes: Any
 ) -> tuple[DnDTrainer, PromptConditionedLoraGenerator]:
-    settings = {"num_prompts": 3, "max_prompt_length": 12, "decoder_type": "hyper_convolution"}
-    config = PromptConditionedLoraGeneratorConfig.from_adapters(
-        pairs, str(encoder_folder), decoder_config={"kernel_size": 3}, **settings
-    )
-    torch.manual_seed(0)
-    generator = PromptConditionedLoraGenerator(config)
-    arguments = {"max_steps": 60, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "save_strategy": "no"}
-    arguments |= {"disable_tqdm": True, "use_cpu": True, "report_to": "none", "logging_steps": 60, **changes}
-    trainer = DnDTrainer(generator, DnDTrainingArguments(output_dir=str(folder), **arguments), pairs, pairs)
+    generator = convolution_generator(pairs, encoder_folder, max_prompt_length=12)
+    arguments = fitting_arguments(folder, **{"max_steps": 60, "logging_steps": 60, **changes})
+    trainer = DnDTrainer(generator, arguments, pairs, pairs)
     trainer.train()
     return trainer, generator
 

@@ -147,7 +147,7 @@ class TestPlaces:
         try:
             PromptConditionedLoraGenerator.from_pretrained("me/generator")
         except GeneratorNotFoundError as error:
-            assert "'..' path segment" in str(error)
+            assert "huggingface_hub refuses it" in str(error)
         after = {path for path in tmp_path.rglob("*") if Path(hub.cache) not in path.parents}
         assert after - before <= {Path(hub.cache)}
         assert not list(tmp_path.rglob("evil.json"))

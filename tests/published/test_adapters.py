@@ -152,7 +152,7 @@ def test_from_the_command_line(
     save(released_state(True), tmp_path / "released.pth")
     settings = str(settings_file(tmp_path, True))
     ours, adapter = str(tmp_path / "ours"), str(tmp_path / "adapter")
-    given = ["--settings", settings, "--text-encoder", str(encoder_folder), "--base-model", "other/base"]
+    given = ["--settings", settings, "--text-encoder", str(encoder_folder), "--base", "other/base"]
     assert main(["import-generator", str(tmp_path / "released.pth"), ours, *given]) == 0
     (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": p, "response": "no"} for p in PROMPTS]))
     chats = [{"conversations": [{"from": "human", "value": p}, {"from": "gpt", "value": "no"}]} for p in PROMPTS]

@@ -20,7 +20,7 @@ BASE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-# In the order of the release.
+# In the order of the release; in the layout's own order down, gate and up come before k, o, q and v.
 PROJECTIONS = {
     "self_attn.q_proj": (16, 16),
     "self_attn.k_proj": (16, 8),

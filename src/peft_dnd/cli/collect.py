@@ -44,12 +44,12 @@ def collect(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=FILE", help="A task and its training examples, .jsonl, .csv or .parquet; may be repeated."
+            metavar="TASK=FILE", help="A task and its training examples, .jsonl, .csv or .parquet; may be repeated."
         ),
     ] = None,
     prompts: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FILE", help="A task's pool of prompts; by default its examples' questions."),
+        typer.Option(metavar="TASK=FILE", help="A task's pool of prompts; by default its examples' questions."),
     ] = None,
     column: Annotated[str | None, typer.Option(help="Field of the questions. [default: prompt]")] = None,
     answer_column: Annotated[str | None, typer.Option(help="Field of the answers. [default: answer]")] = None,
@@ -119,7 +119,7 @@ def _named_files(given: list[str] | None, option: str) -> dict[str, str]:
     for item in given or ():
         name, equals, file = item.partition("=")
         if not equals or not name or not file:
-            raise typer.BadParameter(f"{option} {item!r} is not of the form NAME=FILE.")
+            raise typer.BadParameter(f"{option} {item!r} is not of the form TASK=FILE.")
         found[name] = file
     return found
 

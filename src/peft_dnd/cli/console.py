@@ -22,7 +22,7 @@ Quiet = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Base = Annotated[str, typer.Option("--base", help="Folder or Hub id of the base model, with its tokenizer.")]
 Device = Annotated[
-    str | None, typer.Option(help="Where the base runs: cpu, cuda, ...; the first GPU if there is one.")
+    str | None, typer.Option(help="Where the models run: cpu, cuda, ...; the first GPU if there is one.")
 ]
 Settings = Annotated[
     list[str] | None,

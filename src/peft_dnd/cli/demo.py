@@ -32,7 +32,7 @@ def demo(
         int | None, typer.Option(min=1, max=65535, help="Port; by default the first free one from 7860.")
     ] = None,
     max_prompts: Annotated[int, typer.Option(min=1, help="The most prompts of one adapter.")] = 1000,
-    max_upload: Annotated[int, typer.Option(min=1, help="The largest file of prompts, in bytes.")] = 2**20,
+    max_upload_bytes: Annotated[int, typer.Option(min=1, help="The largest file of prompts.")] = 2**20,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="After how many tokens an answer is cut.")] = 64,
     device: Device = None,
     as_json: Json = False,
@@ -53,7 +53,7 @@ def demo(
             generators,
             base=base,
             device=device,
-            upload_bytes=max_upload,
+            upload_bytes=max_upload_bytes,
             prompts=max_prompts,
             answer_tokens=max_new_tokens,
         )

@@ -23,9 +23,11 @@ Measure = Literal["loss", "labels", "answers"]
 def evaluate(
     generator: Annotated[str, typer.Argument(help="Folder or Hub id of the generator.")],
     pairs: Annotated[str, typer.Argument(help="Pairs folder: the tasks fitted to, and those held out.")],
-    folder: Annotated[Path, typer.Argument(metavar="REPORT", help="Folder for the report.")],
+    folder: Annotated[Path, typer.Argument(metavar="report", help="Folder for the report.")],
     base: Base,
-    held_out: Annotated[list[str], typer.Option(help="A task that was used nowhere in fitting; may be repeated.")],
+    held_out: Annotated[
+        list[str], typer.Option(metavar="TASK", help="A task that was used nowhere in fitting; may be repeated.")
+    ],
     by: Annotated[
         Measure,
         typer.Option(
@@ -46,7 +48,9 @@ def evaluate(
         int, typer.Option(min=0, help="By answers: solved examples before a question in the in-context row.")
     ] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples that go through the base at once.")] = 16,
-    skip: Annotated[list[str] | None, typer.Option(help="A row to leave out, such as ridge; may be repeated.")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="ROW", help="A row to leave out, such as ridge; may be repeated.")
+    ] = None,
     revision: Revision = None,
     seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
     device: Device = None,

@@ -42,7 +42,7 @@ def fit(
         str | None, typer.Option(help="Folder or Hub id of the model that reads the prompts.")
     ] = None,
     held_out: Annotated[
-        list[str] | None, typer.Option(help="A task to measure on and not to fit to; may be repeated.")
+        list[str] | None, typer.Option(metavar="TASK", help="A task to measure on and not to fit to; may be repeated.")
     ] = None,
     update: Annotated[
         str | None, typer.Option(metavar="GENERATOR", help="A fitted generator to go on from, with new tasks.")

@@ -50,7 +50,8 @@ def import_adapters(
         str | None, typer.Option(help="Generator, adapter or pairs folder whose layout to bring them to.")
     ] = None,
     base: Annotated[
-        list[str] | None, typer.Option(help="Name of the base; repeated, other names of the same weights.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Name of the base; repeated, other names of the same weights."),
     ] = None,
     missing_modules: Annotated[
         Literal["refuse", "zeros"], typer.Option(help="What becomes of modules that some adapters lack.")

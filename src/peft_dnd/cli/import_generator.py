@@ -27,7 +27,7 @@ def import_generator(
     text_encoder: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the text encoder, if not its own.")
     ] = None,
-    base_model: Annotated[str | None, typer.Option(help="Folder or Hub id of the base model, if not its own.")] = None,
+    base: Annotated[str | None, typer.Option(help="Folder or Hub id of the base model, if not its own.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -53,14 +53,14 @@ def import_generator(
 
     with progress(quiet):
         if settings is None:
-            loaded = load_text_to_lora(file, text_encoder=text_encoder, base_model=base_model)
+            loaded = load_text_to_lora(file, text_encoder=text_encoder, base_model=base)
         else:
-            loaded = load_published_generator(file, settings, text_encoder=text_encoder, base_model=base_model)
+            loaded = load_published_generator(file, settings, text_encoder=text_encoder, base_model=base)
         loaded.save_pretrained(generator)
-    base = loaded.config.base_model_name_or_path
+    base_model = loaded.config.base_model_name_or_path
     report(
-        {"generator": generator, "base_model": base},
-        f"Generator for {base}, saved to {generator}",
+        {"generator": generator, "base_model": base_model},
+        f"Generator for {base_model}, saved to {generator}",
         as_json=as_json,
         quiet=quiet,
     )

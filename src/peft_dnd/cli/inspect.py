@@ -44,7 +44,10 @@ def inspect(
     ] = False,
     target_modules: Annotated[
         list[str] | None,
-        typer.Option(help="With --for: a module that the engine adapts, if not all, as it was told; may be repeated."),
+        typer.Option(
+            metavar="MODULE",
+            help="With --for: a module that the engine adapts, if not all, as it was told; may be repeated.",
+        ),
     ] = None,
     policy_of: Annotated[
         str | None,

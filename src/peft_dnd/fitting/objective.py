@@ -337,7 +337,7 @@ def check_dataset(
     if lacking:
         raise PairsFolderError(
             f"Task {lacking[0]!r} of {what} has no examples ({len(lacking)} of {len(dataset.tasks)} tasks), which "
-            "task loss needs. Write them with peft_dnd.write_examples(task_folder, rows), or leave the task out."
+            "task loss needs. Write them with peft_dnd.write_examples(task_folder, examples), or leave the task out."
         )
     silent = [task for task in dataset.tasks if dataset.distillation(task) is None] if args.distillation_weight else []
     if silent:

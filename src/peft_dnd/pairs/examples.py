@@ -110,13 +110,13 @@ class KeptExamples(TaskExamples):
         return [dict(self._rows[number]) for number in numbers]
 
 
-def write_examples(task_folder: PathLike, rows: Iterable[Mapping[str, Any]]) -> int:
+def write_examples(folder: PathLike, examples: Iterable[Mapping[str, Any]]) -> int:
     """Write a task's examples into its folder, in place of any that are there, whole or not at all.
 
     Args:
-        task_folder: The task's folder inside the pairs folder, such as `"pairs/law"`.
-        rows: What the base's forward takes for one example each, without a batch axis: name -> list of numbers, a
-            number, or whatever else the `task_collator` can read. Tensors and arrays become lists. Rows are taken
+        folder: The task's folder inside the pairs folder, such as `"pairs/law"`.
+        examples: What the base's forward takes for each, without a batch axis: name -> list of numbers, a
+            number, or whatever else the `task_collator` can read. Tensors and arrays become lists. They are taken
             one by one, so that a generator or a streamed data set will do.
 
     Returns:
@@ -125,10 +125,10 @@ def write_examples(task_folder: PathLike, rows: Iterable[Mapping[str, Any]]) -> 
     Raises:
         PairsFolderError: If there are none, or one is empty, no mapping, or holds what JSON cannot.
     """
-    path = Path(task_folder) / EXAMPLES_NAME
+    path = Path(folder) / EXAMPLES_NAME
     count = 0
     with staged_file(path) as staged, staged.open("w", encoding="utf-8") as file:
-        for row in rows:
+        for row in examples:
             file.write(_line_of(row, count))
             count += 1
         if count == 0:

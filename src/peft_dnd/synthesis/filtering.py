@@ -17,7 +17,6 @@ from ..text.prompts import check_prompts
 
 
 CLOSEST = 0.95
-REASONS = ("repeated", "unusual length", "near-duplicate", "unlike the seeds", "nearer to another task")
 _NEIGHBOURS = 3
 _FEWEST_SEEDS = 3
 _LENGTHS = 3.0
@@ -81,7 +80,8 @@ class PromptFilter:
         """Judge prompts; those that pass count as known from then on.
 
         Returns:
-            For each `None` if it passed, or why it was left out, one of `REASONS`.
+            For each `None` if it passed, or why it was left out: "repeated", "unusual length", "near-duplicate",
+            "unlike the seeds" or "nearer to another task".
         """
         places = self._places(prompts)
         return [self._judge(prompt, place) for prompt, place in zip(prompts, places, strict=True)]
