@@ -15,7 +15,7 @@ from ..generator.revision_history import MOST_POINTS_LOST
 
 LOSS_WEIGHTINGS = ("between_task", "within_task", "none")
 WEIGHT_LOSSES = ("factors", "delta_weights")
-REPLAY_TARGETS = ("checkpoints", "former_self")
+REPLAY_TARGETS = ("auto", "checkpoints", "rows", "former_self")
 DISTILLATION_TARGETS = ("probabilities", "answers")
 
 
@@ -49,7 +49,8 @@ class DnDTrainingArguments(TrainingArguments):
             store, all of them alike. 0: none are replayed, and what is not in the new pairs will be forgotten.
         replay_targets: What replayed tasks are held against. `"checkpoints"`: the mean of each one's checkpoints,
             as the store has it, or, where there was no room for that, what the generator itself wrote before the
-            update; `"former_self"`: always the latter.
+            update; `"former_self"`: always the latter; `"rows"`: the loss of the fit on the store's rows, for fits on
+            task loss or distillation. `"auto"`: checkpoints in a fit to these, else the former self.
         replay_store_share: How large the replay store that is kept of the fitted tasks may be, in relation to the
             pairs, from 0 to 1. 0: none is kept.
         replay_store_prompts: How many texts it keeps of each task at most.
@@ -114,8 +115,8 @@ class DnDTrainingArguments(TrainingArguments):
     replay_share: float = field(
         default=0.5, metadata={"help": "Share of the items that replay earlier tasks; 0: none."}
     )
-    replay_targets: Literal["checkpoints", "former_self"] = field(
-        default="checkpoints", metadata={"help": f"What replayed tasks are held against, one of {REPLAY_TARGETS}."}
+    replay_targets: Literal["auto", "checkpoints", "rows", "former_self"] = field(
+        default="auto", metadata={"help": f"What replayed tasks are held against, one of {REPLAY_TARGETS}."}
     )
     replay_store_share: float = field(
         default=0.1, metadata={"help": "Size of the replay store in relation to the pairs; 0: none is kept."}
@@ -174,6 +175,11 @@ class DnDTrainingArguments(TrainingArguments):
         if self.distillation_targets not in DISTILLATION_TARGETS:
             raise GeneratorConfigError(
                 f"distillation_targets must be one of {DISTILLATION_TARGETS}, got {self.distillation_targets!r}."
+            )
+        if self.replay_targets == "rows" and not (self.task_loss_weight or self.distillation_weight):
+            raise GeneratorConfigError(
+                "replay_targets='rows' is for fits with task_loss_weight or distillation_weight above 0, which are "
+                "taken on rows. Leave it out: a fit to checkpoints replays those."
             )
         if self.weight_loss not in WEIGHT_LOSSES:
             raise GeneratorConfigError(f"weight_loss must be one of {WEIGHT_LOSSES}, got {self.weight_loss!r}.")

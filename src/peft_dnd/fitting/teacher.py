@@ -34,6 +34,7 @@ from ..adapters.matching import adaptable_modules, base_model_of
 from ..errors import GeneratorConfigError, PairsFolderError, PromptError
 from ..pairs.dataset import PromptCheckpointDataset
 from ..pairs.distillation import DistillationRecord, DistillationWriter, read_record
+from ..pairs.examples import KeptExamples
 from ..pairs.folder import TaskRecord, adapter_digest, write_task
 from ..pairs.prompt_pool import read_prompts, write_prompts
 from ..pairs.writer import task_record
@@ -192,7 +193,8 @@ def check_teachers(pairs: PromptCheckpointDataset, base_model: nn.Module, *, ans
     own = base_digest(base_model)
     for task in pairs.tasks:
         rows = pairs.distillation(task)
-        record = None if rows is None else read_record(rows.path.parent)
+        # What a generator kept of a teacher's answers was held against this base when it was read.
+        record = None if rows is None or isinstance(rows, KeptExamples) else read_record(rows.path.parent)
         if record is not None and not answers_alone and record.asked.get("top_tokens") == 0:
             raise PairsFolderError(
                 f"Of task {task!r} the teacher's answers alone were kept, without probabilities. Set "
