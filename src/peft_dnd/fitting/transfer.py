@@ -22,6 +22,7 @@ from ..generator.modeling import PromptConditionedLoraGenerator
 from ..pairs.writer import task_record
 from ..storage.files import PathLike
 from ..storage.progress import with_progress
+from ..text.prompts import check_prompts
 from .teacher import distil_task
 
 
@@ -59,7 +60,7 @@ def distil_generator(
             `rows_at_once`, `overwrite`.
 
     Raises:
-        PromptError: If the tasks of prompts and inputs differ, or there are none.
+        PromptError: If the tasks of prompts and inputs differ, there are none, or one has no text or an empty one.
         BaseModelMismatchError: If the generator writes no adapters for the teacher.
         GeneratorConfigError: If the teacher carries an adapter, or could be more than one of the generator's bases; if
             the tokens differ and `top_tokens` is not 0.
@@ -70,6 +71,11 @@ def distil_generator(
         raise PromptError(
             f"prompts and inputs must be of the same tasks, at least one; of one alone are {apart[:3] or 'none'}."
         )
+    for task in prompts:
+        if not isinstance(task, str) or Path(task).name != task:
+            raise PromptError(f"A task's folder is called as the task, which cannot be {task!r:.80}. Rename it.")
+        check_prompts(prompts[task], f"the prompts of task {task!r}")
+        check_prompts(inputs[task], f"the inputs of task {task!r}")
     if isinstance(teacher, PeftModel):
         raise GeneratorConfigError(
             "The teacher has an adapter, beside which the generator's would be put. Pass the plain base: "
