@@ -19,7 +19,7 @@ from ..generator.modeling import PromptConditionedLoraGenerator
 from ..text.embedding_cache import PromptEmbeddingCache
 
 
-_MOST_MEASURED = 64
+_MOST_MEASURED = 16
 
 
 class FormerSelf(Mapping[str, torch.Tensor]):
@@ -77,7 +77,7 @@ class FormerSelf(Mapping[str, torch.Tensor]):
     def spread(self) -> float:
         """How far what it writes for tasks lies from the mean of that: mean squared distance of a normalised entry.
 
-        Taken over up to 64 tasks, evenly from among all; 1 of a single task, and where all is written alike.
+        Taken over some 16 tasks, evenly from among all; 1 of a single task, and where all is written alike.
         """
         valid = self._generator.weight_tokenizer.valid_mask()
         total = squares = torch.zeros((), dtype=torch.float64)

@@ -40,7 +40,7 @@ LOSSES = (
 # Of the squared distance of replayed adapters, relative to how far they lie apart, beside the base's loss in nats.
 # A hundredth of that distance can be a task's whole behaviour: with 1 and 10 in place of 100 single tasks are lost
 # (benchmarks/bench_arrivals.py), and new ones are learned as well with all three.
-REPLAY_WEIGHT = 100.0
+REPLAY_WEIGHT = 10.0
 
 
 @dataclass(frozen=True)
