@@ -59,14 +59,14 @@ UPDATE_STEPS = FITTING_SETTINGS["max_steps"] // 3
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "weight": {
         "replay": {},
-        "former self": {"replay_targets": "former_self"},
         "new tasks alone": {"replay_share": 0.0},
+        "former self": {"replay_targets": "former_self"},
     },
     "task": {
         "replay": {},
+        "new tasks alone": {"replay_share": 0.0},
         "rows": {"replay_targets": "rows"},
         "former self": {"replay_targets": "former_self"},
-        "new tasks alone": {"replay_share": 0.0},
     },
 }
 TASK_LOSS: dict[str, Any] = {"task_loss_weight": 1.0, "task_examples": 8}
