@@ -2,7 +2,8 @@
 """A generator's former self: what it wrote before an update began is what it is to go on writing for earlier tasks.
 
 Nothing need be kept of a task for that but some of its texts, and no pass of the base is needed. What a generator has
-forgotten, or never knew, it does not learn from itself.
+forgotten, or never knew, it does not learn from itself; and of weights that are a little off nothing says whether the
+base still does the same with them, which is why rows stand beside it where there are some.
 """
 
 from __future__ import annotations

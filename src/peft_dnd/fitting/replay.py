@@ -42,8 +42,8 @@ class Replay:
     """The tasks of a generator's store that its update replays.
 
     A fit to weights holds them against weights as well: the mean checkpoint in the store, or what the generator wrote
-    before. A fit on what the base does with the adapters needs nothing but texts for the latter, since what was
-    written before is written again for just the prompts that are drawn; or it takes the rows in the store.
+    before. A fit on what the base does with the adapters takes the rows in the store and, beside them, what the
+    generator wrote before for just the prompts that are drawn, which needs nothing but texts.
 
     Args:
         generator: The generator as it was before the update.
