@@ -19,7 +19,7 @@ import random
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -59,13 +59,14 @@ UPDATE_STEPS = FITTING_SETTINGS["max_steps"] // 3
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "weight": {
         "replay": {},
-        "former self": {"replay_targets": "former_self"},
         "new tasks alone": {"replay_share": 0.0},
+        "former self": {"replay_targets": "former_self"},
     },
     "task": {
         "replay": {},
-        "rows": {"replay_targets": "rows"},
         "new tasks alone": {"replay_share": 0.0},
+        "rows": {"replay_targets": "rows"},
+        "former self": {"replay_targets": "former_self"},
     },
 }
 TASK_LOSS: dict[str, Any] = {"task_loss_weight": 1.0, "task_examples": 8}
@@ -154,17 +155,24 @@ class Arrivals:
         tasks = {task.name: task for task in self.world.training_tasks}
         return {name: round(100 * self.bench.score(generator, [tasks[name]]), 2) for name in names}
 
-    def run(self, ways: dict[str, dict[str, Any]]) -> None:
-        """Measure all ways, and the generator fitted anew that they are compared with."""
-        missing = [way for way in ways if f"way: {way}" not in self.points]
-        first = None
-        if missing or "first" not in self.points:
-            first, seconds = self.fit(self.early, None, FITTING_SETTINGS["max_steps"])
-            start = first
-            self.point("first", lambda: {"scores": self.scores(start, self.early), "seconds": seconds})
-        for way in missing:
-            self.point(f"way: {way}", lambda way=way: self._in_a_row(copy.deepcopy(first), ways[way]))
+    def run(self, ways: dict[str, dict[str, Any]]) -> Iterator[None]:
+        """Measure all ways, and the generator fitted anew that they are compared with; pauses after each."""
+        first = self._first()
+        for way, settings in ways.items():
+            self.point(f"way: {way}", lambda settings=settings: self._in_a_row(copy.deepcopy(first), settings))
+            yield
         self.point("anew", self._anew)
+        yield
+
+    def _first(self) -> PromptConditionedLoraGenerator:
+        """The generator that all ways start from, fitted on the early tasks, unless it has been."""
+        folder = self.bench.folder / f"arrivals-first-{self.loss}"
+        if not (folder / "config.json").is_file() or "first" not in self.points:
+            generator, seconds = self.fit(self.early, None, FITTING_SETTINGS["max_steps"])
+            self.point("first", lambda: {"scores": self.scores(generator, self.early), "seconds": seconds})
+            generator.save_pretrained(folder)
+        found: PromptConditionedLoraGenerator = PromptConditionedLoraGenerator.from_pretrained(folder)
+        return found
 
     def _anew(self) -> dict[str, Any]:
         names = [task.name for task in self.world.training_tasks]
@@ -194,25 +202,34 @@ class Arrivals:
         """What a way comes to, in points of 100."""
         rows, first = self.points[f"way: {way}"], self.points["first"]["scores"]
         last, late = rows[-1]["scores"], [name for new in self.arrivals for name in new]
-        everything = self.points["anew"]["scores"]
         return {
             "early tasks before any arrival": mean(first, self.early),
             "early tasks after the last": mean(last, self.early),
             "worst change of an early task": round(min(last[name] - first[name] for name in self.early), 2),
             "late tasks when they came": round(fmean(mean(row["scores"], row["new"]) for row in rows), 2),
             "late tasks after the last": mean(last, late),
-            "late tasks, fitted anew on all": mean(everything, late),
-            "early tasks, fitted anew on all": mean(everything, self.early),
             "worst task after the last": min(last.values()),
-            "worst task, fitted anew on all": min(everything.values()),
             "largest store in relation to the pairs": round(
                 max(row["store_bytes"] / row["pairs_bytes"] for row in rows), 4
             ),
             "steps of an update": UPDATE_STEPS,
-            "steps of a fit": FITTING_SETTINGS["max_steps"],
             "processor seconds of an update": round(fmean(row["seconds"] for row in rows), 1),
-            "processor seconds of a fit anew": round(self.points["anew"]["seconds"], 1),
         }
+
+    def result(self) -> dict[str, Any]:
+        """All that has been measured so far."""
+        measured = [way for way in WAYS[self.loss] if f"way: {way}" in self.points]
+        found: dict[str, Any] = {"ways": {way: self.summary(way) for way in measured}}
+        if "anew" in self.points:
+            scores, late = self.points["anew"]["scores"], [name for new in self.arrivals for name in new]
+            found["fitted anew on all"] = {
+                "early tasks": mean(scores, self.early),
+                "late tasks": mean(scores, late),
+                "worst task": min(scores.values()),
+                "steps": FITTING_SETTINGS["max_steps"],
+                "processor seconds": round(self.points["anew"]["seconds"], 1),
+            }
+        return {**found, "points": self.points}
 
 
 def mean(scores: dict[str, float], names: list[str]) -> float:
@@ -240,17 +257,14 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     make_the_pairs(options.seed, options.output)
-    found: dict[str, Any] = {}
-    for loss in options.loss:
-        arrivals = Arrivals(options.seed, options.output, loss)
-        arrivals.run(WAYS[loss])
-        found[f"{loss} loss"] = {
-            "ways": {way: arrivals.summary(way) for way in WAYS[loss]},
-            "points": arrivals.points,
-        }
-    result = {"seed": options.seed, "early": arrivals.early, "arrivals": arrivals.arrivals, **found}
+    of_losses = {loss: Arrivals(options.seed, options.output, loss) for loss in WAYS}
     command = f"python benchmarks/bench_arrivals.py --seed {options.seed} --loss {shlex.join(options.loss)}"
-    write_result("arrivals" if options.seed == 0 else f"arrivals_seed_{options.seed}", result, command)
+    for loss in options.loss:
+        for _ in of_losses[loss].run(WAYS[loss]):
+            found = {f"{name} loss": one.result() for name, one in of_losses.items() if one.points}
+            order = {"early": of_losses[loss].early, "arrivals": of_losses[loss].arrivals}
+            name = "arrivals" if options.seed == 0 else f"arrivals_seed_{options.seed}"
+            write_result(name, {"seed": options.seed, **order, **found}, command)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ from peft_dnd.storage.files import read_json, write_json  # noqa: E402
 WAYS: dict[str, dict[str, Any]] = {
     "replay": {},
     "rows": {"replay_targets": "rows"},
+    "former self": {"replay_targets": "former_self"},
     "new tasks alone": {"replay_share": 0.0},
 }
 EARLY, LATE = "new_wordings", "new_combinations"

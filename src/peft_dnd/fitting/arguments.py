@@ -50,7 +50,7 @@ class DnDTrainingArguments(TrainingArguments):
         replay_targets: What replayed tasks are held against. `"checkpoints"`: the mean of each one's checkpoints,
             as the store has it, or, where there was no room for that, what the generator itself wrote before the
             update; `"former_self"`: always the latter; `"rows"`: the loss of the fit on the store's rows, for fits on
-            task loss or distillation. `"auto"`: checkpoints in a fit to these, else the former self.
+            task loss or distillation. `"auto"`: checkpoints in a fit to these, else rows and the former self.
         replay_store_share: How large the replay store that is kept of the fitted tasks may be, in relation to the
             pairs, from 0 to 1. 0: none is kept.
         replay_store_prompts: How many texts it keeps of each task at most.

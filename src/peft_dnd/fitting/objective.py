@@ -38,9 +38,8 @@ LOSSES = (
 
 
 # Of the squared distance of replayed adapters, relative to how far they lie apart, beside the base's loss in nats.
-# A hundredth of that distance can be a task's whole behaviour: with 1 and 10 in place of 100 single tasks are lost
-# (benchmarks/bench_arrivals.py), and new ones are learned as well with all three.
-REPLAY_WEIGHT = 100.0
+# Alone, with 1 single tasks are lost, and with 100 late ones are no longer learned (benchmarks/bench_arrivals.py).
+REPLAY_WEIGHT = 10.0
 
 
 @dataclass(frozen=True)

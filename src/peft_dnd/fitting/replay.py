@@ -42,8 +42,8 @@ class Replay:
     """The tasks of a generator's store that its update replays.
 
     A fit to weights holds them against weights as well: the mean checkpoint in the store, or what the generator wrote
-    before. A fit on what the base does with the adapters needs nothing but texts for the latter, since what was
-    written before is written again for just the prompts that are drawn; or it takes the rows in the store.
+    before. A fit on what the base does with the adapters takes the rows in the store and, beside them, what the
+    generator wrote before for just the prompts that are drawn, which needs nothing but texts.
 
     Args:
         generator: The generator as it was before the update.
@@ -57,7 +57,7 @@ class Replay:
     Attributes:
         pairs: The pairs of the update and those of the store.
         tasks: The names of the tasks that are replayed.
-        former: What the generator wrote before, in a fit on what the base does.
+        former: What the generator wrote before, in a fit on what the base does that needs it.
         spread: How far that lies apart from task to task.
     """
 
@@ -76,12 +76,19 @@ class Replay:
         self.former: FormerSelf | None = None
         self.spread = 1.0
         self._generator, self._store, self._rows, self._embeddings = generator, store, rows, embeddings
-        self._by_rows = rows is not None and args.replay_targets == "rows"
+        self._by_rows = rows is not None and args.replay_targets in ("auto", "rows")
         self._own = args.replay_targets == "checkpoints" or (args.replay_targets == "auto" and rows is None)
         self._targets: dict[str, PackedCheckpoint] = {}
         tasks = [self._task(name) for name in names]
-        against_weights = [task.name for task in tasks if task.examples is None and task.distillation is None]
-        self.pairs = new_pairs.with_replayed(tasks, self._targets, against_weights)
+        if rows is None:
+            self._against_weights: list[str] = []  # they are as all others are
+        elif args.replay_targets == "rows":
+            self._against_weights = [
+                task.name for task in tasks if task.examples is None and task.distillation is None
+            ]
+        else:
+            self._against_weights = list(names)
+        self.pairs = new_pairs.with_replayed(tasks, self._targets, self._against_weights)
 
     @classmethod
     def of(
@@ -117,7 +124,7 @@ class Replay:
             for name in with_progress(missing, "Writing what is to be kept") if missing else ():
                 target, texts = self._targets[name], self._store.tasks[name].texts
                 target.packed = target.packing.pack_tokens(written_tokens(self._generator, texts))
-        elif self.former is None:
+        elif self.former is None and self._against_weights:
             read = {name: self._store.tasks[name].texts for name in self.tasks}
             self.former = FormerSelf(self._generator, read, self._embeddings)
             self.spread = self.former.spread()
