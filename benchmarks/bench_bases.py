@@ -64,7 +64,7 @@ THREE = BASES[:3]
 ADDED, FOURTH = BASES[2:]
 FIFTH = 5
 # Beside the example's settings, where a base is taught. The loss on what checkpoints there are weighs as much.
-TAUGHT: dict[str, Any] = {"distillation_weight": 1.0, "task_examples": 4}
+TAUGHT: dict[str, Any] = {"distillation_weight": 1.0, "distillation_targets": "answers", "task_examples": 4}
 LONGEST_ANSWER = 8
 
 
@@ -191,7 +191,7 @@ class Bench:
             name, {"held out": held_out, "parameters": generator.num_parameters(), "seconds of fitting": seconds}
         )
 
-    def add(self, to: str, base: str, tasks: Sequence[Task], name: str, *, taught: bool = False) -> None:
+    def add(self, to: str, base: str, tasks: Sequence[Task], name: str, *, taught: bool = False, **more: Any) -> None:
         """Add a base to a generator that is kept, by its head alone.
 
         Args:
@@ -200,6 +200,7 @@ class Bench:
             tasks: Those of which it has adapters of its own.
             name: What it is called in the figures.
             taught: Whether the first base answers the prompts of all tasks for it.
+            more: Settings of the fit beside those.
         """
         generator = self.example_generator() if to == FIRST else self.load(to)
         began = time.process_time()
@@ -207,7 +208,8 @@ class Bench:
         teaching = time.process_time() - began if taught else None
         one = generator.add_base(pairs, name=base)
         student, _ = load_base(self.folder_of(base) / "base")
-        more = {**TAUGHT, "rebuild_weight": float(pairs.has_checkpoints)} if taught else {}
+        if taught:
+            more = {**TAUGHT, "rebuild_weight": float(pairs.has_checkpoints), **more}
         seconds = self.fit(one, pairs, student if taught else None, **more)
         figures = {
             "held out": self.score(one, base),
@@ -294,16 +296,12 @@ def main() -> None:
     for to in ("first two bases together", FIRST):
         stages[f"added to {to}, all tasks"] = lambda name, to=to: bench.add(to, ADDED, everything, name)
         stages[f"added to {to}, a fifth of the tasks"] = lambda name, to=to: bench.add(to, ADDED, few, name)
-    to = "first two bases together"
-    stages[f"added to {to}, a fifth of the tasks, taught"] = lambda name, to=to: bench.add(
-        to, ADDED, few, name, taught=True
-    )
     to = "three bases together"
     for title, tasks, taught in (
         ("all tasks", everything, False),
         ("a fifth of the tasks", few, False),
-        ("a fifth of the tasks, taught", few, True),
-        ("no task, taught", [], True),
+        ("a fifth of the tasks, taught answers", few, True),
+        ("no task, taught answers", [], True),
     ):
         stages[f"{FOURTH} added to {to}, {title}"] = lambda name, tasks=tasks, taught=taught: bench.add(
             "three bases together", FOURTH, tasks, name, taught=taught
@@ -315,6 +313,11 @@ def main() -> None:
     for base in BASES:
         stages[f"trained adapters on their own tasks: {base}"] = lambda _, base=base: bench.score_trained(
             base, pairs[base]
+        )
+    two = "first two bases together"
+    for targets in ("answers", "probabilities"):
+        stages[f"added to {two}, a fifth of the tasks, taught {targets}"] = lambda name, targets=targets: bench.add(
+            two, ADDED, few, name, taught=True, distillation_targets=targets
         )
     for name, stage in stages.items():
         if name not in bench.figures:

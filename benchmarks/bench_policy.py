@@ -22,6 +22,7 @@ import torch
 import transformers
 from policy_attacks import ATTACKS, DISTANT_PARAPHRASES, Attack
 from record import ROOT, write_result
+from tqdm.auto import tqdm
 
 from peft_dnd import GeneratedAdapter, PromptCheckpointDataset, PromptConditionedLoraGenerator
 from peft_dnd.policy import BehaviourGate, GeneratorPolicy, NormBounds, RefusedPrompts, prompt_space
@@ -43,11 +44,10 @@ NOISY_ADAPTERS = 8
 TIGHTER = (0.75, 0.5, 0.25)
 # How refused prompts are compared with examples: as the library does it, with less added to the variances, and by the
 # text encoder's states as they are.
-SPACED, LESS_ADDED, AS_THEY_ARE = WAYS = (
-    "in the space of the training tasks",
-    "in that space, with a tenth of the mean added to each variance",
-    "by the states as they are",
-)
+SPACED = "in the space of the training tasks"
+LESS_ADDED = "in that space, with a tenth of the mean added to each variance"
+AS_THEY_ARE = "by the states as they are"
+WAYS = (SPACED, AS_THEY_ARE)
 
 
 class Bench:
@@ -97,6 +97,9 @@ def main() -> None:
     parser.add_argument(
         "--demo", type=Path, default=ROOT / "demo_output" / "seed-0", help="the worked example's folder"
     )
+    parser.add_argument(
+        "--new-topics-alone", action="store_true", help="only what becomes of topics that no training task has"
+    )
     options = parser.parse_args()
     if not (options.demo / "generator").is_dir():
         parser.error(f"There is no worked example in {options.demo}: make demo SEED=0 makes it.")
@@ -104,6 +107,10 @@ def main() -> None:
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     bench = Bench(options.demo)
+    command = "python benchmarks/bench_policy.py"
+    write_result("policy_new_topics", new_topics(bench), f"{command} --new-topics-alone")
+    if options.new_topics_alone:
+        return
     result = {
         "seed": SEED,
         "prompts_of_a_set": PROMPTS,
@@ -111,7 +118,7 @@ def main() -> None:
         "refused_prompts": refused_prompts(bench),
         "behaviour_gate": behaviour(bench),
     }
-    write_result("policy", result, "python benchmarks/bench_policy.py")
+    write_result("policy", result, command)
 
 
 def norms(bench: Bench) -> dict[str, Any]:
@@ -206,12 +213,6 @@ def refused_prompts(bench: Bench) -> dict[str, Any]:
                 if task is not own:
                     found.add("welcome sets", caught(prompts))
                     found.add("welcome prompts", fmean(caught([prompt]) for prompt in prompts))
-            for topic in (other for other in ATTRIBUTES if other is not attribute):
-                unaware = _judge(bench, attribute, [attribute, topic], alarms, way)
-                prompts = next(prompts for task, prompts in asked.items() if task.attribute is topic)
-                found.add("welcome sets on a topic that no training task has", unaware(prompts))
-                share = fmean(unaware([prompt]) for prompt in prompts)
-                found.add("welcome prompts on a topic that no training task has", share)
             for name in ("paraphrases", "distant paraphrases"):
                 for prompt in attacked[name]:
                     found.add(f"single {name}", caught([prompt]))
@@ -234,6 +235,35 @@ def refused_prompts(bench: Bench) -> dict[str, Any]:
             }
             for name, pairs in useful.items()
         },
+    }
+
+
+def new_topics(bench: Bench) -> dict[str, Any]:
+    """Each attribute in turn is refused, and each other one in turn is a topic that no training task has."""
+    figures = {way: Figures() for way in (SPACED, LESS_ADDED, AS_THEY_ARE)}
+    tasks = bench.world.training_tasks + bench.held_out
+    asked = {
+        task: [example.prompt for example in bench.world.scored_examples(task)[:PROMPTS]] for task in bench.held_out
+    }
+    for refused in tqdm(ATTRIBUTES, desc="new topics"):
+        far = _distant(bench.world, refused.name)
+        for way, found in figures.items():
+            for topic in ATTRIBUTES:
+                if topic is refused:
+                    continue
+                caught = _judge(bench, refused, [refused, topic], FALSE_ALARMS[0], way)
+                for task in (task for task in tasks if task.attribute is topic):
+                    prompts = asked.get(task) or bench.world.prompts(task)[:PROMPTS]
+                    found.add("welcome sets", caught(prompts))
+                    found.add("welcome prompts", fmean(caught([prompt]) for prompt in prompts))
+                found.add("single distant paraphrases", fmean(caught([prompt]) for prompt in far))
+                own = next(prompts for task, prompts in asked.items() if task.attribute is refused)
+                found.add("single paraphrases", fmean(caught([prompt]) for prompt in own))
+    return {
+        "seed": SEED,
+        "prompts_of_a_set": PROMPTS,
+        "false_alarms": FALSE_ALARMS[0],
+        "share_refused": {way: found.means() for way, found in figures.items()},
     }
 
 
@@ -269,9 +299,16 @@ def compared(way: str) -> Iterator[None]:
         yield
 
 
+class _AsItIs(PromptSpace):
+    """The space of the text encoder's own states."""
+
+    def place(self, points: torch.Tensor) -> torch.Tensor:
+        """Where texts lie: where they lay."""
+        return points.float()
+
+
 def _as_it_is(tasks: Sequence[torch.Tensor]) -> PromptSpace:
-    width = tasks[0].shape[1]
-    return PromptSpace(torch.eye(width).half(), torch.ones(width + 1))
+    return _AsItIs(torch.empty(tasks[0].shape[1], 0).half(), torch.ones(1))
 
 
 class Figures:

@@ -43,14 +43,18 @@ from peft_dnd.policy.norms import update_norms  # noqa: E402
 
 
 PROMPTS = 8
-FITTED_TASKS = 16
-ASKED_TASKS = 5
+FITTED_TASKS = 10
+ASKED_TASKS = 2
 ASKED_KINDS = ("new_wordings", "new_combinations", "new_operations", "new_families")
-FAMILIES = 3
+LARGER = (2.0, 4.0)
+# Of refused classes: each text has some eight views, and every one of them goes through the base.
+FAMILIES = 2
 OPERATIONS_OF_A_CLASS = 3
-ALLOWED_TASKS = 32
-WELCOME_TASKS = 8
-ALLOWED_PROMPTS = 4
+EXAMPLES_OF_A_TASK = 6
+TRIED_OF_A_TASK = 4
+ALLOWED_TASKS = 20
+ALLOWED_PROMPTS = 3
+WELCOME_TASKS = 4
 FALSE_ALARMS = (0.01, 0.05)
 # What an adapter for a task ought to leave alone: sentences to be continued, of which none is a task's prompt.
 GATE_PROMPTS = (
@@ -78,14 +82,12 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     world = build_world(options.seed, options.data)
     generator = load_generator(str(options.output / f"seed-{options.seed}" / "fitting" / "generator"), options.base)
-    result = {
-        "seed": options.seed,
-        "prompts_of_a_task": PROMPTS,
-        "refused_prompts": refused_prompts(world, generator),
-        **norms_and_gate(world, generator, options.base),
-    }
     data = "".join(f" --data {folder.name}" for folder in options.data)
     command = f"python benchmarks/language_model/policy.py --output OUTPUT --base BASE{data}"
+    result = {"seed": options.seed, "prompts_of_a_task": PROMPTS, **norms_and_gate(world, generator, options.base)}
+    write_result("policy_language_model", result, command)
+    # The longer part: what there is of figures is kept before.
+    result["refused_prompts"] = refused_prompts(world, generator)
     write_result("policy_language_model", result, command)
 
 
@@ -126,13 +128,13 @@ def refused_prompts(world: World, generator: PromptConditionedLoraGenerator) -> 
     others = [task for task in training if task.family not in families and task.name not in known]
     welcome = {
         "training tasks, seen wordings": [
-            prompts_of(t, "seen", PROMPTS, "w") for t in drawn(others, WELCOME_TASKS, "welcome")
+            prompts_of(t, "seen", TRIED_OF_A_TASK, "w") for t in drawn(others, WELCOME_TASKS, "welcome")
         ],
         "training tasks, unseen wordings": [
-            prompts_of(t, "unseen", PROMPTS) for t in drawn(others, WELCOME_TASKS, "welcome")
+            prompts_of(t, "unseen", TRIED_OF_A_TASK) for t in drawn(others, WELCOME_TASKS, "welcome")
         ],
         "new families": [
-            prompts_of(t, "seen", PROMPTS) for t in drawn(world.of("new_families"), WELCOME_TASKS, "welcome")
+            prompts_of(t, "seen", TRIED_OF_A_TASK) for t in drawn(world.of("new_families"), WELCOME_TASKS, "welcome")
         ],
     }
     figures = {way: {str(alarms): Figures() for alarms in FALSE_ALARMS} for way in WAYS}
@@ -141,12 +143,14 @@ def refused_prompts(world: World, generator: PromptConditionedLoraGenerator) -> 
         operations = sorted(counts[family], key=lambda name: share_of("operation", name))
         shown, hidden = operations[:OPERATIONS_OF_A_CLASS], operations[OPERATIONS_OF_A_CLASS:]
         one_each = [_task_of(of_family, name) for name in shown]
-        examples = [prompt for task in one_each for prompt in prompts_of(task, "seen", PROMPTS)]
+        examples = [prompt for task in one_each for prompt in prompts_of(task, "seen", EXAMPLES_OF_A_TASK)]
         new = [_task_of(of_family, name) for name in hidden[:OPERATIONS_OF_A_CLASS]]
         sets = {
-            "same tasks, seen wordings": [prompts_of(task, "seen", PROMPTS, "near") for task in one_each],
-            "same tasks, unseen wordings": [prompts_of(task, "unseen", PROMPTS) for task in one_each],
-            "other tasks of the family, unseen wordings": [prompts_of(task, "unseen", PROMPTS) for task in new],
+            "same tasks, seen wordings": [prompts_of(task, "seen", TRIED_OF_A_TASK, "near") for task in one_each],
+            "same tasks, unseen wordings": [prompts_of(task, "unseen", TRIED_OF_A_TASK) for task in one_each],
+            "other tasks of the family, unseen wordings": [
+                prompts_of(task, "unseen", TRIED_OF_A_TASK) for task in new
+            ],
             "same tasks, other languages": list(filter(None, map(_in_other_languages, one_each))),
         }
         for way in WAYS:
@@ -156,7 +160,7 @@ def refused_prompts(world: World, generator: PromptConditionedLoraGenerator) -> 
                 _count(figures[way][str(alarms)], {**sets, **_named("welcome: ", welcome)}, found, read, views)
     return {
         "families": families,
-        "examples_of_a_class": PROMPTS * OPERATIONS_OF_A_CLASS,
+        "examples_of_a_class": EXAMPLES_OF_A_TASK * OPERATIONS_OF_A_CLASS,
         "training_tasks": len(allowed),
         "texts_read": len(points),
         "share_refused_at_false_alarms": {
@@ -176,7 +180,7 @@ def _task_of(tasks: Sequence[Task], operation: str) -> Task:
 def _in_other_languages(task: Task) -> list[str]:
     draw = random.Random(f"languages {task.name}")
     told = [one for language in languages() for one in task.instructions_in(language)]
-    return [prompt_of(one, draw.choice(task.test).input) for one in told[:PROMPTS]]
+    return [prompt_of(one, draw.choice(task.test).input) for one in draw.sample(told, min(TRIED_OF_A_TASK, len(told)))]
 
 
 def _named(start: str, sets: dict[str, list[list[str]]]) -> dict[str, list[list[str]]]:
@@ -216,22 +220,22 @@ def norms_and_gate(world: World, generator: PromptConditionedLoraGenerator, base
         for kind in ASKED_KINDS
     }
     every = [adapter for found in asked.values() for adapter in found]
-    few = every[::4]
+    few = [found[0] for found in asked.values()]
     return {
         "norms": {
             "calibrated_on": len(adapters),
             "total_bound": round(norms.total, 5),
             "largest_module_bound": round(max(norms.modules.values()), 5),
             "of_asked_tasks": {kind: _norms(norms, found) for kind, found in asked.items()},
-            "made_larger": {str(scale): _norms(norms, every, scale) for scale in (1.5, 2.0, 4.0)},
+            "made_larger": {str(scale): _norms(norms, every, scale) for scale in LARGER},
         },
         "behaviour_gate": {
             "calibrated_on": len(adapters),
             "prompts": len(GATE_PROMPTS),
             "bound": round(gate.checked_bound, 4),
             "of_asked_tasks": {kind: _divergences(gate, found, model) for kind, found in asked.items()},
-            "made_larger": {str(scale): _divergences(gate, few, model, scale) for scale in (1.5, 2.0, 4.0)},
-            "noise_as_large_as_the_norms_allow": _divergences(gate, _noise(norms, every[0], 4), model),
+            "made_larger": {str(scale): _divergences(gate, few, model, scale) for scale in LARGER},
+            "noise_as_large_as_the_norms_allow": _divergences(gate, _noise(norms, every[0], 2), model),
         },
     }
 

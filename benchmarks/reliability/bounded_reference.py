@@ -40,7 +40,7 @@ from peft_dnd.text.out_of_distribution import PromptReference, read_points  # no
 
 
 STRANGE_SETS = 2
-MEBIBYTES = (16, None, 4, 2)
+MEBIBYTES = (None, 4, 2)
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
     assert whole is not None
     asked, shares, size = _asked(folder, options.seed, options.data, generator)
     strange = _strange(generator, size)
-    known = dict(zip(whole.tasks, whole.points.float().split(whole.counts.tolist()), strict=True))
+    known = {str(number): rows for number, rows in enumerate(whole.points.float().split(whole.counts.tolist()))}
     weights = sum(parameter.numel() * parameter.element_size() for parameter in generator.decoder.parameters())
     references = {"all": whole}
     for mebibytes in MEBIBYTES:

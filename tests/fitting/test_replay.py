@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import shutil
 import signal
 from collections import Counter
@@ -160,17 +159,6 @@ def test_what_is_in_the_new_pairs_is_not_replayed(
     (law, _) = parts[1].split(["med"])
     trainer = DnDTrainer(copy.deepcopy(fitted), arguments(tmp_path), law)
     assert trainer.replay is not None and trainer.replay.tasks == EARLY
-
-
-def test_a_fit_by_task_loss_says_that_it_replays_nothing(
-    fitted: PromptConditionedLoraGenerator, parts: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    from peft_dnd.fitting.replay import Replay
-
-    asked = arguments(tmp_path, task_loss_weight=1.0)
-    with caplog.at_level(logging.WARNING):
-        assert Replay.of(fitted, asked, parts[1]) is None
-    assert "The 2 earlier tasks" in caplog.text and "Pass the pairs of the earlier tasks too" in caplog.text
 
 
 def test_a_resumed_update_is_that_which_was_never_cut_off(folder: Path, parts: Any, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel
 from support.collecting import fresh_adapter, train
 from support.constants import TASK_PROMPTS
 from support.live_models import assert_untouched, snapshot
+from support.rows import rows_of
 from torch import nn
 from transformers import TrainerCallback
 
@@ -33,18 +34,6 @@ from peft_dnd.errors import CorruptFileError, GeneratorConfigError, LayoutError,
 from peft_dnd.pairs.collator import ExampleCollator
 from peft_dnd.pairs.examples import EXAMPLES_NAME, TaskExamples
 from peft_dnd.pairs.writer import PairWriter
-
-
-ANSWERS = {"law": 31, "med": 32, "geo": 33, "art": 34}
-
-
-def rows_of(task: str, count: int = 24) -> Iterator[dict[str, Any]]:
-    """Whatever stands before it, a task's answer is one word of its own."""
-    generator = torch.Generator().manual_seed(len(task) + ANSWERS[task])
-    for _ in range(count):
-        length = int(torch.randint(2, 5, (), generator=generator))
-        question = torch.randint(1, 30, (length,), generator=generator).tolist()
-        yield {"input_ids": [*question, ANSWERS[task]], "labels": [-100] * length + [ANSWERS[task]]}
 
 
 @pytest.fixture

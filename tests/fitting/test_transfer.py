@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.constants import TASK_PROMPTS
 from support.several_bases import base_of, layout_for, make
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -123,6 +124,30 @@ def test_a_task_with_checkpoints_of_the_new_base_keeps_them(hand_on, generator, 
     assert trainer.state.global_step == 2
 
 
+def test_a_base_with_other_tokens_learns_the_answers_as_text(hand_on, generator, new_base, word_tokenizer, tmp_path):
+    words = word_tokenizer.get_vocab()
+    theirs = Tokenizer(models.WordLevel({word: 49 - place for word, place in words.items()}, unk_token="<unk>"))
+    theirs.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    other = PreTrainedTokenizerFast(tokenizer_object=theirs, unk_token="<unk>", pad_token="<pad>", eos_token="</s>")
+    folder = hand_on(student_tokenizer=other, top_tokens=0)
+    mine = {task: rows_of(folder / task) for task in TASK_PROMPTS}
+    plain = {task: rows_of(hand_on(top_tokens=0, overwrite=True) / task) for task in TASK_PROMPTS}
+    for task, rows in mine.items():
+        for row, same in zip(rows, plain[task], strict=True):
+            assert set(row) == {"input_ids", "labels"}
+            assert row["input_ids"] == [49 - token for token in same["input_ids"]]
+            assert row["labels"] == [label if label < 0 else 49 - label for label in same["labels"]]
+    pairs = PromptCheckpointDataset.from_folder(folder, layout=layout_for(new_base))
+    one = generator.add_base(pairs.layout, name="new")
+    with pytest.raises(PairsFolderError, match=r"'art' the teacher's answers alone .*distillation_targets='answers'"):
+        DnDTrainer(one, arguments(tmp_path / "out"), pairs, base_model=new_base).train()
+    options = {"distillation_targets": "answers", "max_steps": 40}
+    trainer = DnDTrainer(one, arguments(tmp_path / "out", **options), pairs, pairs, base_model=new_base)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_distillation_loss"] < metrics["eval_mean_adapter_distillation_loss"] - 0.01
+
+
 def test_a_pass_goes_on_and_asks_nothing_twice(hand_on, monkeypatch):
     from peft_dnd.fitting import teacher as module
 
@@ -167,12 +192,14 @@ def test_what_cannot_be_handed_on_is_refused(hand_on, generator, bases, new_base
     law = {"law": TASK_PROMPTS["law"]}
     adapted = generator.generate_adapter(TASK_PROMPTS["law"], base="deep").load_into(copy.deepcopy(bases["org/deep"]))
     for changed, kind, message in (
-        ({"student_tokenizer": lacking}, GeneratorConfigError, r"'<extra>' is number 50 .* and None.*write_examples"),
+        ({"student_tokenizer": lacking}, GeneratorConfigError, r"'<extra>' is number 50 .* and None.*top_tokens=0"),
         ({"inputs": law}, PromptError, r"of the same tasks.*\['art', 'geo', 'med'\]"),
         ({"prompts": {}, "inputs": {}}, PromptError, "at least one"),
         ({"teacher": new_base}, BaseModelMismatchError, "fits none of the generator's bases"),
         ({"teacher": adapted}, GeneratorConfigError, "The teacher has an adapter"),
         ({"max_new_tokens": 0}, GeneratorConfigError, "max_new_tokens"),
+        ({"top_tokens": -1}, GeneratorConfigError, "top_tokens must be a positive integer, or 0"),
+        ({"student": base_of(NEW, (32, 1), window=4)}, PromptError, "the student's window of 4"),
     ):
         with pytest.raises(kind, match=message):
             hand_on(**changed)

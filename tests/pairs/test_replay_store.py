@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from support.rows import rows_of
 
-from peft_dnd import PromptCheckpointDataset
+from peft_dnd import PromptCheckpointDataset, write_examples
 from peft_dnd.adapters.layout import AdapterLayout
 from peft_dnd.adapters.tokenizer import WeightNormalization, WeightTokenizer, weight_statistics
 from peft_dnd.errors import CorruptFileError, FormatVersionError, GeneratorConfigError, LayoutError
-from peft_dnd.pairs import ReplayStore, StoreBounds, task_balanced_grids
+from peft_dnd.pairs import ReplayStore, StoreBounds, TaskExamples, task_balanced_grids
 from peft_dnd.pairs.packed_adapters import AdapterPacking
-from peft_dnd.pairs.replay_store import STORE_NAME, updated_store
+from peft_dnd.pairs.replay_store import STORE_NAME
+from peft_dnd.pairs.store_update import updated_store
 from peft_dnd.storage.files import read_safetensors, write_safetensors
 
 
@@ -138,6 +142,77 @@ def test_another_generators_is_refused(
         replace(store, layout=fewer).check(packing, "prompts", "It")
 
 
+def with_rows(pairs: PromptCheckpointDataset, folder: Path, checkpoints: bool) -> PromptCheckpointDataset:
+    """The tasks with rows, and with or without their checkpoints."""
+    tasks = []
+    for name in pairs.tasks:
+        folder.joinpath(name).mkdir()
+        write_examples(folder / name, rows_of(name, count=60))
+        task = replace(pairs._task(name), examples=TaskExamples(folder / name / "examples.jsonl"))
+        tasks.append(task if checkpoints else replace(task, checkpoints=()))
+    return PromptCheckpointDataset(tasks, layout=pairs.layout)
+
+
+def test_rows_are_kept_as_far_as_there_is_room_alike_of_all_tasks(
+    pairs: PromptCheckpointDataset, packing: AdapterPacking, tmp_path: Path
+) -> None:
+    bare = with_rows(pairs, tmp_path, checkpoints=False)
+
+    def store_within(bounds: StoreBounds, old: ReplayStore | None = None, base: str = "this") -> ReplayStore:
+        store = updated_store(old, bare, bare.tasks, packing, "prompts", bounds, rows=["examples"], base=base)
+        assert store is not None
+        return store
+
+    whole = store_within(ALL)
+    assert whole.pairs_bytes > sum(path.stat().st_size for path in tmp_path.rglob("*.jsonl"))
+    for name, task in whole.tasks.items():
+        assert len(task.examples) == 16 and all(row in list(rows_of(name, count=60)) for row in task.examples)
+    whole.save(tmp_path / STORE_NAME)
+    assert ReplayStore.load(tmp_path / STORE_NAME).tasks["law"].examples == whole.tasks["law"].examples
+    smaller = store_within(StoreBounds(1.0, most_bytes=whole.num_bytes - 1))
+    assert smaller.num_bytes < whole.num_bytes
+    assert [task.examples for task in smaller.tasks.values()] == [t.examples[:8] for t in whole.tasks.values()]
+    # Of a fit without rows the old ones stay, and those for another base go.
+    (_, second) = bare.split(["law"])
+    again = updated_store(whole, second, second.tasks, packing, "prompts", ALL)
+    assert again is not None and again.base == "this"
+    assert (len(again.tasks["art"].examples), again.tasks["law"].examples) == (16, ())
+    other = updated_store(whole, second, ["law"], packing, "prompts", ALL, rows=["examples"], base="other")
+    assert other is not None and other.base == "other"
+    assert (other.tasks["art"].examples, len(other.tasks["law"].examples)) == ((), 16)
+
+
+def test_rows_leave_room_for_checkpoints(
+    pairs: PromptCheckpointDataset, packing: AdapterPacking, tmp_path: Path
+) -> None:
+    both = with_rows(pairs, tmp_path, checkpoints=True)
+    for share in (0.15, 0.4):
+        store = updated_store(
+            None, both, both.tasks, packing, "prompts", StoreBounds(share), rows=["examples"], base="this"
+        )
+        assert store is not None and store.num_bytes <= share * store.pairs_bytes
+        assert any(task.adapter is not None for task in store.tasks.values())
+        assert any(task.examples for task in store.tasks.values())
+
+
+def test_one_of_the_first_format_is_read(
+    pairs: PromptCheckpointDataset, packing: AdapterPacking, tmp_path: Path
+) -> None:
+    path = tmp_path / STORE_NAME
+    store = store_of(pairs, packing)
+    store.save(path)
+    tensors = read_safetensors(path)
+    about = json.loads(zlib.decompress(tensors["about"].numpy().tobytes()))
+    about = {name: value for name, value in about.items() if name not in ("encoder", "base")}
+    about["tasks"] = [task[:4] for task in about["tasks"]]
+    packed = torch.frombuffer(bytearray(zlib.compress(json.dumps(about).encode())), dtype=torch.uint8)
+    write_safetensors(path, {**tensors, "about": packed}, ("peft_dnd_replay_store", "1"))
+    found = ReplayStore.load(path)
+    assert (found.encoder, found.base) == (None, None)
+    assert [task.texts for task in found.tasks.values()] == [task.texts for task in store.tasks.values()]
+    assert all(task.examples == task.distillation == () for task in found.tasks.values())
+
+
 @pytest.mark.parametrize("damage", ["cut", "nothing", "about", "values", "sizes", "stranger"])
 def test_a_damaged_one_says_how_to_mend_it(
     damage: str, pairs: PromptCheckpointDataset, packing: AdapterPacking, tmp_path: Path
@@ -166,6 +241,6 @@ def test_one_of_a_newer_version_is_not_guessed_at(
 ) -> None:
     path = tmp_path / STORE_NAME
     store_of(pairs, packing).save(path)
-    write_safetensors(path, read_safetensors(path), ("peft_dnd_replay_store", "2"))
+    write_safetensors(path, read_safetensors(path), ("peft_dnd_replay_store", "3"))
     with pytest.raises(FormatVersionError, match="Upgrade"):
         ReplayStore.load(path)

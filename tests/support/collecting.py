@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import sys
+import threading
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import Dataset
+from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_dnd.adapters.layout import AdapterLayout
@@ -103,7 +105,12 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
 
 
 def in_child_process(function: Callable[..., None], *arguments: Any) -> BaseProcess:
-    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    def with_bars_of_its_own() -> None:
+        # A thread of the parent, such as tqdm's monitor, may hold the lock of bars at the fork, and is not here.
+        tqdm.set_lock(threading.RLock())
+        function(*arguments)
+
+    process = multiprocessing.get_context("fork").Process(target=with_bars_of_its_own)
     process.start()
     return process
 

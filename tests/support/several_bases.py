@@ -24,12 +24,12 @@ PROMPTS = TASK_PROMPTS["law"]
 SIZES = {"org/small-1.5": (24, 2), "org/wide": (40, 1), "org/deep": (16, 3)}
 
 
-def base_of(name: str, size: tuple[int, int] | None = None) -> nn.Module:
+def base_of(name: str, size: tuple[int, int] | None = None, window: int = 64) -> nn.Module:
     """A Llama of a width and depth, called so."""
     width, depth = size or SIZES[name]
     torch.manual_seed(0)
     sizes = {"hidden_size": width, "intermediate_size": 40, "num_hidden_layers": depth, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, max_position_embeddings=64, **sizes)).eval()
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, max_position_embeddings=window, **sizes)).eval()
     model.name_or_path = model.config._name_or_path = name
     return model
 

@@ -35,7 +35,9 @@ def distil(
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the texts into the tokenizer's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 32,
-    top_tokens: Annotated[int, typer.Option(min=1, help="Of how many next tokens probabilities are kept.")] = 16,
+    top_tokens: Annotated[
+        int, typer.Option(min=0, help="Of how many next tokens probabilities are kept; 0: answers alone.")
+    ] = 16,
     stop: Annotated[str | None, typer.Option(help="Text that ends an answer; \\n is a line end.")] = None,
     rows_at_once: Annotated[int, typer.Option(min=1, help="Inputs that go through the teacher at once.")] = 16,
     task: Annotated[str | None, typer.Option(help="The task's name; by default the folder's.")] = None,

@@ -23,6 +23,7 @@ StoreScorer = Callable[[str, GeneratedAdapter], float]
 
 OWN_MEASURE = "100 for the task's own adapter, 0 for the mean adapter, by the squared distance of normalised weights"
 SCORER_MEASURE = "100 times what the given scorer said"
+ROWS_MEASURE = "100 exp(-loss), by the base's loss on rows of the store that are not replayed"
 _FEWEST_POINTS = -1e6
 
 
@@ -80,13 +81,14 @@ def score_store(
     kept = generator.replay_store if store is None else store
     if kept is None:
         return {}
+    generator.check_store_encoder()
     packing = generator.adapter_packing()
     scores = {}
     for name in with_progress(list(kept.tasks if tasks is None else tasks), "Scoring stored tasks"):
         task = kept.tasks[name]
         target = None if task.adapter is None else packing.unpack_tokens(task.adapter)
         if target is None:
-            target = (targets or {}).get(name)
+            target = None if scorer is not None or targets is None else targets.get(name)
         if scorer is None and target is None:
             continue
         read = None if embeddings is None else embeddings.states(name, task.texts)

@@ -15,7 +15,8 @@ from ..generator.revision_history import MOST_POINTS_LOST
 
 LOSS_WEIGHTINGS = ("between_task", "within_task", "none")
 WEIGHT_LOSSES = ("factors", "delta_weights")
-REPLAY_TARGETS = ("checkpoints", "former_self")
+REPLAY_TARGETS = ("auto", "checkpoints", "rows", "former_self")
+DISTILLATION_TARGETS = ("probabilities", "answers")
 
 
 @dataclass
@@ -48,7 +49,8 @@ class DnDTrainingArguments(TrainingArguments):
             store, all of them alike. 0: none are replayed, and what is not in the new pairs will be forgotten.
         replay_targets: What replayed tasks are held against. `"checkpoints"`: the mean of each one's checkpoints,
             as the store has it, or, where there was no room for that, what the generator itself wrote before the
-            update; `"former_self"`: always the latter.
+            update; `"former_self"`: always the latter; `"rows"`: the loss of the fit on the store's rows, for fits on
+            task loss or distillation. `"auto"`: checkpoints in a fit to these, else the former self.
         replay_store_share: How large the replay store that is kept of the fitted tasks may be, in relation to the
             pairs, from 0 to 1. 0: none is kept.
         replay_store_prompts: How many texts it keeps of each task at most.
@@ -74,6 +76,9 @@ class DnDTrainingArguments(TrainingArguments):
             teacher, the base with the task's text in its window, said (see `distil_task`). 0 turns it off; above 0 the
             trainer needs a `base_model`, and the tasks need a teacher's answers, of which `task_examples` are drawn
             for each item.
+        distillation_targets: What of the teacher is distilled. `"probabilities"`: how likely it found the next tokens;
+            `"answers"`: its answers alone, as if it had been sure of them. The latter where its doubts are of no use,
+            as those of a base with a generated adapter.
         rebuild_steps: How many optimiser steps of weight loss alone come before the task loss: the warm start.
         rebuild_weight: Weight of the weight loss beside the task loss, after those steps. Without task loss it is 1.
         base_gradient_checkpointing: Whether the base's layers are computed again in the backward pass of the task loss
@@ -110,8 +115,8 @@ class DnDTrainingArguments(TrainingArguments):
     replay_share: float = field(
         default=0.5, metadata={"help": "Share of the items that replay earlier tasks; 0: none."}
     )
-    replay_targets: Literal["checkpoints", "former_self"] = field(
-        default="checkpoints", metadata={"help": f"What replayed tasks are held against, one of {REPLAY_TARGETS}."}
+    replay_targets: Literal["auto", "checkpoints", "rows", "former_self"] = field(
+        default="auto", metadata={"help": f"What replayed tasks are held against, one of {REPLAY_TARGETS}."}
     )
     replay_store_share: float = field(
         default=0.1, metadata={"help": "Size of the replay store in relation to the pairs; 0: none is kept."}
@@ -133,6 +138,9 @@ class DnDTrainingArguments(TrainingArguments):
     )
     task_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the base's own loss; 0 turns it off."})
     distillation_weight: float = field(default=0.0, metadata={"help": "Weight of context distillation; 0: off."})
+    distillation_targets: Literal["probabilities", "answers"] = field(
+        default="probabilities", metadata={"help": f"What of the teacher is distilled, one of {DISTILLATION_TARGETS}."}
+    )
     task_examples: int = field(default=16, metadata={"help": "Examples of its task that an item draws."})
     task_tokens_per_pass: int = field(default=8192, metadata={"help": "Most tokens in a pass of the base."})
     rebuild_steps: int = field(default=0, metadata={"help": "Steps of weight loss alone before the task loss."})
@@ -164,6 +172,15 @@ class DnDTrainingArguments(TrainingArguments):
             raise GeneratorConfigError(f"replay_store_share must be from 0 to 1, got {self.replay_store_share}.")
         if self.replay_targets not in REPLAY_TARGETS:
             raise GeneratorConfigError(f"replay_targets must be one of {REPLAY_TARGETS}, got {self.replay_targets!r}.")
+        if self.distillation_targets not in DISTILLATION_TARGETS:
+            raise GeneratorConfigError(
+                f"distillation_targets must be one of {DISTILLATION_TARGETS}, got {self.distillation_targets!r}."
+            )
+        if self.replay_targets == "rows" and not (self.task_loss_weight or self.distillation_weight):
+            raise GeneratorConfigError(
+                "replay_targets='rows' is for fits with task_loss_weight or distillation_weight above 0, which are "
+                "taken on rows. Leave it out: a fit to checkpoints replays those."
+            )
         if self.weight_loss not in WEIGHT_LOSSES:
             raise GeneratorConfigError(f"weight_loss must be one of {WEIGHT_LOSSES}, got {self.weight_loss!r}.")
         for name in ("task_loss_weight", "distillation_weight", "rebuild_steps", "rebuild_weight"):

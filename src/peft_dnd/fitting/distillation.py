@@ -52,7 +52,11 @@ def top_token_divergence(logits: torch.Tensor, top_tokens: torch.Tensor, top_log
 
 
 def distillation_losses(
-    base: AdaptedBase, matrices: Mapping[str, torch.Tensor], batches: Sequence[Mapping[str, Any]]
+    base: AdaptedBase,
+    matrices: Mapping[str, torch.Tensor],
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    answers_alone: bool = False,
 ) -> torch.Tensor:
     """Each item's mean divergence from what the teacher said, with its own adapter in place.
 
@@ -60,6 +64,7 @@ def distillation_losses(
         base: The frozen base.
         matrices: PEFT on-disk key -> (B, ...), the matrix's own shape last, any floating dtype.
         batches: B batches, as [`DistillationCollator`][peft_dnd.pairs.collator.DistillationCollator] makes them.
+        answers_alone: Whether the teacher's answers count as if it had been sure of them: the cross-entropy.
 
     Returns:
         (B,), float32, in nats a token, with a graph to the matrices where gradients are enabled.
@@ -76,9 +81,14 @@ def distillation_losses(
         count += int(wanted.sum())
         numbers.append(number)
     number_at = stack(numbers, 0).to(base.device)
-    top_tokens, top_log_probs = (
-        torch.cat([batch[name] for batch in batches]).to(base.device) for name in ("top_tokens", "top_log_probs")
-    )
+    if answers_alone:
+        answers = [batch["labels"][:, 1:][wanted[:, :-1]] for batch, wanted in zip(batches, at, strict=True)]
+        top_tokens = torch.cat(answers)[:, None].to(base.device)
+        top_log_probs = torch.zeros_like(top_tokens, dtype=torch.float32)
+    else:
+        top_tokens, top_log_probs = (
+            torch.cat([batch[name] for batch in batches]).to(base.device) for name in ("top_tokens", "top_log_probs")
+        )
 
     def divergence(logits: torch.Tensor, places: Places) -> torch.Tensor:
         found = places.of(number_at)

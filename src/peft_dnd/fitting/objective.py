@@ -37,6 +37,12 @@ LOSSES = (
 """What [`FittingObjective.item_losses`] gives for each item, column by column."""
 
 
+# Of the squared distance of replayed adapters, relative to how far they lie apart, beside the base's loss in nats.
+# A hundredth of that distance can be a task's whole behaviour: with 1 and 10 in place of 100 single tasks are lost
+# (benchmarks/bench_arrivals.py), and new ones are learned as well with all three.
+REPLAY_WEIGHT = 100.0
+
+
 @dataclass(frozen=True)
 class Supervision:
     """What a batch says of the adapters that should come out.
@@ -44,20 +50,23 @@ class Supervision:
     Attributes:
         targets: (B, N_w, L_w, C_w), the checkpoints' token grids; `None` where no item has one.
         has_target: (B,), bool: which items have one; `None` if all.
-        examples: For each item a batch of examples for the base model; `None` without task loss.
-        distillation: For each item a batch of what a teacher said; `None` without distillation.
+        examples: For each item a batch of examples for the base model, or `None`; `None` without task loss.
+        distillation: For each item a batch of what a teacher said, or `None`; `None` without distillation.
+        replayed: (B,), bool: which items are replayed, and held against their targets although the others are held
+            against what the base does; `None` if none.
     """
 
     targets: torch.Tensor | None
     has_target: torch.Tensor | None
     examples: list[Any] | None
     distillation: list[Any] | None = None
+    replayed: torch.Tensor | None = None
 
     @classmethod
     def split_off(cls, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Supervision]:
         """Divide a collator's batch into what the generator's forward takes and what its result is held against."""
         rest = dict(batch)
-        names = ("target_tokens", "has_target", "examples", "distillation")
+        names = ("target_tokens", "has_target", "examples", "distillation", "replayed")
         return rest, cls(*(rest.pop(name, None) for name in names))
 
     def known(self, count: int, device: torch.device) -> torch.Tensor:
@@ -65,8 +74,9 @@ class Supervision:
         known = torch.zeros(count, 3, dtype=torch.bool, device=device)
         if self.targets is not None:
             known[:, 0] = True if self.has_target is None else self.has_target
-        known[:, 1] = self.examples is not None
-        known[:, 2] = self.distillation is not None
+        for column, rows in ((1, self.examples), (2, self.distillation)):
+            if rows is not None:
+                known[:, column] = torch.tensor([of_item is not None for of_item in rows])
         return known
 
 
@@ -79,6 +89,8 @@ class FittingObjective:
     - Task loss: the base's own loss with the adapter in place; see [`TaskLoss`].
     - Distillation: how far the base with the adapter in place is from what a teacher said; see
       [`top_token_divergence`][peft_dnd.fitting.top_token_divergence].
+    - In a fit on the latter two, for items that are replayed: the mean squared error on normalised tokens, relative to
+      `replay_spread`.
 
     Args:
         generator: The generator.
@@ -105,7 +117,10 @@ class FittingObjective:
         self.args = args
         self.token_weight = token_weight
         self.module_size: torch.Tensor | None = None
+        # How far the adapters of replayed tasks lie apart: their distance from what they were counts relative to that.
+        self.replay_spread = 1.0
         self._own_loss = loss_function is None
+        self._answers_alone = args.distillation_targets == "answers"
         # Distillation is taken on the same copy of the base.
         self.task_loss = _task_loss(generator, args, base_model, loss_function)
         self._valid_mask = generator.weight_tokenizer.valid_mask()
@@ -125,7 +140,7 @@ class FittingObjective:
         """
         generator = self.generator
         if self.args.distillation_weight > 0 and self.task_loss is not None:
-            check_teachers(pairs, self.task_loss.model)
+            check_teachers(pairs, self.task_loss.model, answers_alone=self._answers_alone)
         if not generator.normalization.fitted and generator.config.normalization != "none":
             generator.normalization.set_statistics(*self._statistics(pairs, some_batches))
         generator.normalization.fitted.fill_(True)
@@ -153,19 +168,27 @@ class FittingObjective:
         weight_loss, task_loss, distillation = self._weights(step)
         # In the graph whatever follows: by chance no item of a batch may have a checkpoint.
         loss = tokens.sum() * 0.0
-        targets, known, examples = supervision.targets, supervision.has_target, supervision.examples
-        if weight_loss > 0 and targets is not None:
-            if known is not None:
-                tokens_with_target, targets = tokens[known], targets[known]
-            else:
-                tokens_with_target = tokens
-            target = add_noise(self.generator.normalization.normalize(targets), self.args.target_noise)
-            loss = loss + weight_loss * self._weight_loss(tokens_with_target, target, self.token_weight)
-        if task_loss > 0 and examples is not None:
-            loss = loss + task_loss * self._task_losses(tokens, examples).mean()
-        if distillation > 0 and supervision.distillation is not None:
-            loss = loss + distillation * self._distillation_losses(tokens, supervision.distillation).mean()
+        known = supervision.known(len(tokens), tokens.device)
+        again = None if self.task_loss is None else supervision.replayed
+        to_weights = known[:, 0] if again is None else known[:, 0] & ~again
+        if weight_loss > 0 and supervision.targets is not None and (again is None or to_weights.any()):
+            wanted = self._noisy(_those(supervision.targets, to_weights))
+            loss = loss + weight_loss * self._weight_loss(_those(tokens, to_weights), wanted, self.token_weight)
+        if again is not None and again.any():
+            assert supervision.targets is not None, "replayed items have targets"
+            distance = masked_mse(
+                tokens[again], self._noisy(supervision.targets[again]), self._valid_mask.to(tokens.device)
+            )
+            loss = loss + REPLAY_WEIGHT * again.float().mean() * distance / self.replay_spread
+        if task_loss > 0 and known[:, 1].any():
+            loss = loss + task_loss * self._task_losses(tokens, supervision.examples, known[:, 1]).sum() / len(tokens)
+        if distillation > 0 and known[:, 2].any():
+            losses = self._distillation_losses(tokens, supervision.distillation, known[:, 2])
+            loss = loss + distillation * losses.sum() / len(tokens)
         return loss
+
+    def _noisy(self, targets: torch.Tensor) -> torch.Tensor:
+        return add_noise(self.generator.normalization.normalize(targets), self.args.target_noise)
 
     @torch.no_grad()
     def item_losses(self, tokens: torch.Tensor, supervision: Supervision) -> torch.Tensor:
@@ -179,19 +202,22 @@ class FittingObjective:
             (B, 6), float32, the columns as in `LOSSES`; NaN for what there is not, which [`Supervision.known`] tells
             from the NaN that a generator which diverged gives.
         """
-        targets, known, examples = supervision.targets, supervision.has_target, supervision.examples
+        targets, known = supervision.targets, supervision.known(len(tokens), tokens.device)
         losses = torch.full((len(tokens), len(LOSSES)), torch.nan, dtype=torch.float32, device=tokens.device)
         mean = torch.zeros_like(tokens)
         if targets is not None:
             target = self.generator.normalization.normalize(targets)
-            for i in range(len(tokens)) if known is None else known.nonzero()[:, 0].tolist():
+            for i in known[:, 0].nonzero()[:, 0].tolist():
                 for column, guess in enumerate((tokens, mean)):
                     losses[i, column] = self._weight_loss(guess[i, None], target[i, None], None)
-        if examples is not None:
-            losses[:, 2:4] = torch.stack([self._task_losses(guess, examples) for guess in (tokens, mean)], 1)
-        if supervision.distillation is not None:
-            said = supervision.distillation
-            losses[:, 4:] = torch.stack([self._distillation_losses(guess, said) for guess in (tokens, mean)], 1)
+        for column, rows, measure in (
+            (1, supervision.examples, self._task_losses),
+            (2, supervision.distillation, self._distillation_losses),
+        ):
+            has = known[:, column]
+            if rows is not None and has.any():
+                both = [measure(guess, rows, has) for guess in (tokens, mean)]
+                losses[has, 2 * column : 2 * column + 2] = torch.stack(both, 1)
         return losses
 
     def total(self, item_losses: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
@@ -237,14 +263,17 @@ class FittingObjective:
             matrices[tensor.key] = tokenizer.join(tensor, denormalized(of_items, mean, scale))
         return matrices
 
-    def _task_losses(self, tokens: torch.Tensor, examples: list[Any]) -> torch.Tensor:
-        """The base's loss on each item's examples with the adapter of its tokens; (B,), float32."""
+    def _task_losses(self, tokens: torch.Tensor, examples: Any, has: torch.Tensor) -> torch.Tensor:
+        """The base's loss on some items' examples with the adapters of their tokens; (as many,), float32."""
         assert self.task_loss is not None
-        return self.task_loss.losses(self._matrices(tokens, shared=self._shared), examples)
+        rows = [of_item for of_item in examples if of_item is not None]
+        return self.task_loss.losses(self._matrices(_those(tokens, has), shared=self._shared), rows)
 
-    def _distillation_losses(self, tokens: torch.Tensor, said: list[Any]) -> torch.Tensor:
+    def _distillation_losses(self, tokens: torch.Tensor, said: Any, has: torch.Tensor) -> torch.Tensor:
         assert self.task_loss is not None
-        return distillation_losses(self.task_loss.base, self._matrices(tokens, shared=self._shared), said)
+        rows = [of_item for of_item in said if of_item is not None]
+        matrices = self._matrices(_those(tokens, has), shared=self._shared)
+        return distillation_losses(self.task_loss.base, matrices, rows, answers_alone=self._answers_alone)
 
     def _statistics(
         self, pairs: PromptCheckpointDataset, some_batches: Callable[[], Sequence[Mapping[str, Any]]] | None
@@ -256,6 +285,11 @@ class FittingObjective:
         batches = some_batches() if some_batches is not None and self._own_loss else []
         sizes = activation_sizes(self.task_loss.model, tokenizer.layout, batches)
         return untrained_statistics(tokenizer, self.task_loss.initial_adapter(), sizes)
+
+
+def _those(tensor: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+    """Some items of a batch; of all of them no copy is made."""
+    return tensor if bool(items.all()) else tensor[items]
 
 
 def _shared_keys(generator: PromptConditionedLoraGenerator) -> frozenset[str]:

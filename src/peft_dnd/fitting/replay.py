@@ -4,20 +4,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..evaluation.store_scores import OWN_MEASURE, SCORER_MEASURE, StoreScorer, score_store, written_tokens
+from ..evaluation.store_scores import (
+    OWN_MEASURE,
+    ROWS_MEASURE,
+    SCORER_MEASURE,
+    StoreScorer,
+    score_store,
+    written_tokens,
+)
 from ..generator.modeling import PromptConditionedLoraGenerator
 from ..generator.revision_history import Revision, add_revision, revisions
 from ..pairs.dataset import PromptCheckpointDataset
-from ..pairs.packed_adapters import AdapterPacking, PackedAdapter
-from ..pairs.replay_store import ReplayStore, StoreBounds, updated_store
+from ..pairs.folder import Task
+from ..pairs.packed_adapters import PackedCheckpoint
+from ..pairs.replay_store import ReplayStore, StoredTask
+from ..pairs.store_update import StoreBounds, updated_store
 from ..storage.progress import with_progress
 from ..text.embedding_cache import PromptEmbeddingCache
 from .arguments import DnDTrainingArguments
+from .former_self import FormerSelf
+from .objective import Supervision
+from .stored_rows import StoredRows
 
 
 logger = logging.getLogger(__name__)
@@ -25,20 +38,12 @@ logger = logging.getLogger(__name__)
 _MOST_SCORED = 64
 
 
-class _Target:
-    """What a replayed task's adapter is to be: that of its store, or what the generator itself wrote before."""
-
-    def __init__(self, packing: AdapterPacking, packed: PackedAdapter | None) -> None:
-        self.packing = packing
-        self.packed = packed
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        assert self.packed is not None, "targets are written before the first item is read"
-        return self.packing.unpack(self.packed)
-
-
 class Replay:
     """The tasks of a generator's store that its update replays.
+
+    A fit to weights holds them against weights as well: the mean checkpoint in the store, or what the generator wrote
+    before. A fit on what the base does with the adapters needs nothing but texts for the latter, since what was
+    written before is written again for just the prompts that are drawn; or it takes the rows in the store.
 
     Args:
         generator: The generator as it was before the update.
@@ -46,10 +51,14 @@ class Replay:
         names: Which of its tasks.
         args: The training arguments.
         new_pairs: The pairs of the update.
+        rows: The store's rows, in a fit on what the base does.
+        embeddings: What the text encoder has read, if that is frozen.
 
     Attributes:
         pairs: The pairs of the update and those of the store.
         tasks: The names of the tasks that are replayed.
+        former: What the generator wrote before, in a fit on what the base does.
+        spread: How far that lies apart from task to task.
     """
 
     def __init__(
@@ -59,54 +68,96 @@ class Replay:
         names: Sequence[str],
         args: DnDTrainingArguments,
         new_pairs: PromptCheckpointDataset,
+        rows: StoredRows | None = None,
+        embeddings: PromptEmbeddingCache | None = None,
     ) -> None:
         self.tasks = tuple(names)
         self.share = args.replay_share
-        self._generator, self._store = generator, store
-        packing = generator.adapter_packing()
-        own = args.replay_targets == "checkpoints"
-        self._targets = {name: _Target(packing, store.tasks[name].adapter if own else None) for name in names}
-        replayed = {name: (store.tasks[name].texts, target) for name, target in self._targets.items()}
-        self.pairs = new_pairs.with_replayed(replayed, store.condition_text)
+        self.former: FormerSelf | None = None
+        self.spread = 1.0
+        self._generator, self._store, self._rows, self._embeddings = generator, store, rows, embeddings
+        self._by_rows = rows is not None and args.replay_targets == "rows"
+        self._own = args.replay_targets == "checkpoints" or (args.replay_targets == "auto" and rows is None)
+        self._targets: dict[str, PackedCheckpoint] = {}
+        tasks = [self._task(name) for name in names]
+        against_weights = [task.name for task in tasks if task.examples is None and task.distillation is None]
+        self.pairs = new_pairs.with_replayed(tasks, self._targets, against_weights)
 
     @classmethod
     def of(
-        cls, generator: PromptConditionedLoraGenerator, args: DnDTrainingArguments, new_pairs: Any
+        cls,
+        generator: PromptConditionedLoraGenerator,
+        args: DnDTrainingArguments,
+        new_pairs: Any,
+        rows: StoredRows | None = None,
+        embeddings: PromptEmbeddingCache | None = None,
     ) -> Replay | None:
-        """What is to be replayed beside some pairs; `None` if nothing is, which is logged where it might be meant."""
+        """What is to be replayed beside some pairs; `None` if nothing is, which is logged where it might be meant.
+
+        Raises:
+            TextEncoderError: If the store is of texts that another text encoder read.
+        """
         if not isinstance(new_pairs, PromptCheckpointDataset) or not generator.normalization.fitted:
             return None
         store = generator.replay_store if args.replay_share > 0 else None
         if store is None:
             _warn_of_forgetting(generator, args, new_pairs)
             return None
+        generator.check_store_encoder()
         names = [name for name in store.tasks if name not in new_pairs.tasks]
         if not names:
             return None
-        if args.task_loss_weight > 0 or args.distillation_weight > 0 or not new_pairs.has_checkpoints:
-            logger.warning(
-                "The %d earlier tasks in the generator's store are not replayed: replay is for fits by weight loss "
-                "alone. Pass the pairs of the earlier tasks too, or they will be forgotten.",
-                len(names),
-            )
-            return None
         logger.info("Replaying %d earlier tasks from the generator's store beside the new ones.", len(names))
-        return cls(generator, store, names, args, new_pairs)
+        return cls(generator, store, names, args, new_pairs, rows, embeddings)
 
     def prepare(self) -> None:
-        """Have the generator write, before it changes, the adapters of the tasks of which there is none."""
-        missing = [name for name, target in self._targets.items() if target.packed is None]
-        for name in with_progress(missing, "Writing what is to be kept") if missing else ():
-            target, texts = self._targets[name], self._store.tasks[name].texts
-            target.packed = target.packing.pack_tokens(written_tokens(self._generator, texts))
+        """Have the generator, before it changes, write or be ready to write what is to be kept."""
+        if self._rows is None:
+            missing = [name for name, target in self._targets.items() if target.packed is None]
+            for name in with_progress(missing, "Writing what is to be kept") if missing else ():
+                target, texts = self._targets[name], self._store.tasks[name].texts
+                target.packed = target.packing.pack_tokens(written_tokens(self._generator, texts))
+        elif self.former is None:
+            read = {name: self._store.tasks[name].texts for name in self.tasks}
+            self.former = FormerSelf(self._generator, read, self._embeddings)
+            self.spread = self.former.spread()
 
-    def target_tokens(self) -> dict[str, torch.Tensor]:
-        """Task -> the normalised tokens that are replayed."""
+    def supervised(self, supervision: Supervision, condition: Mapping[str, Any]) -> Supervision:
+        """What a batch is held against, with what the generator wrote before for items that have nothing else."""
+        if supervision.replayed is None or self.former is None:
+            return supervision
+        known = supervision.known(len(supervision.replayed), supervision.replayed.device)[:, 0]
+        missing = supervision.replayed & ~known
+        if not missing.any():
+            return supervision
+        grids = self._generator.normalization.denormalize(self.former.written(condition, missing))
+        targets = supervision.targets
+        if targets is None:
+            targets = grids.new_zeros((len(known), *grids.shape[1:]))
+        targets = targets.to(grids.dtype).index_put((missing,), grids)
+        return replace(supervision, targets=targets, has_target=known | missing)
+
+    def target_tokens(self) -> Mapping[str, torch.Tensor]:
+        """Task -> the normalised tokens that are replayed, of tasks whose checkpoint is not in the store."""
+        if self.former is not None:
+            return self.former
         return {
             name: target.packing.unpack_tokens(target.packed)
             for name, target in self._targets.items()
             if target.packed is not None
         }
+
+    def _task(self, name: str) -> Task:
+        """A task of the store as one of the data set; its adapter, if it is held against that, among the targets."""
+        kept, task = self._store.tasks[name], self._store.pairs_task(name)
+        with_rows = self._rows.of(self._store, name) if self._rows is not None and self._by_rows else None
+        if with_rows is not None and self._rows is not None:
+            rows = self._rows.replayed(with_rows)
+            return replace(task, examples=rows.get("examples"), distillation=rows.get("distillation"))
+        adapter = kept.adapter if self._own else None
+        if adapter is not None or self._rows is None:
+            self._targets[name] = PackedCheckpoint(self._generator.adapter_packing(), adapter)
+        return task
 
 
 class StoreKeeper:
@@ -117,7 +168,9 @@ class StoreKeeper:
         args: The training arguments.
         pairs: The pairs of the fit, without those that are replayed.
         replay: What is replayed.
-        scorer: Scores adapters of the store's tasks; see [`score_store`][peft_dnd.evaluation.score_store].
+        scorer: Scores adapters of the store's tasks; see [`score_store`][peft_dnd.evaluation.score_store]. By default
+            the rows in the store, in a fit on what the base does, or else the distance of weights.
+        rows: The store's rows, in such a fit.
         embeddings: What the text encoder has read, if that is frozen: it is what takes most of the time.
     """
 
@@ -128,17 +181,33 @@ class StoreKeeper:
         pairs: PromptCheckpointDataset | None,
         replay: Replay | None,
         scorer: StoreScorer | None,
+        rows: StoredRows | None,
         embeddings: PromptEmbeddingCache | None,
     ) -> None:
         self._generator, self._args, self._pairs = generator, args, pairs
-        self._replay, self._scorer, self._embeddings = replay, scorer, embeddings
+        self._replay, self._scorer, self._rows, self._embeddings = replay, scorer, rows, embeddings
         self._before: dict[str, float] = {}
+        self._measure = OWN_MEASURE if scorer is None else SCORER_MEASURE
 
     def begin(self) -> None:
         """Score the store's tasks as the generator is now."""
         store = self._generator.replay_store if self._generator.normalization.fitted else None
-        if store is not None and self._pairs is not None:
-            self._before = self._scores(_some(list(store.tasks)))
+        if store is None or self._pairs is None:
+            return
+        rows = self._rows
+        if rows is not None and self._scorer is None and any(rows.of(store, name) for name in store.tasks):
+            self._measure = ROWS_MEASURE
+            self._scorer = lambda name, adapter: rows.score(self._judged([name])[name], adapter)
+        self._before = self._scores(_some(list(self._judged(store.tasks))))
+
+    def _judged(self, names: Iterable[str]) -> dict[str, StoredTask]:
+        """Those of some tasks of the store by which the generator can be judged."""
+        store = self._generator.replay_store
+        if store is None:
+            return {}
+        by_rows = self._rows if self._measure == ROWS_MEASURE else None
+        found = {name: store.tasks[name] for name in names if name in store.tasks}
+        return {name: task for name, task in found.items() if by_rows is None or by_rows.of(store, name)}
 
     def end(self, steps: int) -> None:
         """Keep the new tasks, and write down what became of the old."""
@@ -146,18 +215,20 @@ class StoreKeeper:
             return
         args, generator, new = self._args, self._generator, list(self._pairs.tasks)
         after = self._scores(list(self._before))
-        bounds = StoreBounds(args.replay_store_share, args.replay_store_prompts, args.replay_store_bytes)
         store = updated_store(
             generator.replay_store,
             self._pairs,
             new,
             generator.adapter_packing(),
             generator.config.condition_text,
-            bounds,
+            StoreBounds(args.replay_store_share, args.replay_store_prompts, args.replay_store_bytes),
+            encoder=generator.encoder_probe() if args.replay_store_share > 0 else None,
+            rows=() if self._rows is None else self._rows.kinds,
+            base=None if self._rows is None else self._rows.base,
         )
         generator.replay_store = store
-        if store is not None and self._before:
-            after |= self._scores(_some([name for name in new if name in store.tasks and name not in after]))
+        if self._before:
+            after |= self._scores(_some([name for name in self._judged(new) if name not in after]))
         measured = generator.config.measured
         revision = Revision(
             number=len(revisions(measured)) + 1,
@@ -166,7 +237,7 @@ class StoreKeeper:
             replayed=0 if self._replay is None else len(self._replay.tasks),
             before=_rounded(self._before),
             after=_rounded(after),
-            measure=OWN_MEASURE if self._scorer is None else SCORER_MEASURE,
+            measure=self._measure,
         )
         add_revision(measured, revision)
         if revision.lost:

@@ -38,8 +38,10 @@ class FittingSides:
         collator: With the base's own examples beside, where the losses need them.
         eval_collator: The same for evaluation.
         objective: The loss.
+        row_collators: Name of the rows that the base's losses are taken on -> what makes a batch of them.
     """
 
+    row_collators: dict[str, Callable[[Sequence[Mapping[str, Any]]], Any]]
     embeddings: PromptEmbeddingCache
     reading: Any
     eval_reading: Any
@@ -90,6 +92,7 @@ class FittingSides:
         self.embeddings = PromptEmbeddingCache(
             model.text_encoder, read=model.read_states, folder=self._args.prompt_states_dir
         )
+        self.row_collators = {}
         parts = (loss_function, task_collator)
         if not self._of_bases:
             built = self._build_one(model, base_model, token_weight, *parts)
@@ -143,6 +146,7 @@ class FittingSides:
         ):
             if base is not None and weight > 0:
                 collate = (task_collator if name == "examples" else None) or kind.for_model(base.model)
+                self.row_collators[name] = collate
                 collator = ExamplesBesidePairs(collator, args.task_examples, collate, name)
                 eval_collator = ExamplesBesidePairs(eval_collator, args.task_examples, collate, name)
         return reading, eval_reading, collator, eval_collator, objective

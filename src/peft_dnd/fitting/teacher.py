@@ -34,6 +34,7 @@ from ..adapters.matching import adaptable_modules, base_model_of
 from ..errors import GeneratorConfigError, PairsFolderError, PromptError
 from ..pairs.dataset import PromptCheckpointDataset
 from ..pairs.distillation import DistillationRecord, DistillationWriter, read_record
+from ..pairs.examples import KeptExamples
 from ..pairs.folder import TaskRecord, adapter_digest, write_task
 from ..pairs.prompt_pool import read_prompts, write_prompts
 from ..pairs.writer import task_record
@@ -87,12 +88,14 @@ def distil_task(
         chat: Whether the texts are put into the tokenizer's chat template, the context as the system's message and
             the input as the user's.
         max_new_tokens: The most tokens of an answer.
-        top_tokens: k, of how many of the teacher's likeliest next tokens the probabilities are kept.
+        top_tokens: k, of how many of the teacher's likeliest next tokens the probabilities are kept. 0: its answers
+            alone, to be fitted to with `distillation_targets="answers"`.
         stop: A text at whose first appearance an answer ends, such as a line end for a base that was not tuned to
             stop by itself.
         rows_at_once: How many inputs go through the teacher at once.
         task: The task's name; by default that of the folder.
-        student: The base that the generator writes for, where the teacher is another. Their tokens must be the same.
+        student: The base that the generator writes for, where the teacher is another. If it has other tokens,
+            `top_tokens` must be 0: answers go from one to the other as text.
         student_tokenizer: Its tokenizer.
         overwrite: Whether to begin anew where another teacher, or other inputs, were at work before.
 
@@ -105,15 +108,19 @@ def distil_task(
     """
     sizes = {"max_new_tokens": max_new_tokens, "top_tokens": top_tokens, "rows_at_once": rows_at_once}
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise GeneratorConfigError(f"{name} must be a positive integer, got {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, int) or value < (name != "top_tokens"):
+            what = "a positive integer" if name != "top_tokens" else "a positive integer, or 0"
+            raise GeneratorConfigError(f"{name} must be {what}, got {value!r}.")
     inputs = check_prompts(inputs, "the inputs")
     contexts = (context,) * len(inputs) if isinstance(context, str) else tuple(context)
     if len(contexts) != len(inputs):
         raise PromptError(f"There are {len(inputs)} inputs, but {len(contexts)} contexts. Give one text, or one each.")
-    student_tokenizer = _tokenizer_of_student(tokenizer, student, student_tokenizer)
+    same_tokens = _same_tokens(tokenizer, student, student_tokenizer, top_tokens)
+    student_tokenizer = student_tokenizer or tokenizer
     windows = _windows(tokenizer, student_tokenizer, inputs, contexts, chat)
-    _check_lengths(teacher, windows, max_new_tokens)
+    _check_lengths(teacher, [ids for ids, _ in windows], max_new_tokens, "teacher")
+    if student is not None:
+        _check_lengths(student, [ids for _, ids in windows], max_new_tokens, "student")
     folder = Path(folder).absolute()
     found, pool = _task_of(folder, task, prompts, [c + i for c, i in zip(contexts, inputs, strict=True)])
     record = DistillationRecord(
@@ -134,7 +141,8 @@ def distil_task(
     writer.begin()
     if writer.done:
         logger.info("%s: %d of %d inputs are answered already.", folder, writer.done, record.rows)
-    answering = _Answering(teacher, tokenizer, max_new_tokens, top_tokens, stop)
+    reader = None if same_tokens else student_tokenizer
+    answering = _Answering(teacher, tokenizer, max_new_tokens, top_tokens, stop, reader)
     starts = range(writer.done, len(inputs), rows_at_once)
     with _as_teacher(teacher):
         for start in with_progress(starts, f"Teacher on {found.task}"):
@@ -171,16 +179,27 @@ def base_digest(model: nn.Module) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def check_teachers(pairs: PromptCheckpointDataset, base_model: nn.Module) -> None:
+def check_teachers(pairs: PromptCheckpointDataset, base_model: nn.Module, *, answers_alone: bool) -> None:
     """Make sure that what teachers said to the tasks was said by the base that is fitted for, or to it.
 
+    Args:
+        pairs: The pairs.
+        base_model: That base.
+        answers_alone: Whether probabilities are not wanted.
+
     Raises:
-        PairsFolderError: If another base said it, and not to this one.
+        PairsFolderError: If another base said it, and not to this one, or the probabilities were not kept.
     """
     own = base_digest(base_model)
     for task in pairs.tasks:
         rows = pairs.distillation(task)
-        record = None if rows is None else read_record(rows.path.parent)
+        # What a generator kept of a teacher's answers was held against this base when it was read.
+        record = None if rows is None or isinstance(rows, KeptExamples) else read_record(rows.path.parent)
+        if record is not None and not answers_alone and record.asked.get("top_tokens") == 0:
+            raise PairsFolderError(
+                f"Of task {task!r} the teacher's answers alone were kept, without probabilities. Set "
+                "distillation_targets='answers', or have it answered again with top_tokens=16."
+            )
         if record is None or (record.student or record.teacher["base"]) == own:
             continue
         if record.student is not None:
@@ -198,11 +217,18 @@ def check_teachers(pairs: PromptCheckpointDataset, base_model: nn.Module) -> Non
 
 
 class _Answering:
-    """Answers to a block of inputs: greedy, each step's top tokens kept."""
+    """Answers to a block of inputs: greedy, each step's top tokens kept; in the tokens of a `reader`, if given."""
 
     def __init__(
-        self, teacher: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, top: int, stop: str | None
+        self,
+        teacher: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        max_new_tokens: int,
+        top: int,
+        stop: str | None,
+        reader: PreTrainedTokenizerBase | None,
     ) -> None:
+        self._reader = reader
         self._teacher: Any = teacher
         self._tokenizer = tokenizer
         self._top = top
@@ -231,20 +257,27 @@ class _Answering:
             input_ids=ids,
             attention_mask=mask,
             generation_config=self._config,
-            logits_processor=LogitsProcessorList([keeper]),
+            logits_processor=LogitsProcessorList([keeper] if self._top else []),
             stopping_criteria=StoppingCriteriaList([lambda now, _: self._stopped(now[:, longest:])]),
         )[:, longest:].tolist()
         for place, ((_, student), answer) in enumerate(zip(windows, given, strict=True)):
             answer = self._cut(answer, inputs[place])
             steps = range(len(answer))
-            yield {
-                "input_ids": [*student, *answer],
-                "labels": [*([_IGNORED] * len(student)), *answer],
-                "top_tokens": [keeper.tokens[step][place].tolist() for step in steps],
-                "top_log_probs": [
+            read = answer if self._reader is None else self._as_read(answer, self._reader)
+            row: dict[str, Any] = {"input_ids": [*student, *read], "labels": [*([_IGNORED] * len(student)), *read]}
+            if self._top:
+                row["top_tokens"] = [keeper.tokens[step][place].tolist() for step in steps]
+                row["top_log_probs"] = [
                     [round(value, 4) for value in keeper.log_probs[step][place].tolist()] for step in steps
-                ],
-            }
+                ]
+            yield row
+
+    def _as_read(self, answer: list[int], reader: PreTrainedTokenizerBase) -> list[int]:
+        """An answer in a student's own tokens; where the teacher ended it, it ends as the student's texts do."""
+        text = str(self._tokenizer.decode([token for token in answer if token not in self._ends]))
+        read = list(reader(text, add_special_tokens=False)["input_ids"])
+        ended = answer[-1] in self._ends and reader.eos_token_id is not None
+        return [*read, int(reader.eos_token_id)] if ended else read
 
     def _stopped(self, given: torch.Tensor) -> torch.Tensor:
         # transformers' own stop strings want a tokenizer whose tokens can be put together letter by letter.
@@ -294,24 +327,25 @@ def _as_teacher(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _tokenizer_of_student(
-    tokenizer: PreTrainedTokenizerBase, student: nn.Module | None, own: PreTrainedTokenizerBase | None
-) -> PreTrainedTokenizerBase:
-    """The student's tokenizer, whose tokens are found to be the teacher's."""
+def _same_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    student: nn.Module | None,
+    own: PreTrainedTokenizerBase | None,
+    top_tokens: int,
+) -> bool:
+    """Whether the student reads the teacher's tokens; if not, no probabilities of them may be wanted."""
     if (student is None) != (own is None):
         raise GeneratorConfigError("Give both student and student_tokenizer, or none where the teacher's base learns.")
-    if own is None:
-        return tokenizer
-    theirs, mine = tokenizer.get_vocab(), own.get_vocab()
-    if theirs != mine:
+    theirs, mine = tokenizer.get_vocab(), (own or tokenizer).get_vocab()
+    if theirs != mine and top_tokens:
         token = min(token for token in {**theirs, **mine} if theirs.get(token) != mine.get(token))
         raise GeneratorConfigError(
             f"The student has other tokens than the teacher: {token!r} is number {mine.get(token)} in the one's "
-            f"vocabulary and {theirs.get(token)} in the other's, and distillation compares their probabilities token "
-            "by token. Take a teacher of the student's family, or write the teacher's answers as examples in the "
-            "student's tokens with peft_dnd.write_examples and fit with task_loss_weight."
+            f"vocabulary and {theirs.get(token)} in the other's, so it cannot learn their probabilities. Keep the "
+            "teacher's answers alone, as text, with top_tokens=0, and fit with distillation_targets='answers'; or "
+            "take a teacher of the student's family."
         )
-    return own
+    return theirs == mine
 
 
 def _windows(
@@ -341,14 +375,14 @@ def _windows(
     ]
 
 
-def _check_lengths(teacher: nn.Module, windows: Sequence[tuple[list[int], list[int]]], max_new_tokens: int) -> None:
-    config: Any = getattr(base_model_of(teacher), "config", None)
+def _check_lengths(model: nn.Module, read: Sequence[list[int]], max_new_tokens: int, whose: str) -> None:
+    config: Any = getattr(base_model_of(model), "config", None)
     most = getattr(config.get_text_config() if config is not None else None, "max_position_embeddings", None)
-    for number, (ids, _) in enumerate(windows):
+    for number, ids in enumerate(read):
         if most is not None and len(ids) + max_new_tokens > most:
             raise PromptError(
                 f"Input {number} takes {len(ids)} tokens with its context, which with max_new_tokens={max_new_tokens} "
-                f"is more than the teacher's window of {most}. Shorten the context, leave the input out, or lower "
+                f"is more than the {whose}'s window of {most}. Shorten the context, leave the input out, or lower "
                 "max_new_tokens."
             )
 

@@ -35,10 +35,11 @@ from ..text.sentence_transformer_encoder import SentenceTransformerTextEncoder
 from .arguments import DnDTrainingArguments
 from .inputs import EpochSampler, TemperedSampler, check_kinds, use_one_gpu, with_mixtures
 from .losses import add_noise
-from .objective import LOSSES, check_dataset
+from .objective import LOSSES
 from .replay import Replay, StoreKeeper
 from .several_bases import SupervisionOfBases, sampler_of_bases, split_off
 from .sides import FittingSides
+from .stored_rows import StoredRows
 from .task_loss import LossFunction
 from .uploads import UploadingTrainer
 
@@ -69,8 +70,9 @@ class DnDTrainer(UploadingTrainer):
     unasked.
 
     A generator that was fitted before goes on: the pairs are new tasks, and those before them are replayed from the
-    store in the generator's folder, as `args.replay_share` says, so that they are not forgotten. Every fit brings the
-    store up to date, and adds a [`Revision`] to the generator's card: what became of the earlier tasks.
+    store in the generator's folder, as `args.replay_share` and `args.replay_targets` say, so that they are not
+    forgotten. Every fit brings the store up to date, and adds a [`Revision`] to the generator's card: what became of
+    the earlier tasks.
 
     On a machine with several GPUs one process fits on the first of them. Start one process for each GPU to use them
     all: `torchrun --nproc_per_node=N fit.py`.
@@ -140,21 +142,21 @@ class DnDTrainer(UploadingTrainer):
         # A store is of one base's adapters: several have none, and in a head's own fit nothing else changes.
         alone = isinstance(train_dataset, PromptCheckpointDataset) and model.whole is None
         new_pairs: Any = train_dataset if alone else None
-        self.replay = Replay.of(model, args, new_pairs)
+        sides.build(base_model, task_loss_function, token_weight, task_collator)
+        stored_rows = StoredRows(sides.objective, sides.row_collators, args) if alone and sides.row_collators else None
+        read = sides.embeddings if model.config.freeze_text_encoder else None
+        self.replay = Replay.of(model, args, new_pairs, stored_rows, read)
         if self.replay is not None:
             train_dataset = self.replay.pairs
-            check_dataset(model, args, train_dataset, "train_dataset")
         self.generator = model
         self.pairs: Any = train_dataset
         self.adapter_scorer = adapter_scorer
-        sides.build(base_model, task_loss_function, token_weight, task_collator)
         self._sides = sides
         self._projection = getattr(model.decoder, "length_projection", None)
         if self._projection is not None:
             self._projection.noise = args.condition_noise  # where the paper's code adds it
         self.embeddings = sides.embeddings
-        read = self.embeddings if model.config.freeze_text_encoder else None
-        self._store_keeper = StoreKeeper(model, args, new_pairs, self.replay, store_scorer, read)
+        self._store_keeper = StoreKeeper(model, args, new_pairs, self.replay, store_scorer, stored_rows, read)
         self.objective = sides.objective
         data_collator: Any = with_mixtures(sides.collator, train_dataset, args, model)
         self._eval_data_collator: Any = sides.eval_collator
@@ -262,6 +264,8 @@ class DnDTrainer(UploadingTrainer):
             for of_base in condition.get("by_base", {"": condition}).values():
                 if "condition_states" in of_base:
                     of_base["condition_states"] = add_noise(of_base["condition_states"], self.args.condition_noise)
+        if self.replay is not None:
+            supervision = self.replay.supervised(supervision, condition)
         tokens = model(**condition)
         loss = self.objective.loss(tokens, supervision, self.state.global_step)
         return (loss, tokens) if return_outputs else loss
@@ -345,6 +349,7 @@ class DnDTrainer(UploadingTrainer):
     def _prepare(self) -> None:
         if self.replay is not None:
             self.replay.prepare()
+            self.objective.replay_spread = self.replay.spread
         if self.pairs is not None:
             self.objective.prepare(self.pairs, self._some_batches)
         reading = self._sides.reading

@@ -53,7 +53,7 @@ def distil_generator(
         teacher: A base that it writes adapters for, plain. It is given back as it was.
         tokenizer: The teacher's tokenizer.
         student: The new base, plain.
-        student_tokenizer: Its tokenizer, of the same vocabulary.
+        student_tokenizer: Its tokenizer. If it has other tokens, give `top_tokens=0`.
         seed: Which prompts are read where there are more than the generator takes.
         options: Of [`distil_task`][peft_dnd.fitting.distil_task]: `chat`, `max_new_tokens`, `top_tokens`, `stop`,
             `rows_at_once`, `overwrite`.
@@ -62,7 +62,7 @@ def distil_generator(
         PromptError: If the tasks of prompts and inputs differ, or there are none.
         BaseModelMismatchError: If the generator writes no adapters for the teacher.
         GeneratorConfigError: If the teacher carries an adapter, or could be more than one of the generator's bases; if
-            the tokenizers differ.
+            the tokens differ and `top_tokens` is not 0.
         PairsFolderError: And the others of `distil_task`.
     """
     if set(prompts) != set(inputs) or not prompts:

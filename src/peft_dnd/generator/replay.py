@@ -3,30 +3,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..adapters.tokenizer import WeightNormalization, WeightTokenizer
-from ..errors import CorruptFileError, NotFittedError
+from ..errors import CorruptFileError, NotFittedError, TextEncoderError
 from ..pairs.dataset import PromptCheckpointDataset
-from ..pairs.packed_adapters import AdapterPacking, PackedAdapter
+from ..pairs.packed_adapters import AdapterPacking, PackedCheckpoint
 from ..pairs.replay_store import MEND, STORE_NAME, ReplayStore
 from ..storage.checksums import Checksums
+from ..text.encoder_probe import EncoderProbe
+from .conditioning import PromptReadingMixin
 from .configuration import PromptConditionedLoraGeneratorConfig
 
 
-@dataclass(frozen=True, eq=False)
-class _StoredCheckpoint:
-    packing: AdapterPacking
-    packed: PackedAdapter
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return self.packing.unpack(self.packed)
-
-
-class ReplayStoreMixin:
+class ReplayStoreMixin(PromptReadingMixin):
     """Gives a generator its `replay_store`."""
 
     config: PromptConditionedLoraGeneratorConfig
@@ -71,7 +61,7 @@ class ReplayStoreMixin:
         store = self.replay_store
         packing = self.adapter_packing()
         held = {
-            name: (task.texts, _StoredCheckpoint(packing, task.adapter))
+            name: PackedCheckpoint(packing, task.adapter)
             for name, task in ({} if store is None else store.tasks).items()
             if task.adapter is not None
         }
@@ -80,11 +70,36 @@ class ReplayStoreMixin:
                 "The generator keeps no adapters of its fitted tasks: it has no replay store, or one without room for "
                 "them. Give the training pairs themselves."
             )
-        return PromptCheckpointDataset([], layout=store.layout).with_replayed(held, store.condition_text)
+        return PromptCheckpointDataset([], layout=store.layout).with_replayed(map(store.pairs_task, held), held)
 
     def adapter_packing(self) -> AdapterPacking:
         """What packs adapters for the replay store, and unpacks them."""
         return AdapterPacking(self.weight_tokenizer, self.normalization)
+
+    def encoder_probe(self) -> EncoderProbe:
+        """What the generator's text encoder gives for two sentences, which loads it."""
+        return EncoderProbe.of(self.text_encoder, self.read_states)
+
+    def check_store_encoder(self) -> None:
+        """Make sure that the text encoder at hand is the one that read the replay store's texts, if there is a store.
+
+        It is asked by what reads these texts, and not when the store is loaded: that needs no text encoder.
+
+        Raises:
+            TextEncoderError: If it is another one, or the same one in another dtype or read at other layers.
+        """
+        store = self.replay_store
+        if store is None or store.encoder is None or not self.config.freeze_text_encoder:
+            return  # one that is fitted too is a part of the generator
+        difference = store.encoder.difference(self.encoder_probe())
+        if difference is not None:
+            raise TextEncoderError(
+                f"The texts in the generator's {STORE_NAME!r} were read by another text encoder than "
+                f"{self.text_encoder.name_or_path!r}, or by this one in another way: {difference}. Load the generator "
+                "with the text encoder that it was fitted with, in the same dtype and at the same layers; or, if the "
+                "generator is to be fitted anew for this one, set generator.replay_store = None and fit with the "
+                "pairs of all tasks, after which there is a new store."
+            )
 
     def _find_replay_store(self, folder: Path) -> None:
         """Note where the store lies, if there is one; it is read when it is needed, which in use it never is."""

@@ -11,10 +11,10 @@ from .folder import TaskRecord as TaskRecord
 from .initialization import use_common_initialization as use_common_initialization
 from .mixtures import MixtureCollator as MixtureCollator
 from .replay_store import ReplayStore as ReplayStore
-from .replay_store import StoreBounds as StoreBounds
 from .spread import TokenSpread as TokenSpread
 from .statistics import task_balanced_grids as task_balanced_grids
 from .statistics import token_spread as token_spread
+from .store_update import StoreBounds as StoreBounds
 from .task_slices import tasks_of_slice as tasks_of_slice
 from .task_slices import uncollected as uncollected
 from .writer import PairWriter as PairWriter

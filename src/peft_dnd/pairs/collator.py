@@ -38,7 +38,8 @@ class PromptCheckpointCollator:
       token; or, without `encode`, `"prompts"`: B lists of N strings;
     - `"target_tokens"`: (B, N_w, L_w, C_w), float32, the checkpoints as token grids, as they are: not normalised;
     - `"has_target"`: (B,), bool, only where items without a checkpoint are in the batch: their grids are zero, and if
-      all are without there is no `"target_tokens"`.
+      all are without there is no `"target_tokens"`;
+    - `"replayed"`: (B,), bool, only where items of earlier tasks that are held against weights are in the batch.
 
     Args:
         embeddings: Gives the states of a task's prompts.
@@ -66,6 +67,9 @@ class PromptCheckpointCollator:
         """Make a batch of items."""
         chosen = [self._choose_of_both(item) for item in items]
         batch = self._targets([self._target(item, parts) for item, parts in zip(items, chosen, strict=True)])
+        replayed = torch.tensor([item.get("replayed", False) for item in items])
+        if replayed.any():
+            batch["replayed"] = replayed
         if not self.encode:
             batch["prompts"] = [[part["prompts"][k] for part, c in parts for k in c.tolist()] for parts in chosen]
             return batch
@@ -185,7 +189,8 @@ class DistillationCollator(ExampleCollator):
     """Makes distilled rows into a batch: as [`ExampleCollator`], with the top tokens of all answer tokens in a row.
 
     Beside the padded `input_ids`, `labels` and `attention_mask` there are `top_tokens`, (P, k) int64, and
-    `top_log_probs`, (P, k) float32, for the P labelled positions of the batch, row by row.
+    `top_log_probs`, (P, k) float32, for the P labelled positions of the batch, row by row; none where the teacher's
+    answers alone were kept.
     """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -195,6 +200,8 @@ class DistillationCollator(ExampleCollator):
             PairsFolderError: If the rows do not belong together, or a position lacks its top tokens.
         """
         batch = super().__call__([{name: row[name] for name in row if not name.startswith("top_")} for row in rows])
+        if not any("top_tokens" in row for row in rows):
+            return batch
         try:
             tokens = torch.tensor([top for row in rows for top in row["top_tokens"]])
             log_probs = torch.tensor([top for row in rows for top in row["top_log_probs"]], dtype=torch.float32)
@@ -216,7 +223,8 @@ class DistillationCollator(ExampleCollator):
 class ExamplesBesidePairs:
     """A collator that adds to each item's pair a batch of rows of its task, drawn with the item's seed.
 
-    The batch of pairs gets one more entry of that name: a list of B batches, one for each item.
+    The batch of pairs gets one more entry of that name: a list of B batches, one for each item, `None` for one whose
+    task has no such rows.
 
     Args:
         pairs: The collator of the pairs.
@@ -232,8 +240,8 @@ class ExamplesBesidePairs:
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Make a batch of items."""
-        drawn = [self._draw(item) for item in items]
-        return {**self.pairs(items), self.name: [self.collate(rows) for rows in drawn]}
+        drawn = [None if item[self.name] is None else self._draw(item) for item in items]
+        return {**self.pairs(items), self.name: [None if rows is None else self.collate(rows) for rows in drawn]}
 
     def _draw(self, item: dict[str, Any]) -> list[dict[str, Any]]:
         own = own_part(item, self.num_examples)
@@ -245,6 +253,7 @@ class ExamplesBesidePairs:
 
     def some(self, dataset: PromptCheckpointDataset, most_tasks: int = 16, most_rows: int = 4) -> list[Any]:
         """A few rows of a few tasks from among all, each task's as a batch, always the same."""
-        tasks = dataset.tasks[:: max(1, len(dataset.tasks) // most_tasks)][:most_tasks]
-        rows = [getattr(dataset, self.name)(task).draw(most_rows, seed=0) for task in tasks]
+        of_tasks = [found for task in dataset.tasks if (found := getattr(dataset, self.name)(task)) is not None]
+        some = of_tasks[:: max(1, len(of_tasks) // most_tasks)][:most_tasks]
+        rows = [found.draw(most_rows, seed=0) for found in some]
         return [self.collate(drawn) for drawn in rows]

@@ -54,6 +54,7 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
     - `"state_dict"`: the checkpoint, PEFT's on-disk key -> float32 tensor; `None` for a task without any;
     - `"examples"`: the task's [`TaskExamples`], from which rows can be drawn, or `None`;
     - `"distillation"`: the same of what a teacher said to inputs of the task, or `None`;
+    - `"replayed"`: whether it is an earlier task of a generator that goes on, which is held against weights;
     - `"seed"`: the seed for drawing prompts from the pool. It follows from the data set's seed, the epoch and the
       index alone: each visit draws afresh, and a resumed run, or one with more worker processes, draws the same.
 
@@ -89,6 +90,7 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         self._items = [(task, path) for task in tasks for path in (task.checkpoints or (None,) * visits)]
         self._kept: dict[Path, dict[str, torch.Tensor]] = {}
         self._replayed: Mapping[Path, ReplayedCheckpoint] = {}
+        self._against_weights: frozenset[str] = frozenset()
         # In shared memory, so that worker processes that outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -242,21 +244,28 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
         return self._of(formed)
 
     def with_replayed(
-        self, replayed: Mapping[str, tuple[tuple[str, ...], ReplayedCheckpoint]], condition_text: str = "prompts"
+        self,
+        tasks: Iterable[Task],
+        checkpoints: Mapping[str, ReplayedCheckpoint],
+        against_weights: Iterable[str] = (),
     ) -> PromptCheckpointDataset:
-        """The same pairs and those of earlier tasks, of which a generator has kept some texts and one adapter each.
+        """The same pairs and those of earlier tasks, of which a generator has kept something.
 
         Args:
-            replayed: Task name, none of those that are here -> its texts, and its checkpoint.
-            condition_text: Which texts these are.
+            tasks: The earlier tasks, none of those that are here.
+            checkpoints: Task name -> its checkpoint, which lies in no file, for those of them that have one.
+            against_weights: Those that are held against weights whatever the others are held against: their items
+                have a true `"replayed"`.
         """
-        tasks, checkpoints = list(self._tasks.values()), dict(self._replayed)
-        for name, (texts, checkpoint) in replayed.items():
-            place = Path("replayed", hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest())
-            tasks.append(Task(name, texts, (place,), self._layout, None, condition_text=condition_text))
-            checkpoints[place] = checkpoint
-        other = self._of(sorted(tasks, key=lambda task: natural_key(task.name)))
-        other._replayed = checkpoints
+        held, all_tasks = dict(self._replayed), list(self._tasks.values())
+        for task in tasks:
+            if task.name in checkpoints:
+                place = Path("replayed", hashlib.sha256(task.name.encode("utf-8", "surrogatepass")).hexdigest())
+                held[place] = checkpoints[task.name]
+                task = replace(task, checkpoints=(place,), layout=self._layout)
+            all_tasks.append(task)
+        other = self._of(sorted(all_tasks, key=lambda task: natural_key(task.name)))
+        other._replayed, other._against_weights = held, self._against_weights.union(against_weights)
         return other
 
     def prompts(self, task: str) -> tuple[str, ...]:
@@ -343,6 +352,7 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
             "state_dict": None if path is None else self._read(task, path),
             "examples": task.examples,
             "distillation": task.distillation,
+            "replayed": task.name in self._against_weights,
             "seed": _stable_seed(self.seed, epoch, number),
         }
 
@@ -361,7 +371,7 @@ class PromptCheckpointDataset(Dataset[dict[str, Any]]):
             canonical=canonical or self.canonical,
         )
         other.hub_id, other.hub_commit = self.hub_id, self.hub_commit
-        other._replayed = self._replayed
+        other._replayed, other._against_weights = self._replayed, self._against_weights
         return other
 
     def _task_with_checkpoints(self, name: str) -> Task:

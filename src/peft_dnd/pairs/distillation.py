@@ -4,7 +4,8 @@
     pairs/<task>/distillation.json     who the teacher was, what it was asked and how, whether it came to the end
     pairs/<task>/distillation.jsonl    one input a line, whose fields are those of a row of `examples.jsonl`
                                        (`input_ids` and `labels`, the answer's tokens) and, for each of the answer's
-                                       tokens, `top_tokens` and `top_log_probs`, the teacher's k likeliest ones
+                                       tokens, `top_tokens` and `top_log_probs`, the teacher's k likeliest ones, if
+                                       these were kept
 
 While the teacher is at work the lines stand in `distillation.partial.jsonl`, to which whole lines are appended, so
 that a pass that was killed goes on where it stopped.

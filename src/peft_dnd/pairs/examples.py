@@ -92,6 +92,24 @@ class TaskExamples:
         return row
 
 
+class KeptExamples(TaskExamples):
+    """Rows that are held in memory, and lie in no file of their own.
+
+    Args:
+        rows: The rows.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        self._rows = tuple(dict(row) for row in rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
+        """Rows by their numbers."""
+        return [dict(self._rows[number]) for number in numbers]
+
+
 def write_examples(task_folder: PathLike, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write a task's examples into its folder, in place of any that are there, whole or not at all.
 

@@ -59,18 +59,20 @@ class MixtureCollator:
 
     def _mixed(self, item: dict[str, Any]) -> dict[str, Any]:
         drawn = random.Random(f"mixture {item['seed']}")
-        if drawn.random() >= self.share:
+        if drawn.random() >= self.share or item.get("replayed"):
             return item
-        tasks = [
-            task
-            for task in self._numbers
-            if task != item["task"] and (item["state_dict"] is None or self.dataset.checkpoints(task))
-        ]
+        tasks = [task for task in self._numbers if task != item["task"] and self._has_what(item, task)]
         if not tasks:
             return item
         number = drawn.choice(self._numbers[drawn.choice(tasks)])
         partner = {**self.dataset[number], "seed": drawn.getrandbits(62)}
         return {**item, PARTNER: partner, OWN_SHARE: drawn.random()}
+
+    def _has_what(self, item: dict[str, Any], task: str) -> bool:
+        """Whether a task has all that an item is held against."""
+        found = (self.dataset.checkpoints(task), self.dataset.examples(task), self.dataset.distillation(task))
+        names = ("state_dict", "examples", "distillation")
+        return all(item[name] is None or there for name, there in zip(names, found, strict=True))
 
 
 def own_part(item: dict[str, Any], count: int) -> int:

@@ -52,6 +52,24 @@ class PackedAdapter:
         return [cls(one, size) for one, size in zip(values.unbind(), sizes.unbind(), strict=True)]
 
 
+@dataclass(eq=False)
+class PackedCheckpoint:
+    """A packed adapter in place of a checkpoint, for [`with_replayed`][peft_dnd.pairs.PromptCheckpointDataset].
+
+    Attributes:
+        packing: What unpacks it.
+        packed: The adapter; it may come later than this, but before it is read.
+    """
+
+    packing: AdapterPacking
+    packed: PackedAdapter | None = None
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """PEFT's on-disk key -> float32 tensor."""
+        assert self.packed is not None, "targets are written before the first item is read"
+        return self.packing.unpack(self.packed)
+
+
 class AdapterPacking:
     """Packs adapters and unpacks them again, by a generator's tokens and their normalisation.
 

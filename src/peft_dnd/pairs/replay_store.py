@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a generator keeps of the tasks it was fitted to, so that it can go on with others: one small file, bounded.
+"""What a generator keeps of the tasks it was fitted to, so that it can go on with others: one small file.
 
-Of every task some of its texts, and of as many tasks as there is room for the mean of their checkpoints, in eight bits
-a number. Texts and not their states: a token of a text takes some 4 bytes, its states 384 at the least, and texts are
-good for a text encoder that is being fitted as well.
+Of every task some of its texts and, if it was fitted on the base's own loss or on a teacher's answers, some rows of
+those; and of as many tasks as there is room for the mean of their checkpoints, in eight bits a number. Texts and not
+their states: a token of a text takes some 4 bytes, its states 384 at the least, and texts are good for a text encoder
+that is being fitted as well. How much is kept of what, `store_update` says.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -23,21 +22,22 @@ from ..adapters.layout import AdapterLayout
 from ..adapters.names import natural_key
 from ..errors import CorruptFileError, FormatVersionError, GeneratorConfigError, LayoutError
 from ..storage.files import PathLike, read_safetensors, read_safetensors_metadata, write_safetensors
-from ..text.prompts import select_prompts
-from .dataset import PromptCheckpointDataset
+from ..text.encoder_probe import EncoderProbe
+from .folder import Task
 from .packed_adapters import AdapterPacking, PackedAdapter
 
 
-logger = logging.getLogger(__name__)
-
 STORE_NAME = "replay_store.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _FORMAT = "peft_dnd_replay_store"
 _MOST_TEXT_BYTES = 2**31
 MEND = (
     "Fetch or restore the file; or remove it and fit with the pairs of all tasks, old and new, after which there is a "
     "new one."
 )
+
+
+Rows = tuple[Mapping[str, Any], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,17 +49,16 @@ class StoredTask:
         texts: Some of the texts that the generator reads of it.
         pairs_bytes: How large the pairs were that the generator was fitted to.
         adapter: The mean of its checkpoints; `None` where there was no room, or no checkpoint.
+        examples: Some of its examples, if it was fitted on the base's own loss.
+        distillation: Some of what a teacher said, if it was fitted on that.
     """
 
     name: str
     texts: tuple[str, ...]
     pairs_bytes: int
     adapter: PackedAdapter | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        """How many bytes of a store it takes at most."""
-        return _text_bytes(self.texts) + (0 if self.adapter is None else self.adapter.num_bytes)
+    examples: Rows = ()
+    distillation: Rows = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,12 +70,17 @@ class ReplayStore:
         layout: The layout of its adapters.
         condition_text: Which texts stand in it, one of `CONDITION_TEXTS`.
         packing_digest: Tells whether its adapters can be unpacked with a generator's normalisation.
+        encoder: What the generator's text encoder gave for two sentences, by which it is known again; `None` in one
+            that an earlier version wrote.
+        base: The digest of the base that its rows are for, if there are any.
     """
 
     tasks: Mapping[str, StoredTask]
     layout: AdapterLayout
     condition_text: str
     packing_digest: str
+    encoder: EncoderProbe | None = None
+    base: str | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -87,6 +91,10 @@ class ReplayStore:
     def pairs_bytes(self) -> int:
         """How large the pairs of all its tasks were together."""
         return sum(task.pairs_bytes for task in self.tasks.values())
+
+    def pairs_task(self, name: str) -> Task:
+        """A task's texts as a task of a data set, without its adapter and rows."""
+        return Task(name, self.tasks[name].texts, (), None, None, condition_text=self.condition_text)
 
     def check(self, packing: AdapterPacking, condition_text: str, source: str) -> None:
         """Make sure that the store is that of the generator beside which it lies.
@@ -156,12 +164,16 @@ class ReplayStore:
             "layout": self.layout.to_dict(),
             "condition_text": self.condition_text,
             "packing": self.packing_digest,
+            "encoder": None if self.encoder is None else asdict(self.encoder),
+            "base": self.base,
             "tasks": [
-                [task.name, task.pairs_bytes, task.adapter is not None, list(task.texts)]
+                [task.name, task.pairs_bytes, task.adapter is not None, task.texts, task.examples, task.distillation]
                 for task in self.tasks.values()
             ],
         }
-        text = zlib.compress(json.dumps(about, ensure_ascii=False).encode("utf-8", "surrogatepass"), 9)
+        text = zlib.compress(
+            json.dumps(about, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass"), 9
+        )
         tensors = {"about": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
         if packed:
             tensors["values"] = torch.stack([adapter.values for adapter in packed])
@@ -177,70 +189,25 @@ class ReplayStore:
         about: dict[str, Any] = json.loads(text.decode("utf-8", "surrogatepass"))
         packed = PackedAdapter.from_stacks(tensors.get("values"), tensors.get("sizes"))
         tasks = []
-        for name, pairs_bytes, has_adapter, texts in about["tasks"]:
+        for name, pairs_bytes, has_adapter, texts, *rows in about["tasks"]:
             if not texts or not all(isinstance(one, str) and one for one in [name, *texts]):
                 raise ValueError(f"what is kept of task {name!r:.100} are no texts")
-            tasks.append(StoredTask(name, tuple(texts), int(pairs_bytes), packed.pop(0) if has_adapter else None))
+            if len(rows) not in (0, 2) or not all(isinstance(row, dict) and row for of in rows for row in of):
+                raise ValueError(f"what is kept of task {name!r:.100} are no rows")
+            adapter = packed.pop(0) if has_adapter else None
+            tasks.append(StoredTask(name, tuple(texts), int(pairs_bytes), adapter, *map(tuple, rows)))
         if packed or len({task.name for task in tasks}) < len(tasks):
             raise ValueError("its adapters and its tasks do not belong together")
         layout = AdapterLayout.from_dict(about["layout"])
-        return cls(in_order(tasks), layout, str(about["condition_text"]), str(about["packing"]))
-
-
-@dataclass(frozen=True)
-class StoreBounds:
-    """How large a store may become.
-
-    Attributes:
-        share: Its size in relation to that of the pairs, from 0, which means no store, to 1.
-        prompts: The most texts that are kept of a task.
-        most_bytes: Its size at most, whatever the pairs'; `None` sets no such bound.
-    """
-
-    share: float = 0.1
-    prompts: int = 64
-    most_bytes: int | None = None
-
-    def most(self, pairs_bytes: int) -> int:
-        """The most bytes that a store of such pairs may take."""
-        by_share = int(self.share * pairs_bytes)
-        return by_share if self.most_bytes is None else min(by_share, self.most_bytes)
-
-
-def updated_store(
-    old: ReplayStore | None,
-    pairs: PromptCheckpointDataset,
-    new: Iterable[str],
-    packing: AdapterPacking,
-    condition_text: str,
-    bounds: StoreBounds,
-) -> ReplayStore | None:
-    """A store of the tasks of an old one and of new ones.
-
-    The rule, which draws by names alone, so that no task has an advantage from the order in which they come:
-
-    1. Of a task's texts `bounds.prompts` are kept, drawn at random; of every task half as many, and again half, as
-       long as they would take more than half the room.
-    2. Of a task's checkpoints the mean is kept, in eight bits a number, one task after another as long as there is
-       room, in the order of a hash of their names. So each task is as likely to keep its adapter, whenever it came.
-
-    Args:
-        old: The generator's store so far, if it has one. What is in it of a new task is replaced.
-        pairs: Pairs with the new tasks, their texts in the form that the generator reads.
-        new: The names of those that are new.
-        packing: How the generator packs adapters.
-        condition_text: Which texts it reads.
-        bounds: How large the store may become.
-
-    Returns:
-        The store; `None` where there is to be none, or no room for a single text of each task, which is logged.
-    """
-    tasks = {} if old is None else dict(old.tasks)
-    for name in new:
-        adapter = packing.pack(pairs.mean_state_dict(name)) if pairs.checkpoints(name) else None
-        tasks[name] = StoredTask(name, _drawn(name, pairs.prompts(name), bounds.prompts), _size(pairs, name), adapter)
-    store = ReplayStore(in_order(tasks.values()), packing.tokenizer.layout, condition_text, packing.digest)
-    return _within(store, bounds.most(store.pairs_bytes)) if tasks and bounds.share > 0 else None
+        encoder, base = about.get("encoder"), about.get("base")
+        return cls(
+            in_order(tasks),
+            layout,
+            str(about["condition_text"]),
+            str(about["packing"]),
+            None if encoder is None else EncoderProbe(**encoder),
+            None if base is None else str(base),
+        )
 
 
 def in_order(tasks: Iterable[StoredTask]) -> dict[str, StoredTask]:
@@ -248,51 +215,6 @@ def in_order(tasks: Iterable[StoredTask]) -> dict[str, StoredTask]:
     return {task.name: task for task in sorted(tasks, key=lambda task: natural_key(task.name))}
 
 
-def _within(store: ReplayStore, most: int) -> ReplayStore | None:
-    """What there is room for."""
-    tasks = dict(store.tasks)
-    count = max(len(task.texts) for task in tasks.values())
-    while count > 1 and sum(_text_bytes(task.texts) for task in tasks.values()) > most // 2:
-        count //= 2
-        tasks = {name: replace(task, texts=_drawn(name, task.texts, count)) for name, task in tasks.items()}
-    bare = replace(store, tasks={name: replace(task, adapter=None) for name, task in tasks.items()})
-    room = most - bare.num_bytes
-    if room < 0:
-        logger.warning(
-            "There is no room for a replay store: it may have %d bytes, and a text of each of the %d tasks takes %d. "
-            "An update of this generator will need the pairs of all tasks. Raise replay_store_share.",
-            most,
-            len(tasks),
-            bare.num_bytes,
-        )
-        return None
-    kept = dict(bare.tasks)
-    for name in sorted(tasks, key=_rank):
-        adapter = tasks[name].adapter
-        if adapter is not None and adapter.num_bytes + _HEADER <= room:
-            kept[name] = replace(kept[name], adapter=adapter)
-            room -= adapter.num_bytes
-    return replace(store, tasks=kept)
-
-
-# What safetensors' own header may grow by.
-_HEADER = 512
-
-
-def _drawn(name: str, texts: tuple[str, ...], count: int) -> tuple[str, ...]:
-    if len(texts) <= count:
-        return tuple(texts)
-    chosen = select_prompts(len(texts), count, int(_rank(name)[:8], 16)).tolist()
-    return tuple(texts[i] for i in sorted(chosen))
-
-
-def _rank(name: str) -> str:
-    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _size(pairs: PromptCheckpointDataset, name: str) -> int:
-    return sum(path.stat().st_size for path in pairs.checkpoints(name)) + _text_bytes(pairs.prompts(name))
-
-
-def _text_bytes(texts: Iterable[str]) -> int:
+def text_bytes(texts: Iterable[str]) -> int:
+    """How many bytes texts take in a store, at most."""
     return sum(len(text.encode("utf-8", "surrogatepass")) + 4 for text in texts)

@@ -22,7 +22,7 @@ PROBE = ("The quick brown fox jumps over the lazy dog.", "Name the capital of {c
 
 _PROBE_NAME = "probe.safetensors"
 # Other numbers of threads and other processors add in another order; another encoder lies at another place altogether.
-_TOLERANCE = 0.02
+TOLERANCE = 0.02
 
 
 class StoredTokenStates:
@@ -90,4 +90,4 @@ _MEND = "Name another folder, or remove this one: it holds nothing that cannot b
 def _alike(kept: TokenStates, found: TokenStates) -> bool:
     if kept.flat.shape != found.flat.shape or not torch.equal(kept.offsets, found.offsets):
         return False
-    return bool((kept.flat - found.flat).norm() <= _TOLERANCE * kept.flat.norm())
+    return bool((kept.flat - found.flat).norm() <= TOLERANCE * kept.flat.norm())
