@@ -59,7 +59,7 @@ def _renewed(checksums: Checksums, staged: Path) -> Checksums:
     files = {name: value for name, value in checksums.files.items() if name != POLICY_NAME}
     now = fitted_settings(read_json(staged / CONFIG_NAME))
     if _SETTING in now:
-        settings |= setting_checksums({_SETTING: now[_SETTING]}, checksums.algorithm)
+        settings |= setting_checksums({_SETTING: now[_SETTING]})
     if (staged / POLICY_NAME).is_file():
-        files[POLICY_NAME] = file_checksum(staged / POLICY_NAME, checksums.algorithm)
+        files[POLICY_NAME] = file_checksum(staged / POLICY_NAME)
     return replace(checksums, settings=settings, files=files)

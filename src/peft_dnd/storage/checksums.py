@@ -3,8 +3,10 @@
 
 A flipped byte, two tensors of one shape exchanged, a scale set to zero: all of it loads. So checksums of the tensors,
 of the other safetensors files and of the settings that belong to the weights stand beside them, in `checksums.json`.
-They tell damage, not forgery: whoever edits a folder on purpose can write them anew. How they are taken is in
-[`sums`][peft_dnd.storage.sums].
+They tell damage, not forgery: whoever edits a folder on purpose can write them anew.
+
+All bytes have to be read, and of what is in memory already little else may be done, lest it take longer than loading
+it. XXH3 takes no longer than reading does (https://xxhash.com); it is no cryptographic hash, and need not be one.
 """
 
 from __future__ import annotations
@@ -21,16 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from ..errors import CorruptFileError, FormatVersionError
 from .files import read_json, write_json
 from .stored_weights import StoredTensor, stored_tensors
-from .sums import SUMS, RunningSum
 
 
 CHECKSUMS_NAME = "checksums.json"
-FORMAT_VERSION = 2
-ALGORITHM = "grid64"
+FORMAT_VERSION = 1
+ALGORITHM = "xxh3_64"
 
 _MOST_THREADS = 4
 
@@ -49,13 +51,11 @@ class Checksums:
         tensors: The model's tensors, whichever file they lie in: of type, shape and bytes.
         files: Other files with weights, by their path in the folder: of all bytes.
         settings: What of the configuration belongs to the weights: of each value as JSON.
-        algorithm: How they were taken, one of [`SUMS`][peft_dnd.storage.sums.SUMS].
     """
 
     tensors: Mapping[str, str]
     files: Mapping[str, str]
     settings: Mapping[str, str]
-    algorithm: str = ALGORITHM
 
     @classmethod
     def of(cls, folder: Path, files: Iterable[str], settings: Mapping[str, Any]) -> Checksums:
@@ -71,12 +71,12 @@ class Checksums:
             CorruptFileError: If a file is cut short or is no safetensors file.
         """
         with _Workers() as workers:
-            tensors = workers.start_on_tensors(stored_tensors(folder), ALGORITHM)
-            others = {name: workers.start(file_checksum, folder / name, ALGORITHM) for name in sorted(files)}
+            tensors = workers.start_on_tensors(stored_tensors(folder))
+            others = {name: workers.start(file_checksum, folder / name) for name in sorted(files)}
             return cls(
                 tensors=dict(sorted(workers.results(tensors).items())),
                 files={name: found.result() for name, found in others.items()},
-                settings=setting_checksums(settings, ALGORITHM),
+                settings=setting_checksums(settings),
             )
 
     @classmethod
@@ -99,9 +99,8 @@ class Checksums:
                     f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade peft-dnd"
                 )
             parts = {part: dict(content[part]) for part in ("tensors", "files", "settings")}
-            algorithm = content["algorithm"]
-            if algorithm not in SUMS:
-                raise ValueError(f"no algorithm {algorithm!r:.40}")
+            if content["algorithm"] != ALGORITHM:
+                raise ValueError(f"taken by {content['algorithm']!r:.40}, not by {ALGORITHM!r}")
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, FormatVersionError):
                 raise
@@ -109,12 +108,12 @@ class Checksums:
                 f"{str(path)!r} does not have the form of a folder's checksums ({error!r}). It was damaged or edited: "
                 "fetch the generator again, or write it anew with peft_dnd.generator.renew_checksums."
             ) from error
-        return cls(**parts, algorithm=algorithm)
+        return cls(**parts)
 
     def write(self, folder: Path) -> Path:
         """Write them into a folder, whole or not at all."""
         path = folder / CHECKSUMS_NAME
-        write_json(path, {"format_version": FORMAT_VERSION, **asdict(self)})
+        write_json(path, {"format_version": FORMAT_VERSION, "algorithm": ALGORITHM, **asdict(self)})
         return path
 
     @contextmanager
@@ -151,7 +150,7 @@ class Checksums:
 
     def _begun(self, folder: Path, workers: _Workers) -> tuple[dict[str, StoredTensor], list[Future[dict[str, str]]]]:
         stored = stored_tensors(folder)
-        return stored, workers.start_on_tensors(stored, self.algorithm)
+        return stored, workers.start_on_tensors(stored)
 
     def file_differences(self, folder: Path, start: str = "") -> list[str]:
         """Which of the other files differ, in words: of those that are there and whose path begins with `start`."""
@@ -159,18 +158,18 @@ class Checksums:
         return [
             f"the file {name!r}"
             for name, path in paths.items()
-            if path.is_file() and file_checksum(path, self.algorithm) != self.files[name]
+            if path.is_file() and file_checksum(path) != self.files[name]
         ]
 
     def setting_differences(self, settings: Mapping[str, Any]) -> list[str]:
         """Which settings differ, in words."""
-        found = setting_checksums(settings, self.algorithm)
+        found = setting_checksums(settings)
         names = sorted(found.keys() | self.settings.keys())
         return [f"the setting {name!r}" for name in names if found.get(name) != self.settings.get(name)]
 
     def running(self, name: str, stored: StoredTensor, on_difference: Callable[[str], Any]) -> RunningChecksum:
         """The checksum of a tensor that is going to be read by slices; see [`RunningChecksum`]."""
-        return RunningChecksum(name, stored, self.tensors.get(name, ""), self.algorithm, on_difference)
+        return RunningChecksum(name, stored, self.tensors.get(name, ""), on_difference)
 
 
 class RunningChecksum:
@@ -180,15 +179,12 @@ class RunningChecksum:
         name: The tensor's name.
         stored: The tensor.
         expected: What its checksum must be.
-        algorithm: How it is taken.
         on_difference: Called with what differs, in words, if it is another.
     """
 
-    def __init__(
-        self, name: str, stored: StoredTensor, expected: str, algorithm: str, on_difference: Callable[[str], Any]
-    ) -> None:
+    def __init__(self, name: str, stored: StoredTensor, expected: str, on_difference: Callable[[str], Any]) -> None:
         self._name, self._stored, self._expected, self._on_difference = name, stored, expected, on_difference
-        self._sum, self._next_row = begun_on(stored, algorithm), 0
+        self._sum, self._next_row = begun_on(stored), 0
 
     def take(self, start: int, rows: torch.Tensor) -> None:
         """Take note of rows that were read, from `start` on. Rows that came by before count once."""
@@ -214,11 +210,11 @@ class _Workers:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pool.shutdown(cancel_futures=kind is not None)
 
-    def start_on_tensors(self, stored: Mapping[str, StoredTensor], algorithm: str) -> list[Future[dict[str, str]]]:
+    def start_on_tensors(self, stored: Mapping[str, StoredTensor]) -> list[Future[dict[str, str]]]:
         """Begin to take checksums, each thread of its share of the bytes."""
         largest_first = sorted(stored.items(), key=lambda item: item[1].num_bytes, reverse=True)
         shares = [dict(largest_first[thread :: self._count]) for thread in range(self._count)]
-        return [self.start(tensor_checksums, share, algorithm) for share in shares if share]
+        return [self.start(tensor_checksums, share) for share in shares if share]
 
     @staticmethod
     def results(started: list[Future[dict[str, str]]]) -> dict[str, str]:
@@ -226,7 +222,7 @@ class _Workers:
         return {name: checksum for share in started for name, checksum in share.result().items()}
 
 
-def tensor_checksums(stored: Mapping[str, StoredTensor], algorithm: str) -> dict[str, str]:
+def tensor_checksums(stored: Mapping[str, StoredTensor]) -> dict[str, str]:
     """Checksums of stored tensors: of each one's type and shape, as text, then its bytes."""
     found = {}
     with ExitStack() as open_files:
@@ -234,7 +230,7 @@ def tensor_checksums(stored: Mapping[str, StoredTensor], algorithm: str) -> dict
         for name, tensor in stored.items():
             if tensor.path not in maps:
                 maps[tensor.path] = open_files.enter_context(mapped(tensor.path))
-            running = begun_on(tensor, algorithm)
+            running = begun_on(tensor)
             with maps[tensor.path][tensor.offset : tensor.offset + tensor.num_bytes] as part:
                 running.update(part)
             found[name] = running.hexdigest()
@@ -256,27 +252,22 @@ def _in_words(name: str, stored: StoredTensor) -> str:
     return f"the tensor {name!r} in {stored.path.name!r}"
 
 
-def begun_on(tensor: StoredTensor, algorithm: str) -> RunningSum:
+def begun_on(tensor: StoredTensor) -> xxhash.xxh3_64:
     """What a tensor's checksum begins with: its type and shape."""
-    return SUMS[algorithm](f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} ".encode())
+    return xxhash.xxh3_64(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} ".encode())
 
 
-def file_checksum(path: Path, algorithm: str) -> str:
+def file_checksum(path: Path) -> str:
     """The checksum of a whole file."""
-    running = SUMS[algorithm]()
     with mapped(path) as view:
-        running.update(view)
-    return running.hexdigest()
+        return xxhash.xxh3_64_hexdigest(view)
 
 
-def setting_checksums(settings: Mapping[str, Any], algorithm: str) -> dict[str, str]:
+def setting_checksums(settings: Mapping[str, Any]) -> dict[str, str]:
     """The checksum of each value, as JSON with sorted keys."""
-    found = {}
-    for name, value in settings.items():
-        running = SUMS[algorithm]()
-        running.update(memoryview(json.dumps(value, sort_keys=True).encode()))
-        found[name] = running.hexdigest()
-    return found
+    return {
+        name: xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode()) for name, value in settings.items()
+    }
 
 
 @contextmanager
