@@ -78,13 +78,6 @@ def test_an_edit_on_purpose_is_accepted_when_the_checksums_are_renewed(folder: P
     assert {module.alpha for module in loaded.config.layouts["wide"].modules} == {99}
 
 
-def test_a_server_takes_the_generator_of_one_base(folder: Path) -> None:
-    from peft_dnd.serving.generators import load_served_generator
-
-    with pytest.raises(GeneratorConfigError, match=r"3 bases.*saved to a folder of its own"):
-        load_served_generator("several", str(folder))
-
-
 def test_the_command_line(
     folder: Path, bases: dict[str, nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
