@@ -307,7 +307,7 @@ class _AsItIs(PromptSpace):
         return points.float()
 
 
-def _as_it_is(tasks: Sequence[torch.Tensor]) -> PromptSpace:
+def _as_it_is(tasks: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> PromptSpace:
     return _AsItIs(torch.empty(tasks[0].shape[1], 0).half(), torch.ones(1))
 
 

@@ -65,8 +65,9 @@ def test_what_lies_beside_all_axes_is_like_nothing() -> None:
     assert float((space.place(beside) @ space.place(torch.cat(known)).T).abs().max()) < 0.05
 
 
-def test_far_wordings_of_a_class_are_caught_more_often_at_no_more_false_alarms() -> None:
-    texts, draw = worlds(WIDTH)
+@pytest.mark.parametrize("width", [WIDTH, 1500])
+def test_far_wordings_of_a_class_are_caught_more_often_at_no_more_false_alarms(width: int) -> None:
+    texts, draw = worlds(width)
     space: Points = {}
 
     def named(rows: torch.Tensor) -> list[str]:
@@ -80,7 +81,7 @@ def test_far_wordings_of_a_class_are_caught_more_often_at_no_more_false_alarms()
     def views(text: str) -> tuple[str, ...]:
         return (text,)
 
-    every = topics(60, WIDTH, draw)
+    every = topics(60, width, draw)
     examples = named(texts(every[0], 32))
     allowed = {str(number): named(texts(topic, 16)) for number, topic in enumerate(every[1:20])}
     near = named(texts(every[0], 100))
@@ -93,7 +94,7 @@ def test_far_wordings_of_a_class_are_caught_more_often_at_no_more_false_alarms()
         return tuple(sum(caught) / len(caught) for caught in found)  # type: ignore[return-value]
 
     in_space = shares()
-    with patch.object(PromptSpace, "fit", lambda tasks: PromptSpace(torch.eye(WIDTH).half(), torch.ones(WIDTH + 1))):
+    with patch.object(PromptSpace, "fit", lambda *_: PromptSpace(torch.eye(width).half(), torch.ones(width + 1))):
         as_it_is = shares()
     assert in_space[0] >= as_it_is[0] and in_space[1] > as_it_is[1] + 0.1
     assert in_space[2] <= max(0.05, as_it_is[2])

@@ -35,22 +35,25 @@ class PromptSpace:
     scales: Tensor
 
     @classmethod
-    def fit(cls, tasks: Sequence[Tensor]) -> PromptSpace:
+    def fit(cls, tasks: Sequence[Tensor], others: Sequence[Tensor] = ()) -> PromptSpace:
         """Learn how prompts spread within tasks.
 
         Args:
             tasks: Of each task where its texts lie, (n, C), of length 1.
+            others: Where other texts lie that will be kept in the space too: it has to reach there.
         """
-        points = torch.cat(list(tasks))
+        points = torch.cat([*tasks, *others])
         spread = torch.cat([rows - rows.mean(0) for rows in tasks])
-        width, count = points.shape[1], len(points)
+        width, count = points.shape[1], len(spread)
         total = spread.square().sum() / count
         axes = torch.eye(width) if width <= _MOST_AXES else principal_axes(points, _MOST_AXES)
         along = spread @ axes
         variances, turned = torch.linalg.eigh(along.T @ along / count)
         variances = variances.clamp(min=0)
         left = (total - variances.sum()).clamp(min=0) / max(1, width - len(variances))
-        added = _ADDED * total.clamp(min=1e-12) / width
+        # Of fewer texts than directions most have no variance only because there are too few to show it.
+        shown = max(1, min(width, count - len(tasks)))
+        added = _ADDED * total.clamp(min=1e-12) / shown
         scales = (torch.cat([variances, left[None]]) + added).rsqrt()
         return cls((axes @ turned).half(), scales / scales.amax())
 

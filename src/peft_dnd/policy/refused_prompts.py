@@ -120,13 +120,17 @@ class RefusedPrompts:
         tasks = [
             _Texts.of(prompts[: _share(_MOST_ALLOWED, len(allowed))], read, views) for prompts in allowed.values()
         ]
-        space = PromptSpace.fit([task.points for task in tasks])
+        classes = {
+            name: _Texts.of(list(dict.fromkeys(prompts))[:_MOST_OF_A_CLASS], read, views)
+            for name, prompts in examples.items()
+        }
+        space = PromptSpace.fit([task.points for task in tasks], [one.points for one in classes.values()])
         tasks = [task.placed(space) for task in tasks]
         found = []
         points = []
         welcome = torch.cat([task.points for task in tasks])
-        for name, prompts in examples.items():
-            kept = _Texts.of(list(dict.fromkeys(prompts))[:_MOST_OF_A_CLASS], read, views).placed(space)
+        for name, texts in classes.items():
+            kept = texts.placed(space)
             seen = [task.scores(kept.points, _others(tasks, number)).double() for number, task in enumerate(tasks)]
             found.append(_derived(name, seen, kept.scores_left_out(welcome), false_alarms))
             points.append(_distinct(kept.points))
