@@ -158,7 +158,8 @@ def main() -> None:
     }
     command = (
         f"python benchmarks/language_model/arrivals.py --seed {options.seed} --arrivals {options.arrivals} "
-        f"--steps {options.steps} --generator <folder>"
+        f"--tasks-an-arrival {options.tasks_an_arrival} --steps {options.steps} --asked {options.asked} "
+        f"--rows {options.rows} --generator <folder>"
     )
     write_result(f"language_model_arrivals_seed_{options.seed}", result, command)
 
