@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from support.constants import TASK_PROMPTS
 
 from peft_dnd import PromptConditionedLoraGenerator
-from peft_dnd.pairs.replay_store import StoreBounds, updated_store
+from peft_dnd.pairs.store_update import StoreBounds, updated_store
 from peft_dnd.policy import BehaviourGate, GeneratorPolicy, NormBounds
 
 
