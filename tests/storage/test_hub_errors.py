@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.hub_state import READER, HubServer
+from support.hub_state import READER, HubServer, needs_a_patient_hub
 from support.live_models import PROMPTS
 
 from peft_dnd import DnDConfig, GeneratedAdapter, PromptCheckpointDataset, PromptConditionedLoraGenerator
@@ -88,6 +88,7 @@ def carried_folder(generator: PromptConditionedLoraGenerator, tmp_path: Path) ->
 
 
 class TestFallingSilent:
+    @needs_a_patient_hub
     def test_too_many_requests_say_when_to_come_again(self, what: Any, hub: HubServer, waited: list[float]) -> None:
         load, error, put = what
         put("me/thing")
@@ -110,6 +111,7 @@ class TestFallingSilent:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
         assert "Check the network" in refusal(load, error, "me/thing")
 
+    @needs_a_patient_hub
     def test_a_download_that_breaks_off_goes_on_where_it_was(
         self, carried_folder: Path, hub: HubServer, waited: list[float], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -124,6 +126,7 @@ class TestFallingSilent:
         (again,) = [of for of in asked if "range" in of.headers]
         assert int(again.headers["range"].removeprefix("bytes=").removesuffix("-")) in range(10_000, 60_000)
 
+    @needs_a_patient_hub
     def test_a_download_that_breaks_off_for_good_leaves_nothing_half(
         self, carried_folder: Path, hub: HubServer, waited: list[float]
     ) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
-from support.hub_state import READER, HubServer
+from support.hub_state import READER, HubServer, needs_a_patient_hub
 from support.live_models import OTHER_PROMPTS, PROMPTS, logits
 from torch import nn
 
@@ -194,6 +194,7 @@ class TestWhenItFails:
         assert re.search(words, " ".join(str(caught.value).split()))
         assert not hub.repos
 
+    @needs_a_patient_hub
     def test_too_many_requests_are_waited_for(
         self, adapter: GeneratedAdapter, hub: HubServer, waited: list[float]
     ) -> None:

@@ -39,7 +39,9 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> N
     """Change the matrices of an adapter's file: `change` may work in place or return others."""
     matrices = load_file(folder / WEIGHTS)
     changed = change(matrices) or matrices
-    save_file({key: matrix.contiguous() for key, matrix in changed.items()}, folder / WEIGHTS)
+    # In another file's place, not into it: older safetensors leave what they have loaded in the file.
+    save_file({key: matrix.contiguous() for key, matrix in changed.items()}, folder / "changed")
+    (folder / "changed").replace(folder / WEIGHTS)
 
 
 def reconfigure(folder: Path, **fields: Any) -> None:

@@ -7,12 +7,20 @@ import hashlib
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import pytest
+from packaging.version import Version
 
 from support.hub_cards import card_data
 
 
+needs_a_patient_hub = pytest.mark.skipif(
+    Version(version("huggingface_hub")) < Version("2"),
+    reason="older huggingface_hub neither waits as long as it is told nor goes on with half a file",
+)
 OWNER, READER = "hf_owner", "hf_reader"  # the tokens of the users "me" and "you"
 USERS = {OWNER: "me", READER: "you"}
 LFS_NAMES = (".safetensors", ".bin", ".parquet", ".gguf")
