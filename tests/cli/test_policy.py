@@ -56,6 +56,7 @@ def test_mistakes(run, guarded, generator_folder, tmp_path, arguments, code, mes
     assert ran.code == code and message in ran.err, ran.err
 
 
+@pytest.mark.usefixtures("logging_as_it_was")
 def test_a_service_does_not_start_without_the_base_of_a_gate(run, guarded, tmp_path) -> None:
     start = ("serve", "--generator", f"demo={guarded}", "--cache", tmp_path / "cache", "--port", 0)
     ran = run(*start)

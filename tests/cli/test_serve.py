@@ -7,24 +7,14 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
-from transformers.utils import logging as transformers_logging
 
 
-@pytest.fixture(autouse=True)
-def logging_as_it_was() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    logging.basicConfig(handlers=handlers, level=level, force=True)
-    logging.captureWarnings(False)
-    transformers_logging.enable_default_handler()
-    transformers_logging.disable_propagation()
+pytestmark = pytest.mark.usefixtures("logging_as_it_was")
 
 
 @pytest.fixture

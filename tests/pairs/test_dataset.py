@@ -68,7 +68,8 @@ def test_tasks_stand_in_natural_order_and_checkpoints_in_that_of_their_steps(pai
 def test_an_item_is_a_pool_and_one_of_its_own_checkpoints(pairs, layout):
     dataset = PromptCheckpointDataset.from_folder(pairs)
     item = dataset[1]
-    assert item.keys() == {"task", "prompts", "state_dict", "examples", "distillation", "seed"}
+    assert item.keys() == {"task", "prompts", "state_dict", "examples", "distillation", "replayed", "seed"}
+    assert not item["replayed"]
     assert (item["task"], item["prompts"]) == ("law", dataset.prompts("law"))
     expected = adapter(layout, 2)
     assert item["state_dict"].keys() == expected.keys()
