@@ -265,6 +265,33 @@ def test_a_teachers_answers_are_kept_and_what_was_learned_of_them(
         assert last.measure == ROWS_MEASURE and set(last.lost) == set(EARLY) and last.replayed == 2
 
 
+def test_a_teachers_answers_without_probabilities_are_replayed_and_judge(
+    base_model: nn.Module, word_tokenizer: Any, layout: AdapterLayout, encoder_folder: Path, tmp_path: Path
+) -> None:
+    for task, prompts in TASK_PROMPTS.items():
+        distil_task(
+            tmp_path / "pairs" / task,
+            prompts,
+            teacher=base_model,
+            tokenizer=word_tokenizer,
+            context=f"answer in {task} . ",
+            max_new_tokens=3,
+            top_tokens=4 if task in LATE else 0,
+        )
+    early, late = PromptCheckpointDataset.from_folder(tmp_path / "pairs", layout=layout).split(LATE)
+    settings = {"task_loss_weight": 0.0, "distillation_weight": 1.0, "task_examples": 3, "max_steps": 4}
+    generator = unfitted(early, encoder_folder)
+    first = arguments(tmp_path, distillation_targets="answers", **settings)
+    DnDTrainer(generator, first, early, base_model=base_model).train()
+    # Of what was kept of the early tasks no probabilities are known: where these are wanted the former self stands in.
+    for targets, measure in (("answers", ROWS_MEASURE), ("probabilities", OWN_MEASURE)):
+        again = copy.deepcopy(generator)
+        how = arguments(tmp_path, distillation_targets=targets, **settings)
+        DnDTrainer(again, how, late, base_model=base_model).train()
+        last = revisions(again.config.measured)[-1]
+        assert last.measure == measure and set(last.lost) == set(EARLY) and last.replayed == 2
+
+
 def test_rows_are_for_fits_on_what_the_base_does(tmp_path: Path) -> None:
     with pytest.raises(GeneratorConfigError, match="a fit to checkpoints replays those"):
         arguments(tmp_path, replay_targets="rows", task_loss_weight=0.0)

@@ -54,7 +54,7 @@ def distil(
     labels and no checkpoints are needed. An interrupted pass goes on where it stopped when it is called again.
 
     With --generator the teacher needs no text: its adapter knows the task. With --student what it says is for another
-    base of the same tokens, which is to be added to that generator.
+    base, which is to be added to that generator; for one of other tokens with --top-tokens 0.
 
     Example:
       peft-dnd distil Qwen/Qwen2.5-0.5B-Instruct questions.txt pairs/support --context-file policy.txt --chat

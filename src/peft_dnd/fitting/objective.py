@@ -18,6 +18,7 @@ from ..errors import GeneratorConfigError, LayoutError, PairsFolderError
 from ..generator.modeling import PromptConditionedLoraGenerator
 from ..pairs.dataset import PromptCheckpointDataset
 from ..pairs.statistics import delta_weight_spread, task_balanced_grids, token_spread
+from ..pairs.store_update import ROWS
 from .arguments import DnDTrainingArguments
 from .distillation import distillation_losses
 from .losses import add_noise, masked_mse
@@ -35,7 +36,6 @@ LOSSES = (
     "mean_adapter_distillation_loss",
 )
 """What [`FittingObjective.item_losses`] gives for each item, column by column."""
-
 
 # Of the squared distance of replayed adapters, relative to how far they lie apart, beside the base's loss in nats.
 # Alone, with 1 single tasks are lost, and with 100 late ones are no longer learned (benchmarks/bench_arrivals.py).
@@ -73,7 +73,8 @@ class Supervision:
         known = torch.zeros(count, 3, dtype=torch.bool, device=device)
         if self.targets is not None:
             known[:, 0] = True if self.has_target is None else self.has_target
-        for column, rows in ((1, self.examples), (2, self.distillation)):
+        for column, kind in enumerate(ROWS, 1):
+            rows = getattr(self, kind)
             if rows is not None:
                 known[:, column] = torch.tensor([of_item is not None for of_item in rows])
         return known
@@ -119,7 +120,7 @@ class FittingObjective:
         # How far the adapters of replayed tasks lie apart: their distance from what they were counts relative to that.
         self.replay_spread = 1.0
         self._own_loss = loss_function is None
-        self._answers_alone = args.distillation_targets == "answers"
+        self.answers_alone = args.distillation_targets == "answers"
         # Distillation is taken on the same copy of the base.
         self.task_loss = _task_loss(generator, args, base_model, loss_function)
         self._valid_mask = generator.weight_tokenizer.valid_mask()
@@ -139,7 +140,7 @@ class FittingObjective:
         """
         generator = self.generator
         if self.args.distillation_weight > 0 and self.task_loss is not None:
-            check_teachers(pairs, self.task_loss.model, answers_alone=self._answers_alone)
+            check_teachers(pairs, self.task_loss.model, answers_alone=self.answers_alone)
         if not generator.normalization.fitted and generator.config.normalization != "none":
             generator.normalization.set_statistics(*self._statistics(pairs, some_batches))
         generator.normalization.fitted.fill_(True)
@@ -179,11 +180,10 @@ class FittingObjective:
                 tokens[again], self._noisy(supervision.targets[again]), self._valid_mask.to(tokens.device)
             )
             loss = loss + REPLAY_WEIGHT * again.float().mean() * distance / self.replay_spread
-        if task_loss > 0 and known[:, 1].any():
-            loss = loss + task_loss * self._task_losses(tokens, supervision.examples, known[:, 1]).sum() / len(tokens)
-        if distillation > 0 and known[:, 2].any():
-            losses = self._distillation_losses(tokens, supervision.distillation, known[:, 2])
-            loss = loss + distillation * losses.sum() / len(tokens)
+        for column, (kind, weight) in enumerate(zip(ROWS, (task_loss, distillation), strict=True), 1):
+            if weight > 0 and known[:, column].any():
+                losses = self._row_losses(kind, tokens, getattr(supervision, kind), known[:, column])
+                loss = loss + weight * losses.sum() / len(tokens)
         return loss
 
     def _noisy(self, targets: torch.Tensor) -> torch.Tensor:
@@ -209,13 +209,10 @@ class FittingObjective:
             for i in known[:, 0].nonzero()[:, 0].tolist():
                 for column, guess in enumerate((tokens, mean)):
                     losses[i, column] = self._weight_loss(guess[i, None], target[i, None], None)
-        for column, rows, measure in (
-            (1, supervision.examples, self._task_losses),
-            (2, supervision.distillation, self._distillation_losses),
-        ):
+        for column, kind in enumerate(ROWS, 1):
             has = known[:, column]
-            if rows is not None and has.any():
-                both = [measure(guess, rows, has) for guess in (tokens, mean)]
+            if has.any():
+                both = [self._row_losses(kind, guess, getattr(supervision, kind), has) for guess in (tokens, mean)]
                 losses[has, 2 * column : 2 * column + 2] = torch.stack(both, 1)
         return losses
 
@@ -262,17 +259,26 @@ class FittingObjective:
             matrices[tensor.key] = tokenizer.join(tensor, denormalized(of_items, mean, scale))
         return matrices
 
-    def _task_losses(self, tokens: torch.Tensor, examples: Any, has: torch.Tensor) -> torch.Tensor:
-        """The base's loss on some items' examples with the adapters of their tokens; (as many,), float32."""
-        assert self.task_loss is not None
-        rows = [of_item for of_item in examples if of_item is not None]
-        return self.task_loss.losses(self._matrices(_those(tokens, has), shared=self._shared), rows)
+    def row_losses(self, kind: str, matrices: Mapping[str, torch.Tensor], batches: Sequence[Any]) -> torch.Tensor:
+        """What the base does on rows with adapters in place.
 
-    def _distillation_losses(self, tokens: torch.Tensor, said: Any, has: torch.Tensor) -> torch.Tensor:
+        Args:
+            kind: `"examples"`, or `"distillation"`: what a teacher said.
+            matrices: PEFT on-disk key -> (R, ...), an adapter for each batch.
+            batches: R batches of such rows.
+
+        Returns:
+            (R,), float32, in nats a token.
+        """
         assert self.task_loss is not None
-        rows = [of_item for of_item in said if of_item is not None]
-        matrices = self._matrices(_those(tokens, has), shared=self._shared)
-        return distillation_losses(self.task_loss.base, matrices, rows, answers_alone=self._answers_alone)
+        if kind == "examples":
+            return self.task_loss.losses(matrices, batches)
+        return distillation_losses(self.task_loss.base, matrices, batches, answers_alone=self.answers_alone)
+
+    def _row_losses(self, kind: str, tokens: torch.Tensor, rows: Any, has: torch.Tensor) -> torch.Tensor:
+        """The same for the items of a batch that have rows, with the adapters of their tokens; (as many,), float32."""
+        batches = [of_item for of_item in rows if of_item is not None]
+        return self.row_losses(kind, self._matrices(_those(tokens, has), shared=self._shared), batches)
 
     def _statistics(
         self, pairs: PromptCheckpointDataset, some_batches: Callable[[], Sequence[Mapping[str, Any]]] | None

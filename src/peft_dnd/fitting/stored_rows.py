@@ -14,7 +14,6 @@ from ..adapters.generated_adapter import GeneratedAdapter
 from ..pairs.examples import KeptExamples
 from ..pairs.replay_store import ReplayStore, StoredTask
 from .arguments import DnDTrainingArguments
-from .distillation import distillation_losses
 from .objective import FittingObjective
 from .teacher import base_digest
 
@@ -55,7 +54,17 @@ class StoredRows:
     def of(self, store: ReplayStore, name: str) -> StoredTask | None:
         """A task of which there is a row of each kind, for this base; `None` if it has none."""
         task = store.tasks[name]
-        return task if store.base == self.base and all(getattr(task, kind) for kind in self.kinds) else None
+        return task if store.base == self.base and all(self._usable(kind, task) for kind in self.kinds) else None
+
+    def _usable(self, kind: str, task: StoredTask) -> bool:
+        """Whether there are rows of a kind, with the probabilities that the fit is to be taken on."""
+        rows = getattr(task, kind)
+        without = (
+            kind == "distillation"
+            and not self._objective.answers_alone
+            and any("top_tokens" not in row for row in rows)
+        )
+        return bool(rows) and not without
 
     def replayed(self, task: StoredTask) -> dict[str, KeptExamples]:
         """The rows of a task that are replayed."""
@@ -70,11 +79,7 @@ class StoredRows:
         total = 0.0
         for kind in self.kinds:
             batch = self._collators[kind](_parts(getattr(task, kind))[0])
-            if kind == "examples":
-                losses = taken.losses(matrices, [batch])
-            else:
-                losses = distillation_losses(taken.base, matrices, [batch])
-            total += self._weights[kind] * float(losses[0])
+            total += self._weights[kind] * float(self._objective.row_losses(kind, matrices, [batch])[0])
         mean = total / sum(self._weights[kind] for kind in self.kinds)
         return math.exp(-max(mean, 0.0))
 

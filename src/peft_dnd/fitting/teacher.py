@@ -3,8 +3,8 @@
 
 A teacher needs neither labels nor checkpoints: what it does with a text in its window (an instruction, solved
 examples, a policy, a document) is what the student, the same base with a generated adapter and without that text, is
-fitted to do (Doc-to-LoRA, arXiv 2602.15902, fits its generators so). The student may also be another base that reads
-the same tokens.
+fitted to do (Doc-to-LoRA, arXiv 2602.15902, fits its generators so). The student may also be another base:
+of one that reads the same tokens it learns the probabilities too, of any other the answers as text.
 """
 
 from __future__ import annotations

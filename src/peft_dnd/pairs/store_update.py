@@ -20,6 +20,7 @@ from .replay_store import ReplayStore, StoredTask, in_order, text_bytes
 logger = logging.getLogger(__name__)
 
 ROWS = ("examples", "distillation")
+"""What the base's own losses are taken on: what pairs, items and stored tasks call it."""
 
 
 @dataclass(frozen=True)
