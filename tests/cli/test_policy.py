@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from support.constants import TASK_PROMPTS
 
 from peft_dnd import PromptConditionedLoraGenerator
+from peft_dnd.cli.policy import _PARTS
 from peft_dnd.pairs.store_update import StoreBounds, updated_store
 from peft_dnd.policy import BehaviourGate, GeneratorPolicy, NormBounds
+from peft_dnd.policy.policy import PARTS
 
 
 @pytest.fixture
@@ -54,6 +56,10 @@ def test_mistakes(run, guarded, generator_folder, tmp_path, arguments, code, mes
     places = {"adapter": tmp_path / "adapter", "guarded": guarded, "plain": generator_folder}
     ran = run("inspect", *(argument.format(**places) for argument in arguments))
     assert ran.code == code and message in ran.err, ran.err
+
+
+def test_the_parts_are_called_as_a_policy_calls_them() -> None:
+    assert _PARTS == PARTS  # the command's own copy spares it the library's import
 
 
 @pytest.mark.usefixtures("logging_as_it_was")
@@ -162,7 +168,7 @@ class TestSetting:
             (("--refuse", "health=nowhere.txt"), 1, "'nowhere.txt' does not exist"),
             (("--refuse", "health={med}", "--leave-out", "mde"), 1, "Did you mean 'med'?"),
             (("--refuse", "health={empty}"), 1, "is empty"),
-            (("--refuse", "a={med}", "--refuse", "a={med}"), 2, "'a' is there twice"),
+            (("--refuse", "a={med}", "--refuse", "a={med}"), 2, "--refuse names 'a' twice"),
             (("--remove", "gate"), 1, "no such part"),
             (("--remove", "gat"), 2, "Did you mean 'gate'?"),
             (("--norms", "--pairs", "nowhere/else/at/all"), 1, "nowhere/else/at/all"),

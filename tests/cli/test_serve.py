@@ -56,7 +56,7 @@ def test_what_is_given_reaches_the_service(run, started, generator_folder, tmp_p
     ("arguments", "code", "words"),
     [
         (["--generator", "GENERATOR", "--cache", "c"], 2, "NAME=PLACE"),
-        (["--generator", "a=GENERATOR", "--generator", "a=x", "--cache", "c"], 2, "two generators called 'a'"),
+        (["--generator", "a=GENERATOR", "--generator", "a=x", "--cache", "c"], 2, "--generator names 'a' twice"),
         (["--generator", "a=GENERATOR"], 2, "--cache"),
         (["--generator", "a=GENERATOR", "--cash", "c"], 2, "--cache"),
         (["--cache", "c"], 2, "--generator"),

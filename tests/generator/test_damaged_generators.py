@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peft_dnd.generator.streaming
 from peft_dnd import DnDConfig, PromptCheckpointDataset, PromptConditionedLoraGenerator, StreamedLoraGenerator
 from peft_dnd.cli.app import main
-from peft_dnd.errors import BaseModelMismatchError, CorruptFileError, PeftDndError
+from peft_dnd.errors import BaseModelMismatchError, CorruptFileError, FormatVersionError, PeftDndError
 from peft_dnd.generator import renew_checksums
 from peft_dnd.storage import checksums
 from peft_dnd.storage.files import read_json, read_safetensors, write_json, write_safetensors
@@ -308,7 +308,7 @@ def test_checksums_of_another_kind_are_refused_until_they_are_renewed(damaged: P
     written = read_json(damaged / "checksums.json")
     write_json(damaged / "checksums.json", {**written, "algorithm": "md5"})
     for loader in LOADERS:
-        with pytest.raises(CorruptFileError, match=r"does not have the form.*taken by 'md5'.*renew_checksums"):
+        with pytest.raises(FormatVersionError, match=r"checksums by 'md5'.*another version.*renew_checksums"):
             use(damaged, loader)
     renew_checksums(damaged)
     assert read_json(damaged / "checksums.json") == written

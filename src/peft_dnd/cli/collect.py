@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .bases import example_of, load_base, load_tokenizer
-from .console import CommandError, Device, Json, Quiet, Settings, progress, report
+from .console import CommandError, Device, Json, Quiet, Settings, named_places, progress, report
 from .prompt_files import read_prompts, read_rows, texts_of
 from .recipes import built, check_names, read_recipe, section, wanted
 
@@ -88,8 +88,8 @@ def collect(
         settings,
         base=base,
         output=output,
-        tasks=_named_files(task, "--task"),
-        prompts=_named_files(prompts, "--prompts"),
+        tasks=named_places(task, "--task", "TASK=FILE"),
+        prompts=named_places(prompts, "--prompts", "TASK=FILE"),
         column=column,
         answer_column=answer_column,
         last=last,
@@ -112,16 +112,6 @@ def collect(
         f"; complete before: {', '.join(left)}" if left else ""
     )
     report({"pairs": str(pairs), "collected": trained, "complete_before": left}, summary, as_json=as_json, quiet=quiet)
-
-
-def _named_files(given: list[str] | None, option: str) -> dict[str, str]:
-    found = {}
-    for item in given or ():
-        name, equals, file = item.partition("=")
-        if not equals or not name or not file:
-            raise typer.BadParameter(f"{option} {item!r} is not of the form TASK=FILE.")
-        found[name] = file
-    return found
 
 
 def _texts(plan: dict[str, Any]) -> dict[str, tuple[list[str], list[str], list[str] | None]]:

@@ -91,6 +91,29 @@ def progress(quiet: bool) -> Iterator[None]:
             enable_progress_bars()
 
 
+def named_places(given: Iterable[str] | None, option: str, form: str) -> dict[str, str]:
+    """What an option that may be repeated names: name -> file, folder or Hub id.
+
+    Args:
+        given: What the option was given.
+        option: How it is called, such as `"--prompts"`.
+        form: Of what form each must be, such as `"TASK=FILE"`.
+
+    Raises:
+        typer.BadParameter: If one is of another form, or a name comes twice.
+    """
+    found: dict[str, str] = {}
+    for item in given or ():
+        name, equals, place = item.partition("=")
+        name = name.strip()
+        if not (name and equals and place):
+            raise typer.BadParameter(f"{option} {item!r} is not of the form {form}.")
+        if name in found:
+            raise typer.BadParameter(f"{option} names {name!r} twice, {found[name]!r} and {place!r}: give it one.")
+        found[name] = place
+    return found
+
+
 def existing_file(path: Path, what: str) -> Path:
     """The path, if there is a file, or a pipe or terminal such as shells make of `<(...)`.
 

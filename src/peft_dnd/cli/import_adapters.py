@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .adapter_lists import AdapterList, read_adapter_list
-from .console import CommandError, Json, Quiet, progress, report
+from .console import Json, Quiet, named_places, progress, report
 from .inspect import layout_of
 from .prompt_files import read_prompts
 
@@ -90,7 +90,7 @@ def import_adapters(
       peft-dnd import-adapters data/common_sense_reasoning pairs --settings common-sense-0.5b \
           --prompts ARC-e=prompts/ARC-e_train.json --prompts BoolQ=prompts/BoolQ_train.json
     """
-    files = _files_of(prompts)
+    files = named_places(prompts, "--prompts", "TASK=FILE")
     if settings is not None:
         own = {"--rank": rank, "--like": like, "--base": base, "--prompts-from-card": from_card, "--pickles": pickles}
         own.update({"--answer-column": answer_column, "--factors": factors, "--overwrite": overwrite})
@@ -152,18 +152,6 @@ def in_words(pairs: str, tasks: Sequence[ImportedTask]) -> str:
 
 def _range(values: Sequence[float]) -> str:
     return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
-
-
-def _files_of(prompts: Sequence[str] | None) -> dict[str, str]:
-    files: dict[str, str] = {}
-    for given in prompts or ():
-        task, equals, file = given.partition("=")
-        if not equals or not task or not file:
-            raise typer.BadParameter(f"--prompts {given!r} is not of the form TASK=FILE.")
-        if task in files:
-            raise CommandError(f"--prompts names the task {task!r} twice.")
-        files[task] = file
-    return files
 
 
 def _of_the_release(

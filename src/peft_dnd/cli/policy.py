@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .bases import load_base, load_tokenizer
-from .console import CommandError, Device, Json, Quiet, Revision, progress, report, suggestion
+from .console import CommandError, Device, Json, Quiet, Revision, named_places, progress, report, suggestion
 from .prompt_files import read_rows, texts_of
 
 
@@ -96,7 +96,8 @@ def policy(
       peft-dnd policy generator --remove gate
     """
     _check_options(norms, above, refuse, leave_out, gate, gate_bound, pairs, base, false_alarms)
-    examples = {name: read_rows(file, column) for name, file in _classes(refuse)}  # before the library is loaded
+    files = named_places(refuse, "--refuse", "CLASS=FILE")
+    examples = {name: read_rows(file, column) for name, file in files.items()}  # before the library is loaded
     asked = None if gate is None else texts_of(read_rows(gate, column), column, gate)
     gone = _removed(remove)
     if not (norms or never_write or examples or asked or gone):
@@ -205,18 +206,6 @@ def _check_options(
     ):
         if given and not needed:
             raise typer.BadParameter(f"{name} goes with {what}.")
-
-
-def _classes(refuse: list[str] | None) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    for given in refuse or []:
-        name, equals, file = given.partition("=")
-        if not (name.strip() and equals and file):
-            raise typer.BadParameter(f"--refuse {given!r} is not of the form CLASS=FILE.")
-        if name.strip() in dict(found):
-            raise typer.BadParameter(f"--refuse {name.strip()!r} is there twice: put its examples into one file.")
-        found.append((name.strip(), file))
-    return found
 
 
 def _task_type(generator: PromptConditionedLoraGenerator) -> str | None:

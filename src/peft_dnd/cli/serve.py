@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .bases import load_base
-from .console import CommandError, Device, Quiet, existing_file, progress, suggestion
+from .console import CommandError, Device, Quiet, existing_file, named_places, progress, suggestion
 from .prompt_files import files_of_tasks, read_rows, texts_of
 
 
@@ -149,12 +149,7 @@ def serve(
 def _places(generators: list[str]) -> dict[str, tuple[str, str | None]]:
     """Name of each generator -> its folder or Hub id, and its revision."""
     found: dict[str, tuple[str, str | None]] = {}
-    for given in generators:
-        name, equals, place = given.partition("=")
-        if not equals or not name or not place:
-            raise typer.BadParameter(f"--generator {given!r} is not of the form NAME=PLACE.")
-        if name in found:
-            raise typer.BadParameter(f"There are two generators called {name!r}: names must differ.")
+    for name, place in named_places(generators, "--generator", "NAME=PLACE").items():
         revision = None
         if not Path(place).exists() and "@" in place:
             place, _, revision = place.rpartition("@")

@@ -85,7 +85,7 @@ class Checksums:
 
         Raises:
             CorruptFileError: If the file is not what [`write`] writes.
-            FormatVersionError: If it is of a newer format.
+            FormatVersionError: If it is of a newer format, or the checksums are of another kind.
         """
         path = folder / CHECKSUMS_NAME
         if not path.is_file():
@@ -100,7 +100,11 @@ class Checksums:
                 )
             parts = {part: dict(content[part]) for part in ("tensors", "files", "settings")}
             if content["algorithm"] != ALGORITHM:
-                raise ValueError(f"taken by {content['algorithm']!r:.40}, not by {ALGORITHM!r}")
+                raise FormatVersionError(
+                    f"{str(path)!r} has checksums by {content['algorithm']!r:.40}; this version of peft_dnd compares "
+                    f"{ALGORITHM!r}. If another version of it saved the folder, and you trust it to be whole, take "
+                    "them anew: peft_dnd.generator.renew_checksums, or peft-dnd inspect --renew-checksums"
+                )
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, FormatVersionError):
                 raise
