@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.fitting import fitting_arguments
 from support.hub_state import HubServer
 from transformers import TrainerCallback
 
@@ -42,16 +43,10 @@ Make = Callable[..., PromptConditionedLoraGenerator]
 def arguments(folder: Path, **changes: Any) -> DnDTrainingArguments:
     settings = {
         "max_steps": 60,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 3e-3,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "report_to": "none",
         "replay_store_share": 1.0,  # the pairs are tiny here
         **changes,
     }
-    return DnDTrainingArguments(output_dir=str(folder), **settings)
+    return fitting_arguments(folder, **settings)
 
 
 @pytest.fixture(scope="module")

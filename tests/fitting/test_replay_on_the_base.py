@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.constants import TASK_PROMPTS
+from support.fitting import convolution_generator, fitting_arguments
 from support.rows import rows_of
 from torch import nn
 from transformers import TrainerCallback
@@ -20,7 +21,6 @@ from peft_dnd import (
     DnDTrainingArguments,
     PromptCheckpointDataset,
     PromptConditionedLoraGenerator,
-    PromptConditionedLoraGeneratorConfig,
     write_task_without_checkpoints,
 )
 from peft_dnd.errors import GeneratorConfigError, RegressionError, TextEncoderError
@@ -40,18 +40,13 @@ EARLY, LATE = ("art", "geo"), ("law", "med")
 def arguments(folder: Path, **changes: Any) -> DnDTrainingArguments:
     settings = {
         "max_steps": 30,
-        "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "report_to": "none",
         "task_loss_weight": 1.0,
         "task_examples": 6,
         "replay_store_share": 1.0,  # the pairs are tiny here
         **changes,
     }
-    return DnDTrainingArguments(output_dir=str(folder), **settings)
+    return fitting_arguments(folder, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -73,19 +68,12 @@ def parts(
     return PromptCheckpointDataset.from_folder(folder, layout=layout).split(LATE)
 
 
-def unfitted(pairs: PromptCheckpointDataset, encoder_folder: Path, **changes: Any) -> PromptConditionedLoraGenerator:
-    settings = {"decoder_type": "hyper_convolution", "decoder_config": {"kernel_size": 3}, **changes}
-    config = PromptConditionedLoraGeneratorConfig.from_adapters(pairs, str(encoder_folder), num_prompts=3, **settings)
-    torch.manual_seed(0)
-    return PromptConditionedLoraGenerator(config)
-
-
 @pytest.fixture(scope="module")
 def fitted(
     parts: Any, base: nn.Module, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> PromptConditionedLoraGenerator:
     """Fitted on the early tasks' rows."""
-    generator = unfitted(parts[0], encoder_folder)
+    generator = convolution_generator(parts[0], encoder_folder)
     DnDTrainer(generator, arguments(tmp_path_factory.mktemp("fit"), max_steps=100), parts[0], base_model=base).train()
     return generator
 
@@ -249,7 +237,7 @@ def test_a_teachers_answers_are_kept_and_what_was_learned_of_them(
     pairs = PromptCheckpointDataset.from_folder(tmp_path / "pairs", layout=layout)
     early, late = pairs.split(LATE)
     settings = {"task_loss_weight": 0.0, "distillation_weight": 1.0, "task_examples": 3, "max_steps": 6}
-    generator = unfitted(early, encoder_folder, decoder_type="core", decoder_config={"core_rank": 2})
+    generator = convolution_generator(early, encoder_folder, decoder_type="core", decoder_config={"core_rank": 2})
     DnDTrainer(generator, arguments(tmp_path, **settings), early, base_model=base_model).train()
     store = generator.replay_store
     assert store is not None and all(task.distillation and not task.examples for task in store.tasks.values())
@@ -280,7 +268,7 @@ def test_a_teachers_answers_without_probabilities_are_replayed_and_judge(
         )
     early, late = PromptCheckpointDataset.from_folder(tmp_path / "pairs", layout=layout).split(LATE)
     settings = {"task_loss_weight": 0.0, "distillation_weight": 1.0, "task_examples": 3, "max_steps": 4}
-    generator = unfitted(early, encoder_folder)
+    generator = convolution_generator(early, encoder_folder)
     first = arguments(tmp_path, distillation_targets="answers", **settings)
     DnDTrainer(generator, first, early, base_model=base_model).train()
     # Of what was kept of the early tasks no probabilities are known: where these are wanted the former self stands in.
@@ -313,7 +301,7 @@ def test_mixtures_leave_replayed_items_as_they_are(
 def test_a_text_encoder_that_is_fitted_too_has_a_former_self_too(
     parts: Any, base: nn.Module, encoder_folder: Path, tmp_path: Path
 ) -> None:
-    generator = unfitted(parts[0], encoder_folder, freeze_text_encoder=False)
+    generator = convolution_generator(parts[0], encoder_folder, freeze_text_encoder=False)
     DnDTrainer(generator, arguments(tmp_path, max_steps=2), parts[0], base_model=base).train()
     trainer = DnDTrainer(generator, arguments(tmp_path, max_steps=2), parts[1], base_model=base)
     trainer._prepare()
