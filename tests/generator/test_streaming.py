@@ -26,7 +26,14 @@ from peft_dnd import (
 )
 from peft_dnd.cli.app import main
 from peft_dnd.decoders import plane_convolution
-from peft_dnd.errors import CorruptFileError, GeneratorNotFoundError, NotFittedError, PeftDndError, WeightValueError
+from peft_dnd.errors import (
+    CorruptFileError,
+    GeneratorConfigError,
+    GeneratorNotFoundError,
+    NotFittedError,
+    PeftDndError,
+    WeightValueError,
+)
 from peft_dnd.generator import streaming
 from peft_dnd.storage.stored_weights import stored_tensors
 
@@ -35,6 +42,8 @@ PROMPTS = ["what is tax law ?", "what is the law of the court ?", "a court pleas
 DECODERS = {
     "hyper_convolution": {"kernel_size": 3, "zero_init_output": False},
     "set_transformer": {"hidden_size": 24, "num_heads": 2, "zero_init_output": False},
+    "core": {"hidden_size": 24, "zero_init_output": False},
+    "text_to_lora": {"zero_init_output": False},
 }
 
 
@@ -112,6 +121,8 @@ def rounding_of(model: PromptConditionedLoraGenerator) -> float:
         ("hyper_convolution", {}),
         ("hyper_convolution", {"length_projection": {"length": 20}}),
         ("set_transformer", {}),
+        ("core", {}),
+        ("text_to_lora", {}),
     ],
 )
 def test_streaming_gives_the_same_adapter(
@@ -222,9 +233,8 @@ def rename_a_weight(folder: Path) -> None:
 def edit_the_config(folder: Path) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    config["decoder_config"].update(
-        {"kernel_size": 5} if "kernel_size" in config["decoder_config"] else {"num_latents": 9}
-    )
+    setting = {"hyper_convolution": "kernel_size", "set_transformer": "num_latents", "core": "mixing_size"}
+    config["decoder_config"][setting.get(config["decoder_type"], "head_in_size")] = 9
     path.write_text(json.dumps(config))
 
 
@@ -307,3 +317,17 @@ def test_memory_stays_far_below_the_weights(layout: AdapterLayout, encoder_folde
     streamed, loaded = map(float, script.stdout.split())
     assert loaded > size  # or nothing would follow from the other figure
     assert streamed < 100
+
+
+def test_a_parameter_that_another_module_uses_is_refused_and_not_made_up(
+    nothing_held: list[tuple[int, ...]], layout: AdapterLayout, encoder_folder: Path, tmp_path: Path
+) -> None:
+    streamed = StreamedLoraGenerator.from_pretrained(save(tmp_path / "g", layout, encoder_folder, "core"))
+    cores = streamed.decoder.writer.cores
+    assert (cores.weight.dtype, cores.weight.device.type) == (torch.float32, "meta")
+    for work in (
+        lambda: torch.nn.functional.linear(torch.ones(1, cores.in_features), cores.weight),
+        lambda: cores.weight * 2,
+    ):
+        with pytest.raises(GeneratorConfigError, match="call that module instead"):
+            work()

@@ -91,8 +91,9 @@ class CoreWriter(nn.Module):
         """Maps (B, d) to (B, N_w, L_w, C_w)."""
         device = summary.device
         written, place = (torch.tensor(numbers, device=device) for numbers in (self._written, self._place))
-        weight = self.cores.weight * (_GAIN_OF_CORES * self.cores.in_features**-0.5)
-        cores = F.linear(summary, weight, self.cores.bias).unflatten(-1, (-1, self.core_rank, self.num_bases))
+        # The gain is the weight's; taken of the summary, no copy of the largest parameter is made.
+        cores = self.cores(summary * (_GAIN_OF_CORES * self.cores.in_features**-0.5))
+        cores = cores.unflatten(-1, (-1, self.core_rank, self.num_bases))
         # One product a token for the whole batch: (n, B r, K) (n, K, C_w).
         of_token = cores[:, place].permute(1, 0, 2, 3).flatten(1, 2)
         rows = torch.bmm(of_token, self.bases * _GAIN_OF_BASES).unflatten(1, (-1, self.core_rank)).transpose(0, 1)

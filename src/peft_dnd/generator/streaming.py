@@ -259,14 +259,34 @@ def _check_device(device: torch.device | str) -> None:
         ) from error
 
 
+class _Elsewhere(torch.Tensor):
+    """A streamed parameter while its module does not run: a shape and a type, but no numbers.
+
+    Of some products with a tensor on the meta device torch makes numbers out of nothing; this refuses them.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ == "__get__":  # of an attribute
+            return super().__torch_function__(func, types, args, kwargs or {})
+        raise GeneratorConfigError(
+            f"The decoder uses a streamed parameter of another module than the one that runs ({func.__name__}), which "
+            "is read only while its own does. Have the decoder call that module instead, or load the generator with "
+            "PromptConditionedLoraGenerator.from_pretrained, which holds all parameters."
+        )
+
+
 def _read_around_forward(module: nn.Module, name: str, weight: StreamedWeight) -> None:
     # An attribute of the instance hides the parameter of that name, which stays on the meta device.
+    elsewhere = module._parameters[name].detach().as_subclass(_Elsewhere)  # type: ignore[union-attr]
+
     def read(module: nn.Module, _: Any) -> None:
         module.__dict__[name] = weight[:]
 
     def drop(module: nn.Module, *_: Any) -> None:
-        module.__dict__.pop(name, None)
+        module.__dict__[name] = elsewhere
 
+    drop(module)
     module.register_forward_pre_hook(read)
     module.register_forward_hook(drop, always_call=True)
 
