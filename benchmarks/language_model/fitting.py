@@ -61,6 +61,8 @@ class FitSettings:
     more_directions: int = 0
     # Whether plain tasks are asked for in other languages too, as tasks beside: in all wordings but the last.
     in_languages: bool = False
+    # How often a task comes, by its examples; `None`: all alike.
+    sampling: float | None = None
 
 
 # What a fit differs in that starts from a fitted generator: less to unlearn, so a lower rate, and prompts never read.
@@ -161,6 +163,7 @@ def fit_generator(
         output_dir=str(folder / "fit"),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.tasks_a_step,
+        task_sampling_exponent=settings.sampling,
         task_examples=settings.examples,
         task_loss_weight=settings.task_loss,
         distillation_weight=settings.distillation,
