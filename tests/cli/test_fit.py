@@ -10,8 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.constants import TASK_PROMPTS
+from support.rows import rows_of
 
-from peft_dnd import PromptConditionedLoraGenerator
+from peft_dnd import PromptConditionedLoraGenerator, write_task_without_checkpoints
 from peft_dnd.cli.console import CommandError
 from peft_dnd.cli.evaluate import _by_labels, _by_loss
 from peft_dnd.evaluation import EvaluationReport
@@ -68,6 +70,39 @@ def test_a_generator_goes_on_with_new_tasks(run, fitted, collected, encoder_fold
     assert typo.code == 1 and "nothing" in typo.err
     inside = run("fit", "--update", fitted, "--pairs", collected, "-o", fitted, *QUICK)
     assert inside.code == 1 and "--overwrite" in inside.err
+
+
+def test_goes_on_with_new_tasks_on_the_bases_own_loss(run, base_folder, encoder_folder, tmp_path) -> None:
+    for folder, names in (("pairs", ("art", "geo")), ("new", ("law", "med"))):
+        for name in names:
+            write_task_without_checkpoints(tmp_path / folder / name, TASK_PROMPTS[name], rows_of(name))
+    loss = ("--set", "training.task_loss_weight=1", "--base", base_folder, *QUICK, "-q")
+    first = ("fit", "--pairs", tmp_path / "pairs", "-o", tmp_path / "g", "--text-encoder", encoder_folder, *loss)
+    ran = run(*first)
+    assert ran.code == 1 and "--set lora.r=8" in ran.err
+    # The pairs are tiny: a tenth of them has no room for rows.
+    room = ("--set", "training.replay_store_share=1.0")
+    ran = run(*first, "--set", "lora.r=2", *room)
+    assert ran.code == 0, ran.err
+    start = ("fit", "--update", tmp_path / "g", "--pairs", tmp_path / "new", "-o", tmp_path / "next")
+    for wrong, words in (
+        ((*QUICK, "--set", "training.task_loss_weight=1"), "--base"),
+        ((*QUICK, "--base", base_folder), "would not be used"),
+        (QUICK, "have no checkpoints to fit to"),
+        ((*loss, "--set", "lora.r=4"), "leave yours out"),
+        ((*loss, "--base", tmp_path / "g"), "is a generator's folder"),
+        ((*loss, "--update", base_folder), "no generator"),
+    ):
+        ran = run(*start, *wrong)
+        assert ran.code == 1 and words in ran.err and len(ran.err) < 500, (wrong, ran.err)
+        assert not (tmp_path / "next").exists()
+    forgetful = ("--set", "training.replay_share=0", "--max-steps", "40", "--learning-rate", "0.05")
+    ran = run(*start, *loss[:-1], *forgetful, "--set", "training.most_points_lost=0.0", "--push-to-hub", "me/next")
+    assert ran.code == 1 and "Nothing was uploaded" in ran.err and (tmp_path / "next" / "config.json").is_file()
+    ran = run(*start, *loss, *room, "--overwrite", "--json", "--set", "training.most_points_lost=null")
+    assert ran.code == 0, ran.err
+    assert (ran.facts["revision"], ran.facts["replayed_tasks"]) == (2, 2)
+    assert set(ran.facts["points_lost"]) == {"art", "geo"}
 
 
 def test_mistakes_in_a_recipe_are_named(run, collected, encoder_folder, tmp_path) -> None:

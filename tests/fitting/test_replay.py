@@ -305,12 +305,18 @@ def test_an_update_that_lost_too_much_is_not_published(
     assert found.replay_store is not None and set(found.replay_store.tasks) == set(EARLY)
 
 
-@pytest.mark.parametrize("judged", [True, False])
+@pytest.mark.parametrize(("judged", "share"), [(True, 0.5), (True, 0.0), (False, 0.5)])
 def test_nothing_of_an_update_is_uploaded_before_it_is_judged(
-    judged: bool, fitted: PromptConditionedLoraGenerator, parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    judged: bool,
+    share: float,
+    fitted: PromptConditionedLoraGenerator,
+    parts: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     uploaded: list[Any] = []
-    asked = arguments(tmp_path, hub_strategy="checkpoint", most_points_lost=2.0 if judged else None)
+    most = 2.0 if judged else None
+    asked = arguments(tmp_path, hub_strategy="checkpoint", most_points_lost=most, replay_share=share)
     trainer = DnDTrainer(copy.deepcopy(fitted), asked, parts[1])
     monkeypatch.setattr(trainer, "_upload", lambda saved, to_resume=None, **given: uploaded.append(to_resume))
     trainer._push_from_checkpoint(str(tmp_path / "checkpoint-1"))
