@@ -28,7 +28,7 @@ class PromptEmbeddingCache:
     prompts change gets a new one. For the size of it: a token of all-MiniLM-L6-v2 takes 1.5 kB.
 
     Args:
-        encoder: The text encoder.
+        text_encoder: The text encoder.
         read: What is kept of a pool; default: the encoder's token states.
         folder: Where it is kept on disk as well, so that another run need not read the same prompts; by default
             nowhere. The folder is looked at when the first states are asked for.
@@ -39,12 +39,12 @@ class PromptEmbeddingCache:
 
     def __init__(
         self,
-        encoder: TextEncoder,
+        text_encoder: TextEncoder,
         *,
         read: Callable[[TextEncoder, Sequence[str]], TokenStates] | None = None,
         folder: PathLike | None = None,
     ) -> None:
-        self.encoder = encoder
+        self.encoder = text_encoder
         self.encoder_calls = 0
         self._read = read or _token_states
         self._folder = folder
