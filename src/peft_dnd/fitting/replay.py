@@ -198,8 +198,10 @@ class StoreKeeper:
 
     def begin(self) -> None:
         """Score the store's tasks as the generator is now."""
-        store = self._generator.replay_store if self._generator.normalization.fitted else None
-        if store is None or self._pairs is None:
+        if self._pairs is None or not self._generator.normalization.fitted:
+            return
+        store = self._generator.replay_store
+        if store is None:
             return
         rows = self._rows
         if rows is not None and self._scorer is None and any(rows.of(store, name) for name in store.tasks):
