@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -70,6 +71,11 @@ class FitSettings:
 GOING_ON: dict[str, Any] = {"pool": "second pool", "more_directions": 512, "learning_rate": 6e-4, "in_languages": True}
 # Of the wordings in another language, how many are kept for asking.
 ASKED_WORDINGS = 1
+
+
+def as_record(settings: FitSettings) -> dict[str, Any]:
+    """Settings as they are read again from JSON: lists, where there are tuples."""
+    return dict(json.loads(json.dumps(asdict(settings))))
 
 
 _ASKED_IN = "asked in"
@@ -172,13 +178,7 @@ def fit_generator(
     model, tokenizer = load_base(base, torch.bfloat16)
     tokens = answer_tokens(tasks, tokenizer, settings)
     model, names = with_small_head(model, tokens if answers is None else [*tokens, *tokens_of(answers)])
-    told = {
-        **asdict(settings),
-        "layers": list(settings.layers),
-        "told": list(settings.told),
-        "steps": 0,
-        "start": None,
-    }
+    told = {**as_record(settings), "steps": 0, "start": None}
     marker = {"tasks": [task.name for task in tasks], "settings": told}
     written = folder / "pairs.json"
     if not written.is_file() or read_json(written) != marker:
