@@ -65,6 +65,8 @@ class FitSettings:
     # How the prompts of a pool tell the task, by turns, and of how many solved examples.
     told: tuple[str, ...] = (INSTRUCTION,)
     shots: int = 4
+    # How often a task comes, by its examples; `None`: all alike.
+    sampling: float | None = None
 
 
 # What a fit differs in that starts from a fitted generator: less to unlearn, so a lower rate, and prompts never read.
@@ -195,6 +197,7 @@ def fit_generator(
         output_dir=str(folder / "fit"),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.tasks_a_step,
+        task_sampling_exponent=settings.sampling,
         task_examples=settings.examples,
         task_loss_weight=settings.task_loss,
         distillation_weight=settings.distillation,
