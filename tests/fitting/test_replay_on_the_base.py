@@ -242,6 +242,7 @@ def test_a_teachers_answers_are_kept_and_what_was_learned_of_them(
             teacher=base_model,
             tokenizer=word_tokenizer,
             context=f"answer in {task} . ",
+            apply_chat_template=False,
             max_new_tokens=3,
             top_tokens=4,
         )
@@ -274,6 +275,7 @@ def test_a_teachers_answers_without_probabilities_are_replayed_and_judge(
             teacher=base_model,
             tokenizer=word_tokenizer,
             context=f"answer in {task} . ",
+            apply_chat_template=False,
             max_new_tokens=3,
             top_tokens=4 if task in LATE else 0,
         )

@@ -54,6 +54,7 @@ def hand_on(generator: Any, bases: Any, new_base: nn.Module, word_tokenizer: Pre
             "student_tokenizer": copy.deepcopy(word_tokenizer),
             "max_new_tokens": 3,
             "top_tokens": 4,
+            "apply_chat_template": False,
             **changed,
         }
         distil_generator(tmp_path / "pairs", **options)

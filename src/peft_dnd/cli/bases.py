@@ -131,7 +131,9 @@ def example_of(tokenizer: Any, question: str, answer: str, max_length: int) -> d
     Raises:
         CommandError: If nothing of the answer is left.
     """
-    if getattr(tokenizer, "chat_template", None):
+    from peft_dnd.text.prompts import uses_chat_template
+
+    if uses_chat_template(tokenizer):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         asked = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(messages, tokenize=False)

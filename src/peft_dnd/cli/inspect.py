@@ -38,10 +38,6 @@ def inspect(
     max_rank: Annotated[
         int, typer.Option(min=1, help="With --for: the largest rank that the engine takes, vLLM's max_lora_rank.")
     ] = 16,
-    renew_checksums: Annotated[
-        bool,
-        typer.Option("--renew-checksums", help="Of a generator's folder that was edited on purpose: write them anew."),
-    ] = False,
     target_modules: Annotated[
         list[str] | None,
         typer.Option(
@@ -80,8 +76,6 @@ def inspect(
     if gate_base is not None and policy_of is None:
         raise typer.BadParameter("--gate-base is for a policy's behaviour gate: it goes with --policy-of.")
     kind = what_is(what, revision)
-    if renew_checksums:
-        _renew_checksums(kind, what)
     facts, layout, problems = _LOOKS[kind](what, revision)
     renamed: dict[str, str] = {}
     if facts.get("bases") and (base, against, engine) != (None, None, None):
@@ -121,14 +115,6 @@ def inspect(
     report(facts, _in_words(facts), as_json=as_json, quiet=quiet and not problems)
     if problems:
         raise typer.Exit(1)
-
-
-def _renew_checksums(kind: Kind, what: str) -> None:
-    from peft_dnd.generator import renew_checksums
-
-    if kind != "generator" or not Path(what).is_dir():
-        raise CommandError(f"--renew-checksums is for the folder of a generator, and {what!r} is none here.")
-    renew_checksums(what)
 
 
 def what_is(name: str, revision: str | None) -> Kind:

@@ -200,13 +200,14 @@ class StoreKeeper:
     @property
     def judging(self) -> bool:
         """Whether the generator knows earlier tasks, by which the fit is judged when it is done."""
-        known = self._pairs is not None and self._generator.replay_store is not None
-        return known and bool(self._generator.normalization.fitted)
+        if self._pairs is None or not self._generator.normalization.fitted:
+            return False
+        return self._generator.replay_store is not None
 
     def begin(self) -> None:
         """Score the store's tasks as the generator is now."""
-        store, rows = self._generator.replay_store, self._rows
-        if store is None or not self.judging:
+        store, rows = self._generator.replay_store if self.judging else None, self._rows
+        if store is None:
             return
         if rows is not None and store.base not in (None, rows.base):
             logger.warning(

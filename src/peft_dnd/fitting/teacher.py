@@ -40,7 +40,7 @@ from ..pairs.prompt_pool import read_prompts, write_prompts
 from ..pairs.writer import task_record
 from ..storage.files import PathLike
 from ..storage.progress import with_progress
-from ..text.prompts import check_prompts
+from ..text.prompts import check_prompts, uses_chat_template
 
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def distil_task(
     tokenizer: PreTrainedTokenizerBase,
     context: str | Sequence[str],
     prompts: Sequence[str] | None = None,
-    chat: bool = False,
+    apply_chat_template: bool | None = None,
     max_new_tokens: int = 32,
     top_tokens: int = 16,
     stop: str | None = None,
@@ -85,8 +85,8 @@ def distil_task(
             it is the teacher's own adapter, or its being another base, that tells it more.
         prompts: What the generator reads, the task's pool of prompts: by default each `context + input`. Of a task
             that exists already its own prompts are kept, and none may be given.
-        chat: Whether the texts are put into the tokenizer's chat template, the context as the system's message and
-            the input as the user's.
+        apply_chat_template: Whether the texts are put into the tokenizer's chat template, the context as the system's
+            message and the input as the user's; by default if it has one.
         max_new_tokens: The most tokens of an answer.
         top_tokens: k, of how many of the teacher's likeliest next tokens the probabilities are kept. 0: its answers
             alone, to be fitted to with `distillation_targets="answers"`.
@@ -117,7 +117,7 @@ def distil_task(
         raise PromptError(f"There are {len(inputs)} inputs, but {len(contexts)} contexts. Give one text, or one each.")
     same_tokens = _same_tokens(tokenizer, student, student_tokenizer, top_tokens)
     student_tokenizer = student_tokenizer or tokenizer
-    windows = _windows(tokenizer, student_tokenizer, inputs, contexts, chat)
+    windows = _windows(tokenizer, student_tokenizer, inputs, contexts, apply_chat_template)
     _check_lengths(teacher, [ids for ids, _ in windows], max_new_tokens, "teacher")
     if student is not None:
         _check_lengths(student, [ids for _, ids in windows], max_new_tokens, "student")
@@ -353,26 +353,25 @@ def _windows(
     student_tokenizer: PreTrainedTokenizerBase,
     inputs: Sequence[str],
     contexts: Sequence[str],
-    chat: bool,
+    apply_chat_template: bool | None,
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids of what the teacher reads, and of what the student reads, input by input."""
-    if not chat:
-        return [
-            (list(tokenizer(context + text)["input_ids"]), list(student_tokenizer(text)["input_ids"]))
-            for context, text in zip(contexts, inputs, strict=True)
-        ]
-
-    def ids(by: PreTrainedTokenizerBase, *messages: dict[str, str]) -> list[int]:
-        found: Any = by.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return list(found["input_ids"])
-
-    asked = [{"role": "user", "content": text} for text in inputs]
-    told = [[{"role": "system", "content": context}] if context else [] for context in contexts]
+    templated, student_templated = (
+        uses_chat_template(each, apply_chat_template) for each in (tokenizer, student_tokenizer)
+    )
     return [
-        (ids(tokenizer, *system, user), ids(student_tokenizer, user)) for system, user in zip(told, asked, strict=True)
+        (_read(tokenizer, context, text, templated), _read(student_tokenizer, "", text, student_templated))
+        for context, text in zip(contexts, inputs, strict=True)
     ]
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, context: str, text: str, templated: bool) -> list[int]:
+    if not templated:
+        return list(tokenizer(context + text)["input_ids"])
+    messages = [{"role": "system", "content": context}] if context else []
+    messages.append({"role": "user", "content": text})
+    found: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return list(found["input_ids"])
 
 
 def _check_lengths(model: nn.Module, read: Sequence[list[int]], max_new_tokens: int, whose: str) -> None:

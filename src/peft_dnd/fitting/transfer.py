@@ -28,9 +28,9 @@ from .teacher import distil_task
 
 def distil_generator(
     folder: PathLike,
-    prompts: Mapping[str, Sequence[str]],
     inputs: Mapping[str, Sequence[str]],
     *,
+    prompts: Mapping[str, Sequence[str]],
     generator: PromptConditionedLoraGenerator,
     teacher: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -48,16 +48,17 @@ def distil_generator(
 
     Args:
         folder: The new base's pairs folder.
-        prompts: Task's name -> what the generator reads, unlabelled. Tasks need not be among those it was fitted to.
-        inputs: Task's name, the same ones -> the inputs that are answered, just as they will stand in the window.
+        inputs: Task's name -> the inputs that are answered, as for `distil_task`.
+        prompts: Task's name, the same ones -> what the generator reads, unlabelled. Tasks need not be among those it
+            was fitted to.
         generator: The fitted generator.
         teacher: A base that it writes adapters for, plain. It is given back as it was.
         tokenizer: The teacher's tokenizer.
         student: The new base, plain.
         student_tokenizer: Its tokenizer. If it has other tokens, give `top_tokens=0`.
         seed: Which prompts are read where there are more than the generator takes.
-        options: Of [`distil_task`][peft_dnd.fitting.distil_task]: `chat`, `max_new_tokens`, `top_tokens`, `stop`,
-            `rows_at_once`, `overwrite`.
+        options: Of [`distil_task`][peft_dnd.fitting.distil_task]: `apply_chat_template`, `max_new_tokens`,
+            `top_tokens`, `stop`, `rows_at_once`, `overwrite`.
 
     Raises:
         PromptError: If the tasks of prompts and inputs differ, there are none, or one has no text or an empty one.

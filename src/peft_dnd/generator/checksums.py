@@ -145,8 +145,7 @@ def refuse(name: str, folder: Path, problems: list[str]) -> None:
             f"The generator {name!r} is not as it was saved: {problems[0]}{more} differs from its checksum in "
             f"{CHECKSUMS_NAME}. It was damaged or edited: save the generator again, or fetch it again with "
             "force_download=True. If it was edited on purpose, renew its checksums: "
-            f"peft_dnd.generator.renew_checksums({str(folder)!r}), or peft-dnd inspect {str(folder)!r} "
-            "--renew-checksums"
+            f"peft_dnd.generator.renew_checksums({str(folder)!r}), or peft-dnd renew-checksums {str(folder)!r}"
         )
 
 
