@@ -90,6 +90,9 @@ def test_mistakes_in_a_recipe_are_named(run, collected, encoder_folder, tmp_path
         assert not (tmp_path / "generator").exists()
     assert run("fit", tmp_path / "recip.yaml").err.count("recipe.yaml") == 1
     assert run("fit", "--set", "training.max_steps").code == 2
+    for wrong in ("training.max_steps=two", "training.learning_rate=1e-3x", "training.seed=[1]"):
+        ran = run("fit", "--pairs", "pairs", "-o", "x", "--text-encoder", "y", "--set", wrong)
+        assert ran.code == 1 and f"{wrong[9:].partition('=')[0]} is a number, found" in ran.err
 
 
 def test_distils_tasks_and_fits_to_them(run, base_folder, encoder_folder, tmp_path) -> None:

@@ -379,8 +379,10 @@ def test_inspect_says_so_and_it_can_be_renewed(damaged: Path, capsys: pytest.Cap
     assert main(command) == 0 and "counts as right" in capsys.readouterr().out
     use(damaged, PromptConditionedLoraGenerator)
     assert main(["renew-checksums", str(damaged / "text_encoder")]) == 1
-    assert main(["renew-checksums", "org/nowhere"]) == 1
-    assert "is no folder here" in capsys.readouterr().err
+    assert main(["renew-checksums", f"{damaged}x"]) == 1
+    assert f"is no folder here, and checksums are renewed in one. There is a folder {str(damaged)!r} here" in (
+        capsys.readouterr().err
+    )
 
 
 def test_an_adapter_does_not_go_onto_another_base(generator_folder: Path) -> None:

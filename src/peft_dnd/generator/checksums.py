@@ -10,12 +10,12 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME
 
-from ..errors import CorruptFileError
+from ..errors import CorruptFileError, GeneratorNotFoundError
 from ..pairs.replay_store import STORE_NAME
 from ..policy.policy import POLICY_NAME
 from ..storage.checksums import CHECKSUMS_NAME, Checksums
 from ..storage.files import PathLike, read_json
-from ..storage.hub import generator_name
+from ..storage.hub import folder_meant, generator_name
 from ..text.out_of_distribution import REFERENCE_NAME
 from .configuration import TEXT_ENCODER_FOLDER, PromptConditionedLoraGeneratorConfig
 
@@ -56,11 +56,17 @@ def renew_checksums(folder: PathLike) -> Path:
         The file of checksums.
 
     Raises:
-        GeneratorNotFoundError: If it holds no generator.
+        GeneratorNotFoundError: If it is no folder, or holds no generator.
         MissingFileError: If it has no weights in safetensors format.
         CorruptFileError: If a file cannot be read.
     """
-    PromptConditionedLoraGeneratorConfig.get_config_dict(generator_name(folder))  # refuses what is no generator
+    name = generator_name(folder)
+    if not Path(name).is_dir():
+        raise GeneratorNotFoundError(
+            f"{name!r} is no folder here, and checksums are renewed in one.{folder_meant(name)} Check the spelling; "
+            f"of a generator on the Hub take a copy first: hf download {name} --local-dir FOLDER"
+        )
+    PromptConditionedLoraGeneratorConfig.get_config_dict(name)  # refuses what is no generator
     return write_checksums(Path(folder))
 
 
