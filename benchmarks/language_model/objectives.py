@@ -14,13 +14,11 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import get_peft_model, set_peft_model_state_dict
 
 
@@ -29,16 +27,17 @@ sys.path.insert(0, str(BENCHMARKS))
 
 from record import write_result  # noqa: E402
 
-from language_model.base import load_base, prepare_base  # noqa: E402
-from language_model.compare import above, means  # noqa: E402
-from language_model.fitting import FitSettings, fit_generator, lora_config  # noqa: E402
-from language_model.judging import FEW, Contest, Size, draw_questions, score_all  # noqa: E402
-from language_model.parts import Part, small_part  # noqa: E402
-from language_model.rivals import MULTI_TASK, OWN, lora_layout  # noqa: E402
-from language_model.run import load_generator  # noqa: E402
+from language_model.base import load_base  # noqa: E402
+from language_model.compare import means  # noqa: E402
+from language_model.fitting import FitSettings, lora_config  # noqa: E402
+from language_model.judging import FEW, WITH_EXAMPLES, Size, draw_questions, score_all  # noqa: E402
+from language_model.parts import Part  # noqa: E402
+from language_model.rivals import MULTI_TASK  # noqa: E402
+from language_model.rows import BOTH, INSTRUCTION  # noqa: E402
+from language_model.rows import EXAMPLES as SOLVED_EXAMPLES  # noqa: E402
 from language_model.sampled_head import with_head  # noqa: E402
+from language_model.small_fits import above_one, fitted, found_in, parser_of, path_of, prepared  # noqa: E402
 from language_model.teachers import ask_teacher  # noqa: E402
-from language_model.world import build_world  # noqa: E402
 from peft_dnd.storage.files import read_json, read_safetensors, write_json  # noqa: E402
 
 
@@ -50,6 +49,8 @@ ROWS, HALF = 4, 2
 STEPS = 170
 # Training inputs of a task, the same for labels and teachers.
 INPUTS = 24
+# Prompts of a task in each way of telling it.
+PROMPTS_A_WAY = 8
 SOLVED = {EXAMPLES: FEW, LORA: 0}
 # Once for all variants, and each of them.
 KNOWN, ASKED = ("base", "in_context"), ("generated", "shuffled")
@@ -63,11 +64,17 @@ class Variant:
         teacher: Whose answers are distilled; `None`: nobody's.
         labels: Whether labelled examples are fitted to as well, or alone.
         decoder: The decoder's family.
+        told: What the prompts say of the task.
     """
 
     teacher: str | None = None
     labels: bool = True
     decoder: str = "core"
+    told: tuple[str, ...] = (INSTRUCTION,)
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        return ASKED if self.told == (INSTRUCTION,) else (*ASKED, *WITH_EXAMPLES)
 
     def settings(self, seed: int, steps: int) -> FitSettings:
         both = self.labels and self.teacher is not None
@@ -78,6 +85,8 @@ class Variant:
             examples=HALF if both else ROWS,
             examples_a_task=INPUTS,
             decoder=self.decoder,
+            told=self.told,
+            prompt_pool=PROMPTS_A_WAY * len(self.told),
             task_loss=float(self.labels),
             distillation=float(self.teacher is not None),
         )
@@ -91,31 +100,21 @@ VARIANTS = {
     "labels and teacher with a LoRA": Variant(LORA),
     "labels, set_transformer": Variant(decoder="set_transformer"),
     "labels, text_to_lora": Variant(decoder="text_to_lora"),
+    "labels, all ways of telling": Variant(told=(INSTRUCTION, SOLVED_EXAMPLES, BOTH)),
 }
 
 
 def main() -> None:
     """Fit and ask what is asked for, and report on all that is there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = parser_of(__doc__, STEPS)
     parser.add_argument("--multi-task", type=Path, required=True, help="the folder with the LoRA for all tasks")
-    parser.add_argument("--output", type=Path, default=Path("language_model_output"), help="where everything goes")
-    parser.add_argument("--data", type=Path, action="append", default=[], help="as that LoRA was trained with")
-    parser.add_argument("--base", type=Path, help="where the base is, or goes; default: in the output folder")
     parser.add_argument("--only", choices=VARIANTS, action="append", help="fit no others in this run")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--threads", type=int, help="of the processor; default: torch's own choice")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    transformers.utils.logging.set_verbosity_error()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    base = prepare_base(options.base or options.output / "base")
-    part = small_part(build_world(options.seed, options.data))
+    base, part = prepared(options)
     folder = options.output / f"objectives-{options.seed}"
     for name in options.only or VARIANTS:
         fit_and_ask(options, part, base, folder, name)
-    found = {name: read_json(path_of(folder, name)) for name in VARIANTS if path_of(folder, name).is_file()}
+    found = found_in(folder, list(VARIANTS))
     first = next(iter(found))
     result = {
         "training_tasks": len(part.of("training")),
@@ -123,21 +122,10 @@ def main() -> None:
         "rows a step": FitSettings().tasks_a_step * ROWS,
         "inputs of a task": INPUTS,
         "variants": found,
-        f"above {first}": {
-            name: {
-                kind: above(rows["generated"], found[first]["kinds"][kind]["generated"])
-                for kind, rows in of["kinds"].items()
-            }
-            for name, of in found.items()
-            if name != first
-        },
+        f"above {first}": above_one(found, first),
     }
     command = f"python benchmarks/language_model/objectives.py --seed {options.seed} --steps {options.steps}"
     write_result(f"language_model_objectives_seed_{options.seed}", result, command)
-
-
-def path_of(folder: Path, name: str) -> Path:
-    return folder / name.replace(" ", "-").replace(",", "") / "found.json"
 
 
 def fit_and_ask(options: argparse.Namespace, part: Part, base: Path, folder: Path, name: str) -> None:
@@ -147,32 +135,21 @@ def fit_and_ask(options: argparse.Namespace, part: Part, base: Path, folder: Pat
         return
     logger.info("%s", name)
     answers = None if variant.teacher is None else teacher_answers(options, part, base, folder, variant.teacher)
-    began = time.perf_counter()
     settings = variant.settings(options.seed, options.steps)
-    fit_generator(where / "fitting", base, part.of("training"), settings, answers)
-    seconds = time.perf_counter() - began
-    model, tokenizer = load_base(base, torch.bfloat16)
-    generator = load_generator(str(where / "fitting" / "generator"), base)
-    contest = Contest(model=model, tokenizer=tokenizer, generator=generator, own_layout=lora_layout(model, OWN.rank))
+    contest, facts = fitted(where / "fitting", base, part.of("training"), settings, answers)
     questions = draw_questions(part, Size(), options.seed)
     known = score_all(contest, questions, folder / "known", KNOWN)
     scored = {
-        kind: {**known[kind], **of} for kind, of in score_all(contest, questions, where / "scores", ASKED).items()
+        kind: {**known[kind], **of}
+        for kind, of in score_all(contest, questions, where / "scores", variant.asked).items()
     }
     found = {
-        "seconds of fitting": round(seconds, 1),
-        "parameters": generator.num_parameters(),
-        "loss of the last steps": last_loss(read_json(where / "fitting" / "log.json")),
+        **facts,
         "kinds": {kind: {key: means(of["scores"]) for key, of in rows.items()} for kind, rows in scored.items()},
     }
     if answers is not None:
         found["teacher"] = read_json(answers / "teacher.json")
     write_json(path_of(folder, name), found)
-
-
-def last_loss(log: list[Mapping[str, Any]]) -> float:
-    """Of the last steps that the log has a loss of."""
-    return float([entry["loss"] for entry in log if "loss" in entry][-1])
 
 
 def teacher_answers(options: argparse.Namespace, part: Part, base: Path, folder: Path, name: str) -> Path:

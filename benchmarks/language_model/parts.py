@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from language_model.tasks import Task, share_of
@@ -46,3 +46,12 @@ class Part:
 def small_part(world: Any) -> Part:
     """A few families, in forms without other languages."""
     return Part(world, lambda task: task.family in SMALL_FAMILIES and not task.languages)
+
+
+def cut(task: Task, examples: int, wordings: int) -> Task:
+    """The same task with its first training examples alone, asked for in fitting in its first wordings alone."""
+
+    def write(_: Task, split: str, limit: int) -> list[str]:
+        return task.instructions(split, min(limit, wordings) if split == "seen" else limit)
+
+    return replace(task, given=(tuple(task.train[:examples]), tuple(task.test)), write=write)

@@ -14,13 +14,21 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from language_model.rows import IGNORED, in_context
-from language_model.tasks import Task
+from language_model.tasks import Example, Task
 from peft_dnd.fitting import distil_task
 from peft_dnd.pairs.distillation import ROWS_NAME, DistillationWriter, read_record
 
 
 def ask_teacher(
-    folder: Path, teacher: nn.Module, tokenizer: Any, tasks: Sequence[Task], *, inputs: int, shots: int, seed: int
+    folder: Path,
+    teacher: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    *,
+    inputs: int,
+    shots: int,
+    seed: int,
+    asked: Sequence[Sequence[Example]] | None = None,
 ) -> float:
     """Have training inputs answered, each after an instruction in a seen wording and solved examples of its task.
 
@@ -32,14 +40,15 @@ def ask_teacher(
         inputs: How many of a task's training inputs, the first ones.
         shots: How many solved examples, drawn anew for each of them.
         seed: Of the draws.
+        asked: For each task other inputs than its training ones.
 
     Returns:
         In what share of the inputs the teacher is right, word for word.
     """
-    asked = right = 0
+    answered = right = 0
     for number, task in enumerate(tqdm(tasks, desc="Teacher", unit="task")):
         chance = random.Random(f"teacher {seed} {task.name}")
-        examples = task.train[:inputs]
+        examples = task.train[:inputs] if asked is None else asked[number]
         distil_task(
             folder / f"{number:04d}",
             [f"{example.input}\n" for example in examples],
@@ -53,9 +62,17 @@ def ask_teacher(
             task=task.name,
         )
         for example, row in zip(examples, _rows(folder / f"{number:04d}"), strict=True):
-            said = tokenizer.decode([label for label in row["labels"] if label != IGNORED])
-            asked, right = asked + 1, right + (said == f"{example.output}\n")
-    return right / asked
+            answered, right = answered + 1, right + (_said(row, tokenizer) == f"{example.output}\n")
+    return right / answered
+
+
+def said_in(answers: Path, tokenizer: Any) -> list[list[str]]:
+    """For each task, in their order, what a teacher answered, without line ends."""
+    return [[_said(row, tokenizer).rstrip("\n") for row in _rows(folder)] for folder in _folders(answers)]
+
+
+def _said(row: Mapping[str, Any], tokenizer: Any) -> str:
+    return str(tokenizer.decode([label for label in row["labels"] if label != IGNORED]))
 
 
 def _context(task: Task, example: Any, shots: int, chance: random.Random) -> str:

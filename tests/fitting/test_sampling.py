@@ -15,6 +15,7 @@ from peft_dnd import (
     PromptCheckpointDataset,
     PromptConditionedLoraGenerator,
     PromptConditionedLoraGeneratorConfig,
+    write_task_without_checkpoints,
 )
 from peft_dnd.errors import GeneratorConfigError
 from peft_dnd.fitting.inputs import EpochSampler, TemperedSampler
@@ -74,7 +75,7 @@ def generator(pairs: PromptCheckpointDataset, encoder_folder: Path) -> PromptCon
     return PromptConditionedLoraGenerator(config)
 
 
-def arguments(folder: Path, exponent: float) -> DnDTrainingArguments:
+def arguments(folder: Path, exponent: float | None) -> DnDTrainingArguments:
     return fitting_arguments(folder, task_sampling_exponent=exponent, per_device_train_batch_size=1, max_steps=12)
 
 
@@ -97,6 +98,34 @@ def test_a_fit_sees_rare_tasks_as_often_as_it_is_told(
         seen[exponent] = Counter(unequal[item]["task"] for item in items)[few.name] / size
     assert seen == {1.0: 1 / size, 0.0: pytest.approx(0.5, abs=1 / size)}
     trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("exponent", "rare"), [(None, 0.5), (0.0, 0.5), (0.5, 1 / 11), (1.0, 1 / 101)], ids=["default", "0", "0.5", "1"]
+)
+def test_without_checkpoints_a_tasks_rows_are_counted(
+    pairs: PromptCheckpointDataset,
+    generator: PromptConditionedLoraGenerator,
+    tmp_path: Path,
+    exponent: float | None,
+    rare: float,
+) -> None:
+    row = {"input_ids": [1], "labels": [1]}
+    rows = {"common": [row] * 100, "rare": [row]}
+    for task, some in rows.items():
+        write_task_without_checkpoints(tmp_path / "pairs" / task, ["law"], some)
+    bare = PromptCheckpointDataset.from_folder(tmp_path / "pairs", layout=pairs.layout)
+    trainer = DnDTrainer(generator, arguments(tmp_path, exponent), pairs)
+    sampler = trainer._sampler_of(bare)
+    seen = Counter(bare[item]["task"] for items in drawn(sampler, 202) for item in items)
+    assert seen["rare"] / seen.total() == pytest.approx(rare, abs=0.01)
+
+
+def test_with_checkpoints_the_default_takes_each_once(
+    pairs: PromptCheckpointDataset, generator: PromptConditionedLoraGenerator, tmp_path: Path
+) -> None:
+    sampler = DnDTrainer(generator, arguments(tmp_path, None), pairs)._sampler_of(pairs)
+    assert sorted(number for _, number in sampler) == list(range(len(pairs)))
 
 
 @pytest.mark.parametrize("exponent", [-0.1, 1.5])

@@ -41,7 +41,9 @@ class DnDTrainingArguments(TrainingArguments):
             step, with more that many are drawn of them.
         task_sampling_exponent: How often a task comes in an epoch, which has as many items as there are checkpoints:
             in proportion to the number of its own to this power. 1: each checkpoint once; 0: all tasks alike, however
-            few checkpoints some have; between, as languages are sampled for multilingual models.
+            few checkpoints some have; between, as languages are sampled for multilingual models. In a fit without any
+            checkpoints a task's examples and teacher's answers are counted instead. `None`: each checkpoint once, and
+            without checkpoints all tasks alike.
         mixture_share: How many of the items are mixtures of two tasks, from 0 to 1: a set of prompts of both, whose
             target lies between their adapters, and rows of both in the same shares. A regulariser where tasks are few;
             see [`MixtureCollator`][peft_dnd.pairs.MixtureCollator]. For plain LoRA.
@@ -106,8 +108,9 @@ class DnDTrainingArguments(TrainingArguments):
     prompt_pool_size: int | None = field(
         default=None, metadata={"help": "How many prompts of each training task are used at all; by default all."}
     )
-    task_sampling_exponent: float = field(
-        default=1.0, metadata={"help": "Tasks come in proportion to their checkpoints to this power, 0 to 1."}
+    task_sampling_exponent: float | None = field(
+        default=None,
+        metadata={"help": "Tasks come in proportion to their checkpoints, or else examples, to this power, 0 to 1."},
     )
     mixture_share: float = field(
         default=0.0, metadata={"help": "How many items are mixtures of two tasks, 0 to 1; 0: none."}
@@ -160,7 +163,7 @@ class DnDTrainingArguments(TrainingArguments):
                 raise GeneratorConfigError(
                     f"{name} is a standard deviation, so at least 0; got {getattr(self, name)}."
                 )
-        if not 0 <= self.task_sampling_exponent <= 1:
+        if self.task_sampling_exponent is not None and not 0 <= self.task_sampling_exponent <= 1:
             raise GeneratorConfigError(
                 f"task_sampling_exponent must be from 0 to 1, got {self.task_sampling_exponent}."
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ class TemperedSampler(EpochSampler):
         tasks: The task of each item of the data set.
         exponent: From 0 to 1.
         seed: As for [`EpochSampler`].
+        sizes: How many each task has, where that is not the number of its items.
         replayed: Which tasks are replayed.
         share: The share of the items that is theirs, less than 1.
     """
@@ -74,6 +75,7 @@ class TemperedSampler(EpochSampler):
         exponent: float,
         seed: int,
         *,
+        sizes: Mapping[str, int] | None = None,
         replayed: Collection[str] = (),
         share: float = 0.0,
     ) -> None:
@@ -83,7 +85,8 @@ class TemperedSampler(EpochSampler):
         for number, task in enumerate(tasks):
             items.setdefault(task, []).append(number)
         self._items = [torch.tensor(numbers) for numbers in items.values()]
-        weights = torch.tensor([float(len(numbers)) for numbers in self._items], dtype=torch.float64) ** exponent
+        counted = [len(numbers) if sizes is None else sizes[task] for task, numbers in items.items()]
+        weights = torch.tensor(counted, dtype=torch.float64) ** exponent
         if replayed:
             again = torch.tensor([task in replayed for task in items])
             weights = torch.where(again, share / again.sum(), (1 - share) * weights / weights[~again].sum())
@@ -99,6 +102,14 @@ class TemperedSampler(EpochSampler):
                 few = items[torch.randperm(len(items), generator=draw)][: count - visit * len(items)]
                 drawn += [(self.epoch + visit * EPOCHS_APART, number) for number in few.tolist()]
         return (drawn[i] for i in torch.randperm(len(drawn), generator=draw).tolist())
+
+
+def rows_of_tasks(pairs: PromptCheckpointDataset, replayed: Collection[str] = ()) -> dict[str, int] | None:
+    """How many examples and teacher's answers each task has; `None` where one that is not replayed has checkpoints."""
+    if any(pairs.checkpoints(task) for task in pairs.tasks if task not in replayed):
+        return None
+    of = {task: (pairs.examples(task), pairs.distillation(task)) for task in pairs.tasks}
+    return {task: sum(len(rows) for rows in some if rows is not None) for task, some in of.items()}
 
 
 def check_kinds(model: object, args: object, *datasets: object) -> None:

@@ -33,7 +33,7 @@ from ..storage.processes import agree, check_sharding, separate_noise
 from ..text.out_of_distribution import FEWEST_TASKS
 from ..text.sentence_transformer_encoder import SentenceTransformerTextEncoder
 from .arguments import DnDTrainingArguments
-from .inputs import EpochSampler, TemperedSampler, check_kinds, use_one_gpu, with_mixtures
+from .inputs import EpochSampler, TemperedSampler, check_kinds, rows_of_tasks, use_one_gpu, with_mixtures
 from .losses import add_noise
 from .objective import LOSSES
 from .replay import Replay, StoreKeeper
@@ -339,12 +339,13 @@ class DnDTrainer(UploadingTrainer):
     def _sampler_of(self, pairs: PromptCheckpointDataset) -> EpochSampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         exponent = self.args.task_sampling_exponent
-        if self.replay is not None and pairs is self.replay.pairs:
-            old, share = frozenset(self.replay.tasks), self.replay.share
-            return TemperedSampler(pairs.item_tasks, exponent, seed, replayed=old, share=share)
-        if exponent == 1.0:
+        replayed = self.replay if self.replay is not None and pairs is self.replay.pairs else None
+        if exponent is None and replayed is None:
             return EpochSampler(len(pairs), seed)
-        return TemperedSampler(pairs.item_tasks, exponent, seed)
+        old, share = (frozenset[str](), 0.0) if replayed is None else (frozenset(replayed.tasks), replayed.share)
+        sizes = None if exponent is None else rows_of_tasks(pairs, old)
+        power = 1.0 if exponent is None else exponent
+        return TemperedSampler(pairs.item_tasks, power, seed, sizes=sizes, replayed=old, share=share)
 
     def _prepare(self) -> None:
         if self.replay is not None:
