@@ -376,7 +376,11 @@ def test_inspect_says_so_and_it_can_be_renewed(damaged: Path, capsys: pytest.Cap
     with pytest.raises(CorruptFileError, match="or peft-dnd renew-checksums") as caught:
         PromptConditionedLoraGenerator.from_pretrained(damaged)
     command = str(caught.value).rpartition("or peft-dnd ")[2].replace("'", "").split()
+    (damaged / "prompt_reference.safetensors").unlink()
     assert main(command) == 0 and "counts as right" in capsys.readouterr().out
+    listed = json.loads((damaged / "peft_dnd_summary.json").read_text(encoding="utf-8"))["files"]
+    assert "prompt_reference.safetensors" not in listed, "the summary follows"
+    assert listed["config.json"] == (damaged / "config.json").stat().st_size
     use(damaged, PromptConditionedLoraGenerator)
     assert main(["renew-checksums", str(damaged / "text_encoder")]) == 1
     assert main(["renew-checksums", f"{damaged}x"]) == 1

@@ -18,6 +18,7 @@ from ..storage.files import PathLike, read_json
 from ..storage.hub import folder_meant, generator_name
 from ..text.out_of_distribution import REFERENCE_NAME
 from .configuration import TEXT_ENCODER_FOLDER, PromptConditionedLoraGeneratorConfig
+from .summary import renew_sizes
 
 
 # What of the configuration the weights were fitted for. Not names: those of the base and the text encoder differ from
@@ -49,6 +50,8 @@ _NAMES_IN_LAYOUT = ("base_model_name_or_path", "task_type")
 def renew_checksums(folder: PathLike) -> Path:
     """Take the checksums of a generator's folder anew, after its weights or settings were edited on purpose.
 
+    The sizes of its files are listed anew as well, in its summary.
+
     Args:
         folder: The folder. What is in it now counts as right from then on.
 
@@ -67,7 +70,9 @@ def renew_checksums(folder: PathLike) -> Path:
             f"of a generator on the Hub take a copy first: hf download {name} --local-dir FOLDER"
         )
     PromptConditionedLoraGeneratorConfig.get_config_dict(name)  # refuses what is no generator
-    return write_checksums(Path(folder))
+    path = write_checksums(Path(folder))
+    renew_sizes(Path(folder))
+    return path
 
 
 def write_checksums(folder: Path) -> Path:
