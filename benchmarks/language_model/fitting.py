@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from language_model.base import load_base, with_small_head
 from language_model.going_on import reading_more
-from language_model.rows import Row, example_row, prompt_of
+from language_model.rows import INSTRUCTION, Row, example_row, prompt_of, told_as
 from language_model.teachers import copy_answers, renumbered, tokens_of
 from language_model.wordings import languages
 from peft_dnd import (
@@ -61,6 +62,9 @@ class FitSettings:
     more_directions: int = 0
     # Whether plain tasks are asked for in other languages too, as tasks beside: in all wordings but the last.
     in_languages: bool = False
+    # How the prompts of a pool tell the task, by turns, and of how many solved examples.
+    told: tuple[str, ...] = (INSTRUCTION,)
+    shots: int = 4
     # How often a task comes, by its examples; `None`: all alike.
     sampling: float | None = None
 
@@ -69,6 +73,11 @@ class FitSettings:
 GOING_ON: dict[str, Any] = {"pool": "second pool", "more_directions": 512, "learning_rate": 6e-4, "in_languages": True}
 # Of the wordings in another language, how many are kept for asking.
 ASKED_WORDINGS = 1
+
+
+def as_record(settings: FitSettings) -> dict[str, Any]:
+    """Settings as they are read again from JSON: lists, where there are tuples."""
+    return dict(json.loads(json.dumps(asdict(settings))))
 
 
 _ASKED_IN = "asked in"
@@ -81,7 +90,16 @@ def lora_config(rank: int) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, task_type="CAUSAL_LM")
 
 
-def prompts_of(task: Any, split: str, count: int, seed: str, *, wordings: int | None = None) -> list[str]:
+def prompts_of(
+    task: Any,
+    split: str,
+    count: int,
+    seed: str,
+    *,
+    wordings: int | None = None,
+    told: Sequence[str] = (INSTRUCTION,),
+    shots: int = 4,
+) -> list[str]:
     """Prompts of a task: wordings of its instruction and inputs of its training examples, drawn by a seed.
 
     Args:
@@ -90,18 +108,34 @@ def prompts_of(task: Any, split: str, count: int, seed: str, *, wordings: int | 
         count: How many prompts.
         seed: What the draw depends on, beside the task.
         wordings: In how many wordings at most; `None`: each in one of its own, as far as there are so many.
+        told: Ways to tell the task, by turns.
+        shots: Solved examples of a prompt that has any, drawn anew for each.
     """
     chance = random.Random(f"{seed} {task.name}")
     instructions = list(task.instructions(split))
     chosen = chance.sample(instructions, min(len(instructions), wordings or count))
     inputs = [example.input for example in task.train]
-    return [prompt_of(chosen[i % len(chosen)], chance.choice(inputs)) for i in range(count)]
+    prompts = []
+    for number in range(count):
+        instruction, text, way = chosen[number % len(chosen)], chance.choice(inputs), told[number % len(told)]
+        solved = [] if way == INSTRUCTION else solved_examples(task, text, shots, chance)
+        prompts.append(told_as(way, instruction, solved, text))
+    return prompts
+
+
+def solved_examples(task: Any, text: str, count: int, chance: random.Random) -> list[tuple[str, str]]:
+    """Training examples of a task other than one with this input, drawn."""
+    others = [one for one in task.train if one.input != text]
+    return [(one.input, one.output) for one in chance.sample(others, min(count, len(others)))]
 
 
 def pools_of(tasks: Sequence[Any], settings: FitSettings) -> list[tuple[str, Any, list[str]]]:
     """What is fitted on: a name, a task, and a pool of prompts that ask for it in one language."""
     count = settings.prompt_pool
-    pools = [(task.name, task, prompts_of(task, "seen", count, f"{settings.pool} {settings.seed}")) for task in tasks]
+    drawn_by, told = f"{settings.pool} {settings.seed}", settings.told
+    pools = [
+        (task.name, task, prompts_of(task, "seen", count, drawn_by, told=told, shots=settings.shots)) for task in tasks
+    ]
     for task in tasks if settings.in_languages else ():
         for language in languages():
             told = task.instructions_in(language)[:-ASKED_WORDINGS]
@@ -146,7 +180,7 @@ def fit_generator(
     model, tokenizer = load_base(base, torch.bfloat16)
     tokens = answer_tokens(tasks, tokenizer, settings)
     model, names = with_small_head(model, tokens if answers is None else [*tokens, *tokens_of(answers)])
-    told = {**asdict(settings), "layers": list(settings.layers), "steps": 0, "start": None}
+    told = {**as_record(settings), "steps": 0, "start": None}
     marker = {"tasks": [task.name for task in tasks], "settings": told}
     written = folder / "pairs.json"
     if not written.is_file() or read_json(written) != marker:

@@ -21,7 +21,18 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from language_model.rivals import Matrices, StoredLoras
-from language_model.rows import IGNORED, Row, blocks, example_row, in_context, prompt_of, right
+from language_model.rows import (
+    BOTH,
+    EXAMPLES,
+    IGNORED,
+    Row,
+    blocks,
+    example_row,
+    in_context,
+    prompt_of,
+    right,
+    told_as,
+)
 from language_model.sampled_head import with_head
 from language_model.tasks import Example, Task
 from peft_dnd import AdapterLayout, PromptConditionedLoraGenerator
@@ -66,6 +77,8 @@ class Questions:
         shots: Solved examples of its train split, for the window.
         instructions: Wording, "seen" or "unseen" -> the one instruction.
         prompts: Wording -> what the generator reads: that instruction, with inputs of the train split.
+        solved: How many of the shots -> way of telling the task -> the same, in the kind's wording, with these before
+            each input, four at a time.
         wording: The wording that the task's kind is reported in.
     """
 
@@ -76,6 +89,7 @@ class Questions:
     instructions: Mapping[str, str]
     prompts: Mapping[str, list[str]]
     wording: str
+    solved: Mapping[int, Mapping[str, list[str]]] = field(default_factory=dict)
 
     @property
     def other(self) -> str:
@@ -105,15 +119,33 @@ def _questions_of(task: Task, kind: str, size: Size, seed: int) -> Questions:
     shots = chance.sample(task.train, min(MANY, len(task.train)))
     instructions = {wording: chance.choice(task.instructions(wording)) for wording in ("seen", "unseen")}
     inputs = [one.input for one in chance.sample(task.train, min(size.prompts, len(task.train)))]
+    wording = "unseen" if kind == "new_wordings" else "seen"
+    solved = [(shot.input, shot.output) for shot in shots]
     return Questions(
         task=task,
         asked=tuple(asked),
         choosing=tuple(rest or asked),
-        shots=tuple((shot.input, shot.output) for shot in shots),
+        shots=tuple(solved),
         instructions=instructions,
         prompts={wording: [prompt_of(told, text) for text in inputs] for wording, told in instructions.items()},
-        wording="unseen" if kind == "new_wordings" else "seen",
+        wording=wording,
+        solved={
+            count: {way: _with_solved(way, instructions[wording], solved[:count], inputs) for way in (EXAMPLES, BOTH)}
+            for count in (FEW, MANY)
+        },
     )
+
+
+def _with_solved(way: str, instruction: str, shots: Sequence[tuple[str, str]], inputs: Sequence[str]) -> list[str]:
+    """Prompts with four of the shots each, in an order that turns from prompt to prompt."""
+    return [told_as(way, instruction, _turned(shots, number)[:FEW], text) for number, text in enumerate(inputs)]
+
+
+def _turned(shots: Sequence[tuple[str, str]], number: int) -> Sequence[tuple[str, str]]:
+    # Of four, by one; of sixteen, by as many as a prompt has, and by one more each time round.
+    by = number if len(shots) <= FEW else number * FEW + number * FEW // len(shots)
+    by %= max(1, len(shots))
+    return [*shots[by:], *shots[:by]]
 
 
 def _chance(*salt: object) -> random.Random:
@@ -203,12 +235,14 @@ class Entry:
         adapter: "none", "own", "mean", "multi_task", or "generated".
         window: What the base reads.
         prompts: For generated ones the prompts: "wording", "other" wording, or those of "another task".
+        solved: How many solved examples the prompts draw on; 0: they have none.
         choosing: Whether it is asked the choosing rows rather than the scored ones.
     """
 
     adapter: str
     window: Window = raw
     prompts: str = "wording"
+    solved: int = 0
     choosing: bool = False
 
 
@@ -229,6 +263,14 @@ ENTRIES: dict[str, Entry] = {
     "trained": Entry("own"),
     "choosing": Entry("own", choosing=True),
 }
+# Of generators that were fitted on prompts with solved examples; the base's rows in context have the same ones.
+WITH_EXAMPLES: dict[str, Entry] = {
+    "generated_4_examples": Entry("generated", raw, EXAMPLES, FEW),
+    "generated_4_examples_told": Entry("generated", raw, BOTH, FEW),
+    "generated_16_examples": Entry("generated", raw, EXAMPLES, MANY),
+    "generated_16_examples_told": Entry("generated", raw, BOTH, MANY),
+    "shuffled_4_examples": Entry("generated", raw, "another task", FEW),
+}
 
 
 def score_all(
@@ -245,7 +287,7 @@ def score_all(
     for kind, key in tqdm(waiting, desc="Judging", unit="row"):
         path = folder / kind / f"{key}.json"
         if not path.is_file():
-            write_json(path, _score(contest, ENTRIES[key], questions[kind]))
+            write_json(path, _score(contest, (ENTRIES | WITH_EXAMPLES)[key], questions[kind]))
         found[kind][key] = read_json(path)
     return found
 
@@ -312,7 +354,9 @@ def prompts_for(entry: Entry, questions: Sequence[Questions], number: int) -> li
     asked = questions[number]
     if entry.prompts == "another task":
         other = another(questions, number)
-        return other.prompts[other.wording]
+        return other.solved[entry.solved][EXAMPLES] if entry.solved else other.prompts[other.wording]
+    if entry.solved:
+        return asked.solved[entry.solved][entry.prompts]
     return asked.prompts[asked.wording if entry.prompts == "wording" else asked.other]
 
 

@@ -30,9 +30,11 @@ from record import write_result  # noqa: E402
 from language_model.base import load_base  # noqa: E402
 from language_model.compare import means  # noqa: E402
 from language_model.fitting import FitSettings, lora_config  # noqa: E402
-from language_model.judging import FEW, Size, draw_questions, score_all  # noqa: E402
+from language_model.judging import FEW, WITH_EXAMPLES, Size, draw_questions, score_all  # noqa: E402
 from language_model.parts import Part  # noqa: E402
 from language_model.rivals import MULTI_TASK  # noqa: E402
+from language_model.rows import BOTH, INSTRUCTION  # noqa: E402
+from language_model.rows import EXAMPLES as SOLVED_EXAMPLES  # noqa: E402
 from language_model.sampled_head import with_head  # noqa: E402
 from language_model.small_fits import above_one, fitted, found_in, parser_of, path_of, prepared  # noqa: E402
 from language_model.teachers import ask_teacher  # noqa: E402
@@ -47,6 +49,8 @@ ROWS, HALF = 4, 2
 STEPS = 170
 # Training inputs of a task, the same for labels and teachers.
 INPUTS = 24
+# Prompts of a task in each way of telling it.
+PROMPTS_A_WAY = 8
 SOLVED = {EXAMPLES: FEW, LORA: 0}
 # Once for all variants, and each of them.
 KNOWN, ASKED = ("base", "in_context"), ("generated", "shuffled")
@@ -60,11 +64,17 @@ class Variant:
         teacher: Whose answers are distilled; `None`: nobody's.
         labels: Whether labelled examples are fitted to as well, or alone.
         decoder: The decoder's family.
+        told: What the prompts say of the task.
     """
 
     teacher: str | None = None
     labels: bool = True
     decoder: str = "core"
+    told: tuple[str, ...] = (INSTRUCTION,)
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        return ASKED if self.told == (INSTRUCTION,) else (*ASKED, *WITH_EXAMPLES)
 
     def settings(self, seed: int, steps: int) -> FitSettings:
         both = self.labels and self.teacher is not None
@@ -75,6 +85,8 @@ class Variant:
             examples=HALF if both else ROWS,
             examples_a_task=INPUTS,
             decoder=self.decoder,
+            told=self.told,
+            prompt_pool=PROMPTS_A_WAY * len(self.told),
             task_loss=float(self.labels),
             distillation=float(self.teacher is not None),
         )
@@ -88,6 +100,7 @@ VARIANTS = {
     "labels and teacher with a LoRA": Variant(LORA),
     "labels, set_transformer": Variant(decoder="set_transformer"),
     "labels, text_to_lora": Variant(decoder="text_to_lora"),
+    "labels, all ways of telling": Variant(told=(INSTRUCTION, SOLVED_EXAMPLES, BOTH)),
 }
 
 
@@ -127,7 +140,8 @@ def fit_and_ask(options: argparse.Namespace, part: Part, base: Path, folder: Pat
     questions = draw_questions(part, Size(), options.seed)
     known = score_all(contest, questions, folder / "known", KNOWN)
     scored = {
-        kind: {**known[kind], **of} for kind, of in score_all(contest, questions, where / "scores", ASKED).items()
+        kind: {**known[kind], **of}
+        for kind, of in score_all(contest, questions, where / "scores", variant.asked).items()
     }
     found = {
         **facts,

@@ -145,13 +145,38 @@ def own_loras(
 
 def _train_block(base: SampledHeadBase, tokenizer: Any, tasks: Sequence[Task], how: Training, seed: str) -> Matrices:
     """Train the LoRAs of some tasks together; each has its own rows, gradient, clipping and state of AdamW."""
-    start = base.base.initial_adapter()
-    leaves = {key: value.expand(len(tasks), *value.shape).clone() for key, value in start.items()}
-    optimizer = _optimizer(leaves)
     draws = [_endless([(x.input, x.output) for x in task.train], f"{seed}/{task.name}") for task in tasks]
+
+    def rows() -> list[list[Row]]:
+        return [[example_row(tokenizer, *draw()) for _ in range(how.rows)] for draw in draws]
+
+    return train_on(base, untrained(base, len(tasks)), rows, how, seed)
+
+
+def untrained(base: SampledHeadBase, count: int) -> Matrices:
+    """Adapters as PEFT starts them, key -> (count, *shape): B is zero."""
+    return {key: value.expand(count, *value.shape) for key, value in base.base.initial_adapter().items()}
+
+
+def train_on(
+    base: SampledHeadBase, start: Matrices, rows: Callable[[], Sequence[Sequence[Row]]], how: Training, seed: str
+) -> Matrices:
+    """Train adapters from where they are, each on its own rows.
+
+    Args:
+        base: The base.
+        start: Key -> (B, *shape); not changed.
+        rows: Gives each adapter's rows of the next step.
+        how: How.
+        seed: Of the draws of the head's other tokens.
+
+    Returns:
+        Key -> (B, *shape).
+    """
+    leaves = {key: value.detach().clone() for key, value in start.items()}
+    optimizer = _optimizer(leaves)
     for step in range(how.steps):
-        rows = [[example_row(tokenizer, *draw()) for _ in range(how.rows)] for draw in draws]
-        _take_step(base, leaves, optimizer, rows, how, step, _number(f"{seed}/{step}"))
+        _take_step(base, leaves, optimizer, rows(), how, step, _number(f"{seed}/{step}"))
     return {key: value.detach() for key, value in leaves.items()}
 
 

@@ -24,7 +24,16 @@ def example_row(tokenizer: Any, text: str, answer: str) -> Row:
 
 def prompt_of(instruction: str, text: str) -> str:
     """What the generator reads: the instruction and an input, up to where the answer would begin."""
-    return f"{instruction}\n{text}\n"
+    return told_as(INSTRUCTION, instruction, [], text)
+
+
+# What a prompt may say of its task: an instruction, solved examples, or both.
+INSTRUCTION, EXAMPLES, BOTH = "instruction", "examples", "both"
+
+
+def told_as(way: str, instruction: str, shots: Sequence[tuple[str, str]], text: str) -> str:
+    """What the generator reads where the task is told in one of the ways above, up to where the answer would begin."""
+    return in_context(None if way == EXAMPLES else instruction, [] if way == INSTRUCTION else shots, text) + "\n"
 
 
 def in_context(instruction: str | None, shots: Sequence[tuple[str, str]], text: str) -> str:

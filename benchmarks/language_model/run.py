@@ -34,7 +34,7 @@ from record import write_result  # noqa: E402
 from stages import Progress, Stage  # noqa: E402
 
 from language_model.base import load_base, prepare_base  # noqa: E402
-from language_model.fitting import GOING_ON, FitSettings, fit_generator  # noqa: E402
+from language_model.fitting import GOING_ON, FitSettings, as_record, fit_generator  # noqa: E402
 from language_model.in_languages import draw_in_languages, language_table, score_in_languages  # noqa: E402
 from language_model.judging import ENTRIES, Contest, Questions, Size, draw_questions, score_all  # noqa: E402
 from language_model.parts import Part, small_part  # noqa: E402
@@ -166,7 +166,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         "minutes": options.minutes,
         "training_tasks": options.training_tasks,
         "asked": {"tasks": options.tasks, "rows": options.rows},
-        "fitting": {**asdict(fit_settings(options)), "layers": list(FitSettings().layers), "start": None},
+        "fitting": {**as_record(fit_settings(options)), "start": None},
         "own": asdict(OWN),
         "multi_task": asdict(MULTI_TASK),
     }

@@ -38,7 +38,7 @@ from language_model.small_fits import above_one, fitted, found_in, parser_of, pa
 from language_model.tasks import Example, Task, is_test  # noqa: E402
 from language_model.teachers import ask_teacher, said_in  # noqa: E402
 from peft_dnd.storage.files import read_json, write_json  # noqa: E402
-from peft_dnd.synthesis import ModelWriter, TaskSeeds, TextWriter, synthesize_prompts  # noqa: E402
+from peft_dnd.synthesis import ModelWriter, SynthesisSettings, TaskSeeds, TextWriter, synthesize_prompts  # noqa: E402
 from peft_dnd.text import SentenceTransformerTextEncoder  # noqa: E402
 from peft_dnd.text.encoder import TextEncoder  # noqa: E402
 
@@ -154,7 +154,7 @@ def synthesized(folder: Path, base: Path, tasks: Sequence[Task], seed: int) -> t
     model, tokenizer = load_base(base, torch.bfloat16)
     model = with_head(model)
     began = time.process_time()
-    writer = ModelWriter(model, tokenizer, chats=False)
+    writer = ModelWriter(model, tokenizer, apply_chat_template=False)
     inputs = written_inputs(folder / "inputs", writer, sentence_encoder(), tokenizer, tasks, seed)
     wrote = time.process_time()
     asked = [[Example(text, "") for text in some[:SYNTHETIC]] for some in inputs]
@@ -202,11 +202,11 @@ def written_inputs(
                 file,
                 TaskSeeds(seeds),
                 writer=writer,
-                encoder=encoder,
+                text_encoder=encoder,
                 count=WRITTEN,
-                max_new_tokens=INPUTS_AT_ONCE * (longest + TOKENS_BESIDE),
-                temperature=TEMPERATURE,
-                seed=seed,
+                settings=SynthesisSettings(
+                    max_new_tokens=INPUTS_AT_ONCE * (longest + TOKENS_BESIDE), temperature=TEMPERATURE, seed=seed
+                ),
             )
             rows = [json.loads(line)["prompt"] for line in file.read_text(encoding="utf-8").splitlines()]
             written[seeds] = [text for text in rows[len(seeds) :] if not is_test(text)]

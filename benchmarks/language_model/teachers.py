@@ -55,6 +55,7 @@ def ask_teacher(
             teacher=teacher,
             tokenizer=tokenizer,
             context=[_context(task, example, shots, chance) for example in examples],
+            apply_chat_template=False,
             max_new_tokens=24,
             stop="\n",
             rows_at_once=len(examples),

@@ -12,6 +12,7 @@ from language_model.in_languages import ENGLISH, draw_in_languages, language_tab
 from language_model.judging import ENTRIES, Contest, Questions, Size, draw_questions, prompts_for, score_all
 from language_model.report import LABELS, report_of, reports_of, table
 from language_model.rivals import Training, lora_layout, multi_task_lora, own_loras
+from language_model.rows import BOTH
 from support.small_world import TEST, TRAIN, letter_base, letter_tokenizer, small_generator, small_world
 
 from peft_dnd.evaluation import Resampling
@@ -81,6 +82,19 @@ def test_another_tasks_prompts_are_never_ones_own(questions: dict[str, list[Ques
             lines = prompts_for(ENTRIES["shuffled"], of, number)
             assert lines != asked.prompts[asked.wording]
             assert lines in [other.prompts[other.wording] for other in of]
+
+
+def test_prompts_with_solved_examples_have_those_that_the_base_has_in_its_window() -> None:
+    asked = draw_questions(small_world(), Size(tasks=4, rows=5, prompts=8), seed=0)["new_combinations"][0]
+    for count in (4, 16):
+        shots = asked.shots[:count]
+        for way, lines in asked.solved[count].items():
+            told = [asked.instructions[asked.wording]] if way == BOTH else []
+            assert len(lines) == len(set(lines)) == 8
+            said = [line.rstrip("\n").split("\n") for line in lines]
+            assert all(of[: len(told)] == told and len(of) == len(told) + 9 for of in said)
+            used = {(of[len(told) + 2 * n], of[len(told) + 2 * n + 1]) for of in said for n in range(4)}
+            assert used == set(shots)
 
 
 def test_everyone_is_asked_the_same_rows(found: Any, questions: dict[str, list[Questions]]) -> None:

@@ -10,12 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.constants import TASK_PROMPTS
+from support.rows import rows_of
 
-from peft_dnd import PromptConditionedLoraGenerator
+from peft_dnd import PromptConditionedLoraGenerator, write_task_without_checkpoints
 from peft_dnd.cli.console import CommandError
 from peft_dnd.cli.evaluate import _by_labels, _by_loss
 from peft_dnd.evaluation import EvaluationReport
 
+
+pytest_plugins = ("support.several_bases",)
 
 QUICK = ("--max-steps", "2", "--batch-size", "2", "--device", "cpu")
 
@@ -70,6 +74,39 @@ def test_a_generator_goes_on_with_new_tasks(run, fitted, collected, encoder_fold
     assert inside.code == 1 and "--overwrite" in inside.err
 
 
+def test_goes_on_with_new_tasks_on_the_bases_own_loss(run, base_folder, encoder_folder, tmp_path) -> None:
+    for folder, names in (("pairs", ("art", "geo")), ("new", ("law", "med"))):
+        for name in names:
+            write_task_without_checkpoints(tmp_path / folder / name, TASK_PROMPTS[name], rows_of(name))
+    loss = ("--set", "training.task_loss_weight=1", "--base", base_folder, *QUICK, "-q")
+    first = ("fit", "--pairs", tmp_path / "pairs", "-o", tmp_path / "g", "--text-encoder", encoder_folder, *loss)
+    ran = run(*first)
+    assert ran.code == 1 and "--set lora.r=8" in ran.err
+    # The pairs are tiny: a tenth of them has no room for rows.
+    room = ("--set", "training.replay_store_share=1.0")
+    ran = run(*first, "--set", "lora.r=2", *room)
+    assert ran.code == 0, ran.err
+    start = ("fit", "--update", tmp_path / "g", "--pairs", tmp_path / "new", "-o", tmp_path / "next")
+    for wrong, words in (
+        ((*QUICK, "--set", "training.task_loss_weight=1"), "--base"),
+        ((*QUICK, "--base", base_folder), "would not be used"),
+        (QUICK, "have no checkpoints to fit to"),
+        ((*loss, "--set", "lora.r=4"), "leave yours out"),
+        ((*loss, "--base", tmp_path / "g"), "is a generator's folder"),
+        ((*loss, "--update", base_folder), "no generator"),
+    ):
+        ran = run(*start, *wrong)
+        assert ran.code == 1 and words in ran.err and len(ran.err) < 500, (wrong, ran.err)
+        assert not (tmp_path / "next").exists()
+    forgetful = ("--set", "training.replay_share=0", "--max-steps", "40", "--learning-rate", "0.05")
+    ran = run(*start, *loss[:-1], *forgetful, "--set", "training.most_points_lost=0.0", "--push-to-hub", "me/next")
+    assert ran.code == 1 and "Nothing was uploaded" in ran.err and (tmp_path / "next" / "config.json").is_file()
+    ran = run(*start, *loss, *room, "--overwrite", "--json", "--set", "training.most_points_lost=null")
+    assert ran.code == 0, ran.err
+    assert (ran.facts["revision"], ran.facts["replayed_tasks"]) == (2, 2)
+    assert set(ran.facts["points_lost"]) == {"art", "geo"}
+
+
 def test_mistakes_in_a_recipe_are_named(run, collected, encoder_folder, tmp_path) -> None:
     recipe = tmp_path / "recipe.yaml"
     common = f"pairs: {collected}\noutput: {tmp_path / 'generator'}\ntext_encoder: {encoder_folder}\n"
@@ -90,6 +127,9 @@ def test_mistakes_in_a_recipe_are_named(run, collected, encoder_folder, tmp_path
         assert not (tmp_path / "generator").exists()
     assert run("fit", tmp_path / "recip.yaml").err.count("recipe.yaml") == 1
     assert run("fit", "--set", "training.max_steps").code == 2
+    for wrong in ("training.max_steps=two", "training.learning_rate=1e-3x", "training.seed=[1]"):
+        ran = run("fit", "--pairs", "pairs", "-o", "x", "--text-encoder", "y", "--set", wrong)
+        assert ran.code == 1 and f"{wrong[9:].partition('=')[0]} is a number, found" in ran.err
 
 
 def test_distils_tasks_and_fits_to_them(run, base_folder, encoder_folder, tmp_path) -> None:
@@ -144,6 +184,22 @@ def test_evaluates_beside_all_rivals_and_writes_the_card(run, fitted, collected,
     assert ran.code == 0, ran.err
     assert "On held-out tasks" in (folder / "README.md").read_text(encoding="utf-8")
     assert "On held-out tasks" in run("card", folder).out
+
+
+def test_evaluates_a_generator_of_several_bases_on_the_one_that_it_is_given(
+    run, fitted, collected, base_folder, layouts, tmp_path
+) -> None:
+    generator = PromptConditionedLoraGenerator.from_pretrained(fitted)
+    generator.add_base(layouts["wide"], name="wide")
+    generator.save_pretrained(tmp_path / "several")
+    options = ("--base", base_folder, "--held-out", "law", "--device", "cpu", "--json", "-q", "--skip", "ridge")
+    found = [
+        run("evaluate", one, collected, tmp_path / f"report-{one.name}", *options)
+        for one in (fitted, tmp_path / "several")
+    ]
+    assert [ran.code for ran in found] == [0, 0], found[1].err
+    first, second = (ran.facts["rows"]["generated"]["mean"]["value"] for ran in found)
+    assert second == pytest.approx(first)
 
 
 def test_evaluates_by_answers(run, fitted, collected, base_folder, task_files, tmp_path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from support.comparing import bytes_below
 from support.constants import TASK_PROMPTS
 
 from peft_dnd import PromptConditionedLoraGenerator
@@ -83,15 +84,11 @@ def own_folder(generator, pairs, tmp_path: Path) -> Path:
     return tmp_path / "own"
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 class TestSetting:
     def test_part_by_part_and_taken_away(self, run, own_folder, base_folder, pairs, base_model, tmp_path) -> None:
-        before = contents(own_folder)
+        before = bytes_below(own_folder)
         ran = run("policy", own_folder)
-        assert ran.code == 0 and "There is no policy" in ran.out and contents(own_folder) == before
+        assert ran.code == 0 and "There is no policy" in ran.out and bytes_below(own_folder) == before
         ran = run("policy", own_folder, "--norms", "--base", base_folder, "--never-write", "*.down_proj", "--json")
         assert ran.code == 0, ran.err
         assert ran.facts["policy"]["norms"]["tasks"] == 4 and ran.facts["card_written"] is True
@@ -112,7 +109,7 @@ class TestSetting:
         assert "medicine" not in ran.out
         card = (own_folder / "README.md").read_text(encoding="utf-8")
         assert "health (from 4 examples" in card and "`*.down_proj`" in card
-        after = contents(own_folder)
+        after = bytes_below(own_folder)
         changed = {"README.md", "config.json", "checksums.json", "peft_dnd_summary.json", "policy.safetensors"}
         assert {name for name in after if after[name] != before.get(name)} == changed
         sizes = json.loads(after["peft_dnd_summary.json"])["files"]
@@ -123,13 +120,13 @@ class TestSetting:
         ran = run("policy", own_folder, "--remove", "refused", "--remove", "gate")
         assert ran.code == 0 and "Refused" not in ran.out and "bounded" in ran.out
         assert run("policy", own_folder, "--remove", "all").code == 0
-        assert contents(own_folder) == before, "as if there had never been one"
+        assert bytes_below(own_folder) == before, "as if there had never been one"
 
     def test_from_pairs_where_the_generator_keeps_nothing(
         self, run, generator_folder, pairs_folder, base_folder, tmp_path
     ) -> None:
         folder = tmp_path / "copy"
-        run_copy = contents(generator_folder)
+        run_copy = bytes_below(generator_folder)
         for name, content in run_copy.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
@@ -152,9 +149,9 @@ class TestSetting:
     def test_an_edit_of_something_else_is_not_made_good(self, run, own_folder) -> None:
         config = json.loads((own_folder / "config.json").read_text(encoding="utf-8"))
         (own_folder / "config.json").write_text(json.dumps({**config, "answer_ratio": 0.5}), encoding="utf-8")
-        before = contents(own_folder)
+        before = bytes_below(own_folder)
         ran = run("policy", own_folder, "--never-write", "*.down_proj")
-        assert ran.code == 1 and "answer_ratio" in ran.err and contents(own_folder) == before
+        assert ran.code == 1 and "answer_ratio" in ran.err and bytes_below(own_folder) == before
 
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
@@ -178,11 +175,11 @@ class TestSetting:
     def test_what_goes_wrong_leaves_the_folder(self, run, own_folder, tmp_path, arguments, code, message) -> None:
         (tmp_path / "med.txt").write_text("\n".join(TASK_PROMPTS["med"]), encoding="utf-8")
         (tmp_path / "empty.txt").write_text("", encoding="utf-8")
-        before = contents(own_folder)
+        before = bytes_below(own_folder)
         places = {"med": tmp_path / "med.txt", "empty": tmp_path / "empty.txt"}
         ran = run("policy", own_folder, *(argument.format(**places) for argument in arguments))
         assert ran.code == code and message in ran.err, ran.err
-        assert contents(own_folder) == before
+        assert bytes_below(own_folder) == before
 
     def test_a_hub_id_or_a_wrong_folder(self, run, tmp_path) -> None:
         ran = run("policy", "org/generator", "--never-write", "*.down_proj")

@@ -51,7 +51,17 @@ def test_a_file_for_collect_and_a_task_to_fit_to(
     assert {token for _, token, _ in server.asked} == {"Bearer secret"}
     assert "secret" not in (tmp_path / "law.synthesis.jsonl").read_text(encoding="utf-8")
 
-    options += ["--base", base_folder, "--device", "cpu", "--max-new-tokens", "3", "--stop", " ", "--no-chat"]
+    options += [
+        "--base",
+        base_folder,
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "3",
+        "--stop",
+        " ",
+        "--no-apply-chat-template",
+    ]
     asked = len(server.asked)
     ran = run("synthesize", tmp_path / "pairs" / "law", *options)
     assert ran.code == 0, ran.err

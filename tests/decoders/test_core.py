@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from support.decoders import read_set
 
 from peft_dnd import AdapterLayout, PromptConditionedLoraGenerator, PromptConditionedLoraGeneratorConfig
 from peft_dnd.adapters.positions import token_positions
@@ -29,16 +29,6 @@ def new_decoder(**settings) -> CoreDecoder:
     torch.manual_seed(0)
     settings = {"hidden_size": 32, "core_rank": 2, "zero_init_output": False, **settings}
     return CoreDecoder((8, 5, 12), (6, 4, 16), POSITIONS, **settings).eval()
-
-
-def read_set(decoder: nn.Module, prompts: list[torch.Tensor], places: int, length: int) -> torch.Tensor:
-    states = torch.full((1, places, length, 12), torch.nan)
-    mask = torch.zeros(1, places, length, dtype=torch.bool)
-    for i, prompt in enumerate(prompts):
-        states[0, i, : len(prompt)] = prompt
-        mask[0, i, : len(prompt)] = True
-    with torch.no_grad():
-        return decoder(states, mask)
 
 
 @pytest.mark.parametrize("count", [1, 3, 20])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from shapes import qwen_layout
+from support.decoders import read_set
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -66,17 +67,6 @@ def set_generator(layout: AdapterLayout, encoder_folder: Path) -> PromptConditio
     shape = model.weight_tokenizer.grid_shape
     model.normalization.set_statistics(torch.randn(shape), torch.rand(shape[0]) + 0.5)
     return model.eval()
-
-
-def read_set(decoder: nn.Module, prompts: list[torch.Tensor], places: int, length: int) -> torch.Tensor:
-    """Decode prompts of their own lengths, padded with NaN to `places` prompts of `length`."""
-    states = torch.full((1, places, length, 12), torch.nan)
-    mask = torch.zeros(1, places, length, dtype=torch.bool)
-    for i, prompt in enumerate(prompts):
-        states[0, i, : len(prompt)] = prompt
-        mask[0, i, : len(prompt)] = True
-    with torch.no_grad():
-        return decoder(states, mask)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 60])

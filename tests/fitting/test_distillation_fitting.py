@@ -43,6 +43,7 @@ def distilled(base_model: nn.Module, word_tokenizer, tmp_path: Path) -> Path:
             teacher=base_model,
             tokenizer=word_tokenizer,
             context=context,
+            apply_chat_template=False,
             max_new_tokens=3,
             top_tokens=4,
         )

@@ -7,18 +7,10 @@ import math
 
 import pytest
 import torch
+from support.weight_tokens import ragged_mask
 
 from peft_dnd.errors import GeneratorConfigError, LayoutError, WeightValueError
 from peft_dnd.fitting.losses import add_noise, masked_mse
-
-
-def ragged_mask() -> torch.Tensor:
-    """Three tokens of 2 x 2 entries, of which 4, 2 and 1 are valid."""
-    mask = torch.ones(3, 2, 2, dtype=torch.bool)
-    mask[1, 1] = False
-    mask[2, :, 1] = False
-    mask[2, 1] = False
-    return mask
 
 
 def test_mse_by_hand():

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.comparing import bytes_below
 from support.fitting import fitting_arguments
 from support.hub_state import HubServer
 from transformers import TrainerCallback
@@ -80,10 +81,6 @@ def folder(fitted: PromptConditionedLoraGenerator, tmp_path_factory: pytest.Temp
     folder = tmp_path_factory.mktemp("generators") / "generator"
     fitted.save_pretrained(folder)
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_an_update_keeps_what_was_known_and_without_replay_it_is_lost(
@@ -185,17 +182,17 @@ def test_a_killed_update_leaves_the_old_generator_whole(
             raise KeyboardInterrupt(signal.SIGTERM)
 
     place = shutil.copytree(folder, tmp_path / "generator")
-    before = contents(place)
+    before = bytes_below(place)
     generator = PromptConditionedLoraGenerator.from_pretrained(place)
     with pytest.raises(KeyboardInterrupt):
         DnDTrainer(generator, arguments(place), parts[1], callbacks=[Killed()]).train()
-    assert contents(place) == before
+    assert bytes_below(place) == before
     # And in the middle of saving over it, when all but the last file has been written beside it.
     DnDTrainer(generator, arguments(tmp_path, max_steps=2), parts[1]).train()
     monkeypatch.setattr("peft_dnd.generator.modeling.write_checksums", Killed.on_step_end)
     with pytest.raises(KeyboardInterrupt):
         generator.save_pretrained(place)
-    assert contents(place) == before
+    assert bytes_below(place) == before
     again = PromptConditionedLoraGenerator.from_pretrained(place)
     assert again.replay_store is not None and set(again.replay_store.tasks) == set(EARLY)
 
@@ -234,7 +231,7 @@ def test_a_store_is_kept_in_the_folder_and_not_where_it_is_unwanted(
     fitted: PromptConditionedLoraGenerator, folder: Path, tmp_path: Path
 ) -> None:
     PromptConditionedLoraGenerator.from_pretrained(folder).save_pretrained(tmp_path / "again")
-    assert contents(tmp_path / "again")[STORE_NAME] == contents(folder)[STORE_NAME]
+    assert bytes_below(tmp_path / "again")[STORE_NAME] == bytes_below(folder)[STORE_NAME]
     fitted.save_pretrained(tmp_path / "again", include_replay_store=False)
     assert not (tmp_path / "again" / STORE_NAME).exists()
     assert PromptConditionedLoraGenerator.from_pretrained(tmp_path / "again").replay_store is None
@@ -305,12 +302,18 @@ def test_an_update_that_lost_too_much_is_not_published(
     assert found.replay_store is not None and set(found.replay_store.tasks) == set(EARLY)
 
 
-@pytest.mark.parametrize("judged", [True, False])
+@pytest.mark.parametrize(("judged", "share"), [(True, 0.5), (True, 0.0), (False, 0.5)])
 def test_nothing_of_an_update_is_uploaded_before_it_is_judged(
-    judged: bool, fitted: PromptConditionedLoraGenerator, parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    judged: bool,
+    share: float,
+    fitted: PromptConditionedLoraGenerator,
+    parts: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     uploaded: list[Any] = []
-    asked = arguments(tmp_path, hub_strategy="checkpoint", most_points_lost=2.0 if judged else None)
+    most = 2.0 if judged else None
+    asked = arguments(tmp_path, hub_strategy="checkpoint", most_points_lost=most, replay_share=share)
     trainer = DnDTrainer(copy.deepcopy(fitted), asked, parts[1])
     monkeypatch.setattr(trainer, "_upload", lambda saved, to_resume=None, **given: uploaded.append(to_resume))
     trainer._push_from_checkpoint(str(tmp_path / "checkpoint-1"))

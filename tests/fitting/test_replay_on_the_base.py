@@ -85,7 +85,11 @@ def update(
 
 
 def test_what_was_known_stays_and_without_replay_it_is_lost(
-    fitted: PromptConditionedLoraGenerator, parts: Any, base: nn.Module, tmp_path: Path
+    fitted: PromptConditionedLoraGenerator,
+    parts: Any,
+    base: nn.Module,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     store = fitted.replay_store
     assert store is not None and {len(task.examples) for task in store.tasks.values()} == {16}
@@ -104,6 +108,7 @@ def test_what_was_known_stays_and_without_replay_it_is_lost(
     assert lost["nothing"] > 50 and max(lost["rows"], lost["auto"]) < lost["nothing"] / 3
     with pytest.raises(RegressionError, match="Revision 2 of this generator lost"):
         check_regression(trainer.generator.config.measured)
+    assert "Revision 2 of this generator lost" in caplog.text and "another base" not in caplog.text
 
 
 def test_its_former_self_writes_as_the_generator_did(
@@ -190,12 +195,18 @@ def test_rows_that_judge_are_not_replayed(
 
 
 def test_rows_for_another_base_are_left_alone(
-    fitted: PromptConditionedLoraGenerator, parts: Any, base: nn.Module, base_model: nn.Module, tmp_path: Path
+    fitted: PromptConditionedLoraGenerator,
+    parts: Any,
+    base: nn.Module,
+    base_model: nn.Module,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     trainer = update(fitted, parts, base_model, tmp_path, replay_targets="rows", max_steps=1)
     assert trainer.replay is not None
     assert all(trainer.replay.pairs.examples(name) is None for name in EARLY)
     trainer.train()  # by its former self, and judged by weights: what the rows say is for another base
+    assert "for another base than this one" in caplog.text
     last = revisions(trainer.generator.config.measured)[-1]
     assert last.measure == OWN_MEASURE and last.before == pytest.approx(dict.fromkeys(EARLY, 100.0), abs=0.01)
     store = trainer.generator.replay_store
@@ -231,6 +242,7 @@ def test_a_teachers_answers_are_kept_and_what_was_learned_of_them(
             teacher=base_model,
             tokenizer=word_tokenizer,
             context=f"answer in {task} . ",
+            apply_chat_template=False,
             max_new_tokens=3,
             top_tokens=4,
         )
@@ -263,6 +275,7 @@ def test_a_teachers_answers_without_probabilities_are_replayed_and_judge(
             teacher=base_model,
             tokenizer=word_tokenizer,
             context=f"answer in {task} . ",
+            apply_chat_template=False,
             max_new_tokens=3,
             top_tokens=4 if task in LATE else 0,
         )

@@ -26,6 +26,7 @@ from peft_dnd import (
 from peft_dnd.errors import GeneratorConfigError, LayoutError, NotFittedError
 from peft_dnd.fitting.inputs import EpochSampler
 from peft_dnd.fitting.several_bases import BalancedSampler
+from peft_dnd.pairs.replay_store import STORE_NAME
 from peft_dnd.pairs.several_bases import PairsOfBases
 from peft_dnd.pairs.writer import PairWriter
 
@@ -208,6 +209,23 @@ def test_a_generator_of_one_base_becomes_one_of_two(
     assert (
         generator.generate_adapter(TASK_PROMPTS["law"], base="deep").layout.difference(of_bases["deep"].layout) is None
     )
+
+
+def test_a_base_is_added_to_a_loaded_generator_that_keeps_its_tasks(
+    of_bases: dict[str, PromptCheckpointDataset], encoder_folder: Path, tmp_path: Path
+) -> None:
+    generator = make(of_bases["wide"], encoder_folder)
+    DnDTrainer(generator, arguments(tmp_path / "fit", replay_store_share=1.0), of_bases["wide"]).train()
+    generator.save_pretrained(tmp_path / "one")
+    loaded = PromptConditionedLoraGenerator.from_pretrained(tmp_path / "one")
+    one = loaded.add_base(of_bases["new"], name="new")
+    DnDTrainer(one, arguments(tmp_path / "more"), of_bases["new"]).train()
+    one.save_pretrained(tmp_path / "new")
+    loaded.save_pretrained(tmp_path / "two")
+    assert one.replay_store is None  # it holds the first base's adapters
+    assert not (tmp_path / "new" / STORE_NAME).exists()
+    again = PromptConditionedLoraGenerator.from_pretrained(tmp_path / "two")
+    assert set(again.for_base(again.config.base_names[0]).replay_store.tasks) == set(TASK_PROMPTS)
 
 
 def test_a_head_is_not_fitted_to_a_trunk_that_was_not(

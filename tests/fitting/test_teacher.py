@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from peft_dnd import PromptCheckpointDataset
-from peft_dnd.errors import CorruptFileError, GeneratorConfigError, PairsFolderError, PromptError
+from peft_dnd.errors import CorruptFileError, GeneratorConfigError, PairsFolderError, PromptError, PromptTypeError
 from peft_dnd.fitting import teacher as teacher_module
 from peft_dnd.fitting.teacher import base_digest, distil_task
 from peft_dnd.pairs.collator import DistillationCollator
@@ -35,6 +35,7 @@ def distil(base_model: nn.Module, word_tokenizer: PreTrainedTokenizerFast, tmp_p
             "tokenizer": word_tokenizer,
             "context": CONTEXT,
             "max_new_tokens": 4,
+            "apply_chat_template": False,
             **options,
         }
         distil_task(tmp_path / folder, inputs, top_tokens=3, rows_at_once=2, **options)
@@ -120,7 +121,7 @@ def test_batches_of_any_size_say_the_same(distil, base_model, word_tokenizer, tm
     one = rows_of(distil("one"))
     distil_task(
         tmp_path / "five", INPUTS, teacher=base_model, tokenizer=word_tokenizer, context=CONTEXT, max_new_tokens=4,
-        top_tokens=3, rows_at_once=5,
+        top_tokens=3, rows_at_once=5, apply_chat_template=False,
     )  # fmt: skip
     for first, second in zip(one, rows_of(tmp_path / "five"), strict=True):
         assert first["input_ids"] == second["input_ids"] and first["top_tokens"] == second["top_tokens"]
@@ -164,10 +165,18 @@ def test_the_digest_is_of_the_base_in_any_dtype(base_model, fresh_base, trained_
     assert base_digest(changed) != base_digest(base_model)
 
 
-def test_chat_models_are_asked_in_their_template(distil, word_tokenizer):
-    row = rows_of(distil(chat=True))[0]
+def test_chat_models_are_asked_in_their_template_unless_it_is_declined(distil, word_tokenizer):
     asked = word_tokenizer(f"{INPUTS[0]} . answer")["input_ids"]
-    assert row["input_ids"][: len(asked)] == asked
+    for folder, apply in (("as asked", True), ("by default", None)):
+        row = rows_of(distil(folder, apply_chat_template=apply))[0]
+        assert row["input_ids"][: len(asked)] == asked
+    plain = copy.deepcopy(word_tokenizer)
+    plain.chat_template = None
+    for folder, options in (("declined", {"apply_chat_template": False}), ("plain", {"tokenizer": plain})):
+        row = rows_of(distil(folder, **{"apply_chat_template": None, **options}))[0]
+        assert row["input_ids"][: len(asked)] != asked
+    with pytest.raises(GeneratorConfigError, match=r"apply_chat_template=True .* has no chat template"):
+        distil("none", tokenizer=plain, apply_chat_template=True)
 
 
 def test_an_answer_ends_with_what_brings_the_stop(distil, fresh_base, word_tokenizer):
@@ -200,6 +209,13 @@ def test_a_context_longer_than_the_window_is_named(distil, tmp_path):
     ("options", "error", "message"),
     [
         ({"context": [CONTEXT]}, PromptError, "5 inputs, but 1 contexts"),
+        ({"context": None}, PromptTypeError, "context must be a text, or a list"),
+        (
+            {"teacher": "org/base"},
+            GeneratorConfigError,
+            "teacher must be loaded.*AutoModelForCausalLM.from_pretrained",
+        ),
+        ({"tokenizer": Path("x")}, GeneratorConfigError, r"tokenizer must be loaded.*AutoTokenizer"),
         ({"max_new_tokens": 0}, GeneratorConfigError, "max_new_tokens must be a positive integer"),
         ({"inputs": []}, PromptError, "inputs"),
         ({"inputs": ["a", " "]}, PromptError, "inputs"),

@@ -365,7 +365,7 @@ def test_what_was_found_alike_is_read_again_only_when_it_changes(
         use(damaged, PromptConditionedLoraGenerator)
 
 
-def test_inspect_says_so_and_renews(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_says_so_and_it_can_be_renewed(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(damaged)]) == 0
     assert "as saved: yes" in capsys.readouterr().out
     MUTATIONS["mean_negated"](damaged)
@@ -373,9 +373,20 @@ def test_inspect_says_so_and_renews(damaged: Path, capsys: pytest.CaptureFixture
     assert main(["inspect", str(damaged)]) == 1
     told = capsys.readouterr().out
     assert "'normalization.mean'" in told and "text_encoder/" in told
-    assert main(["inspect", str(damaged), "--renew-checksums"]) == 0
+    with pytest.raises(CorruptFileError, match="or peft-dnd renew-checksums") as caught:
+        PromptConditionedLoraGenerator.from_pretrained(damaged)
+    command = str(caught.value).rpartition("or peft-dnd ")[2].replace("'", "").split()
+    (damaged / "prompt_reference.safetensors").unlink()
+    assert main(command) == 0 and "counts as right" in capsys.readouterr().out
+    listed = json.loads((damaged / "peft_dnd_summary.json").read_text(encoding="utf-8"))["files"]
+    assert "prompt_reference.safetensors" not in listed, "the summary follows"
+    assert listed["config.json"] == (damaged / "config.json").stat().st_size
     use(damaged, PromptConditionedLoraGenerator)
-    assert main(["inspect", str(damaged / "text_encoder"), "--renew-checksums"]) == 1
+    assert main(["renew-checksums", str(damaged / "text_encoder")]) == 1
+    assert main(["renew-checksums", f"{damaged}x"]) == 1
+    assert f"is no folder here, and checksums are renewed in one. There is a folder {str(damaged)!r} here" in (
+        capsys.readouterr().err
+    )
 
 
 def test_an_adapter_does_not_go_onto_another_base(generator_folder: Path) -> None:

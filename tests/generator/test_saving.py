@@ -17,6 +17,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from support.collecting import PROMPTS, fresh_adapter, in_child_process, needs_fork, train
+from support.comparing import bytes_below
 from support.constants import TASK_PROMPTS
 from torch import nn
 
@@ -51,10 +52,6 @@ def small_files_only(size: int = 4096) -> Iterator[None]:
 
 def hidden_below(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.name.startswith(".")]
-
-
-def bytes_below(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def check(error: SavingError, target: Path, number: int, words: str = "untouched") -> None:

@@ -23,6 +23,7 @@ from peft_dnd import (
     StreamedLoraGenerator,
 )
 from peft_dnd.adapters import layout_from_config
+from peft_dnd.cli.app import main
 from peft_dnd.errors import (
     BaseModelMismatchError,
     GeneratorConfigError,
@@ -91,6 +92,24 @@ def test_a_policy_of_one_bases_modules_is_refused_for_several(
     alone.set_policy(of_one)
     with pytest.raises(GeneratorConfigError, match="bounds the modules of its one base"):
         alone.add_base(layouts["deep"], name="deep")
+
+
+def test_adapters_of_each_base_are_held_against_the_policy_of_all(
+    layouts: dict[str, AdapterLayout], encoder_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = make(layouts, encoder_folder)
+    generator.set_prompt_classifier(lambda texts: [None] * len(texts))
+    generator.set_policy(GeneratorPolicy(classifier="ours"))
+    generator.save_pretrained(tmp_path / "generator")
+    for name in layouts:
+        adapter = generator.generate_adapter(PROMPTS, base=name)
+        assert generator.check_adapter(adapter).problems == ()
+        adapter.save_pretrained(tmp_path / name)
+        assert main(["inspect", str(tmp_path / name), "--policy-of", str(tmp_path / "generator")]) == 0
+    other = make(layout_for(base_of("org/deep", (16, 2))), encoder_folder).generate_adapter(PROMPTS)
+    problems = generator.check_adapter(other).problems
+    assert "unlike what the generator (the first) writes" in problems[0]
+    assert "layers.2" in problems[0], "what the base of that name lacks"
 
 
 def test_the_trunk_is_shared_and_counted_once(several: PromptConditionedLoraGenerator) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.collecting import adapter
 
 from peft_dnd import (
     AdapterLayout,
@@ -31,13 +32,8 @@ def updates(layout: AdapterLayout, adapter: dict[str, torch.Tensor]) -> list[tor
     return [adapter[b.key].double() @ adapter[a.key].double() for a, b in (m.tensors for m in layout.modules)]
 
 
-def drawn(layout: AdapterLayout, seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {tensor.key: torch.randn(tensor.shape, generator=generator) for tensor in layout.tensors}
-
-
 def test_where_a_is_shared_the_interpolated_update_is_exact(layout: AdapterLayout) -> None:
-    first, second = drawn(layout, 0), drawn(layout, 1)
+    first, second = adapter(layout, 0), adapter(layout, 1)
     second.update({a.key: first[a.key] for a, _ in (module.tensors for module in layout.modules)})
     mixed = interpolated_adapter(layout, first, second, 0.3)
     for a, b in (module.tensors for module in layout.modules):
@@ -49,7 +45,7 @@ def test_where_a_is_shared_the_interpolated_update_is_exact(layout: AdapterLayou
 def test_of_the_interpolated_update_the_best_of_the_rank_is_kept_and_in_the_other_form_what_its_a_can_hold(
     layout: AdapterLayout,
 ) -> None:
-    first, second = drawn(layout, 0), drawn(layout, 1)
+    first, second = adapter(layout, 0), adapter(layout, 1)
     wanted = [0.25 * a + 0.75 * b for a, b in zip(updates(layout, first), updates(layout, second), strict=True)]
     best = interpolated_adapter(layout, first, second, 0.25, canonical=True)
     kept = interpolated_adapter(layout, first, second, 0.25)
@@ -66,7 +62,7 @@ def test_of_the_interpolated_update_the_best_of_the_rank_is_kept_and_in_the_othe
 
 
 def test_the_ends_are_the_adapters_themselves(layout: AdapterLayout) -> None:
-    first, second = drawn(layout, 0), drawn(layout, 1)
+    first, second = adapter(layout, 0), adapter(layout, 1)
     for canonical, (share, end) in itertools.product((False, True), ((1.0, first), (0.0, second))):
         mixed = interpolated_adapter(layout, first, second, share, canonical=canonical)
         for found, wanted in zip(updates(layout, mixed), updates(layout, end), strict=True):

@@ -8,19 +8,11 @@ import math
 
 import pytest
 import torch
+from support.weight_tokens import ragged_mask
 
 from peft_dnd.errors import GeneratorConfigError
 from peft_dnd.fitting.losses import masked_mse
 from peft_dnd.pairs.spread import TokenSpread, spread_of_grids
-
-
-def ragged_mask() -> torch.Tensor:
-    """Three tokens of 2 x 2 entries, of which 4, 2 and 1 are valid."""
-    mask = torch.ones(3, 2, 2, dtype=torch.bool)
-    mask[1, 1] = False
-    mask[2, :, 1] = False
-    mask[2, 1] = False
-    return mask
 
 
 def checkpoints(offset: float = 0.0) -> dict[str, torch.Tensor]:

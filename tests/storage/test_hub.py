@@ -15,6 +15,7 @@ import pytest
 import torch
 from huggingface_hub.errors import HFValidationError
 from peft import get_peft_model
+from support.comparing import same_weights
 from support.hub_state import OWNER, HubServer
 from support.live_models import OTHER_PROMPTS, PROMPTS, assert_holds
 from torch import nn
@@ -66,11 +67,6 @@ def shifted(generator: PromptConditionedLoraGenerator, by: float) -> PromptCondi
     return other
 
 
-def same(one: GeneratedAdapter, other: GeneratedAdapter) -> bool:
-    expected = other.state_dict()
-    return all(torch.equal(tensor, expected[key]) for key, tensor in one.state_dict().items())
-
-
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The Hub's cache, empty; nothing else of the Hub can be reached."""
@@ -106,7 +102,7 @@ def test_only_what_is_read_is_downloaded(
     snapshot = Path(hub.cache, "models--org--generator", "snapshots", commit)
     assert {path.relative_to(snapshot) for path in snapshot.rglob("*") if path.is_file()} == needed
     assert loaded.prompt_reference is not None
-    assert same(loaded.generate_adapter(PROMPTS), own.generate_adapter(PROMPTS))
+    assert same_weights(loaded.generate_adapter(PROMPTS), own.generate_adapter(PROMPTS))
 
 
 def test_weights_are_read_at_the_commit_whose_configuration_was_read(
@@ -262,9 +258,9 @@ class TestAdapterFromTheHub:
         put_into_cache(cache, "org/adapter", SECOND, tmp_path / "second")
         load = GeneratedAdapter.from_pretrained
         for read in (load("org/adapter", revision="v1"), load("org/adapter", revision=FIRST)):
-            assert same(read, adapter) and read.provenance == adapter.provenance
-        assert same(load("org/adapter", subfolder="law"), other_adapter)
-        assert same(load(tmp_path / "second", subfolder="law"), other_adapter)
+            assert same_weights(read, adapter) and read.provenance == adapter.provenance
+        assert same_weights(load("org/adapter", subfolder="law"), other_adapter)
+        assert same_weights(load(tmp_path / "second", subfolder="law"), other_adapter)
         with pytest.raises(MissingFileError, match=r"no adapter_model\.safetensors in .*models--org--adapter"):
             load("org/adapter")
         with pytest.raises(MissingFileError, match=r"no adapter at 'org/adapter'.*the revision 'v2'.*access token"):

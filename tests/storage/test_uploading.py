@@ -15,6 +15,7 @@ import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
+from support.comparing import same_weights
 from support.hub_state import READER, HubServer, needs_a_patient_hub
 from support.live_models import OTHER_PROMPTS, PROMPTS, logits
 from torch import nn
@@ -32,11 +33,6 @@ pytest_plugins = ("support.hub_server", "support.adapter_fixtures")
 FreshBase = Callable[[], nn.Module]
 
 
-def same(one: GeneratedAdapter, other: GeneratedAdapter) -> bool:
-    expected = other.state_dict()
-    return all(torch.equal(tensor, expected[key]) for key, tensor in one.state_dict().items())
-
-
 def test_a_generator_there_and_back(generator: PromptConditionedLoraGenerator, hub: HubServer) -> None:
     commit = generator.push_to_hub("me/generator", private=True, include_text_encoder=True)
     assert hub.repos["models", "me/generator"].private
@@ -44,7 +40,7 @@ def test_a_generator_there_and_back(generator: PromptConditionedLoraGenerator, h
     hub.asked.clear()
     loaded = PromptConditionedLoraGenerator.from_pretrained("me/generator")
     adapter = loaded.generate_adapter(PROMPTS)
-    assert same(adapter, generator.generate_adapter(PROMPTS))
+    assert same_weights(adapter, generator.generate_adapter(PROMPTS))
     assert adapter.provenance["generator"] == "me/generator"
     assert adapter.provenance["generator_revision"] == commit.oid
     fetched = {path.split(commit.oid + "/")[1] for path in hub.paths("GET") if "/resolve/" in path}
@@ -62,7 +58,7 @@ def test_an_adapter_there_and_back_and_into_stock_peft(
     assert hub.repos["models", "me/adapter"].messages[1:] == ["Upload generated LoRA adapter"]
     assert commit.oid == hub.repos["models", "me/adapter"].branches["main"]
     read = GeneratedAdapter.from_pretrained("me/adapter", revision=commit.oid)
-    assert same(read, adapter) and read.provenance["prompts_sha256"] == adapter.provenance["prompts_sha256"]
+    assert same_weights(read, adapter) and read.provenance["prompts_sha256"] == adapter.provenance["prompts_sha256"]
     assert torch.equal(logits(PeftModel.from_pretrained(fresh_base(), "me/adapter")), expected)
 
 
@@ -91,8 +87,8 @@ class TestOptions:
         first = adapter.push_to_hub("me/adapter", revision="dev")
         second = other_adapter.push_to_hub("me/adapter", revision="dev")
         load = GeneratedAdapter.from_pretrained
-        assert same(load("me/adapter", revision="dev"), other_adapter)
-        assert same(load("me/adapter", revision=first.oid), adapter) and second.oid != first.oid
+        assert same_weights(load("me/adapter", revision="dev"), other_adapter)
+        assert same_weights(load("me/adapter", revision=first.oid), adapter) and second.oid != first.oid
 
     def test_a_pull_request(self, adapter: GeneratedAdapter, hub: HubServer) -> None:
         adapter.push_to_hub("me/adapter")
@@ -136,7 +132,7 @@ class TestWhatWasThere:
         assert REFERENCE_NAME not in files and ".gitattributes" in files
         loaded = PromptConditionedLoraGenerator.from_pretrained("me/generator")
         assert loaded.prompt_reference is None
-        assert same(loaded.generate_adapter(PROMPTS), generator.generate_adapter(PROMPTS))
+        assert same_weights(loaded.generate_adapter(PROMPTS), generator.generate_adapter(PROMPTS))
         assert len(hub.repos["models", "me/generator"].messages) == 3, "one commit each"
 
     def test_a_card_that_someone_edited_stays(self, adapter: GeneratedAdapter, hub: HubServer, tmp_path: Path) -> None:
@@ -165,7 +161,7 @@ class TestWhenItFails:
         hub.before("/commit/", lambda: hub.put("me/adapter", tmp_path / "other"), method="POST")
         adapter.push_to_hub("me/adapter")
         assert hub.files("me/adapter")["notes.txt"] == b"from the other"
-        assert same(GeneratedAdapter.from_pretrained("me/adapter"), adapter)
+        assert same_weights(GeneratedAdapter.from_pretrained("me/adapter"), adapter)
         assert len(hub.paths("PUT")) == 1, "what is there already is not sent again"
 
     def test_always_overtaken_is_said_by_the_hub(
@@ -176,7 +172,7 @@ class TestWhenItFails:
         with pytest.raises(HfHubHTTPError, match=r"(?s)412.*A commit has happened since"):
             adapter.push_to_hub("me/adapter")
         assert len([path for path in hub.paths("POST") if "/commit/" in path]) == 3
-        assert same(GeneratedAdapter.from_pretrained("me/adapter"), other_adapter)
+        assert same_weights(GeneratedAdapter.from_pretrained("me/adapter"), other_adapter)
 
     @pytest.mark.parametrize(
         ("token", "words"),
@@ -200,7 +196,7 @@ class TestWhenItFails:
     ) -> None:
         hub.refuse("/preupload/", 429, "Too many", Retry_After="7")
         adapter.push_to_hub("me/adapter")
-        assert 8.0 in waited and same(GeneratedAdapter.from_pretrained("me/adapter"), adapter)
+        assert 8.0 in waited and same_weights(GeneratedAdapter.from_pretrained("me/adapter"), adapter)
 
     @pytest.mark.filterwarnings("ignore:The generator's text encoder is")
     def test_a_connection_that_breaks_leaves_what_was_there(

@@ -111,6 +111,7 @@ def names_for(fresh_base: Callable[[], nn.Module], tokenizer: PreTrainedTokenize
         "conversations": [[{"role": "user", "content": prompt}] for prompt in law],
         "inputs": {"input_ids": TOKENS[:1], "pad_token_id": 0, "max_new_tokens": 2},
         "batch": {"input_ids": TOKENS[:1].repeat(3, 1), "pad_token_id": 0, "max_new_tokens": 2},
+        "labelled_examples": {"input_ids": TOKENS[:2], "labels": TOKENS[:2]},
         "pairs": pairs,
         "tasks": list(pairs.tasks),
         "lora": LoraConfig(r=3),

@@ -15,12 +15,20 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from peft_dnd import PromptCheckpointDataset
-from peft_dnd.errors import CorruptFileError, GeneratorConfigError, PairsFolderError, PromptError, SynthesisError
+from peft_dnd.errors import (
+    CorruptFileError,
+    GeneratorConfigError,
+    PairsFolderError,
+    PromptError,
+    PromptTypeError,
+    SynthesisError,
+)
 from peft_dnd.pairs.folder import read_task
 from peft_dnd.synthesis import (
     AnswerAsked,
     ModelWriter,
     PromptFilter,
+    SynthesisSettings,
     TaskSeeds,
     Written,
     synthesize_prompts,
@@ -115,6 +123,11 @@ def test_bounds_of_the_filter_are_the_users_where_they_give_any() -> None:
     )
     with pytest.raises(GeneratorConfigError, match="closest"):
         PromptFilter(BagOfWords(), SEEDS.prompts, closest=95)
+    for wrong in ({"closest": 95}, {"least_likeness": "high"}, {"temperature": "hot"}, {"temperature": 0}):
+        with pytest.raises(GeneratorConfigError, match=next(iter(wrong))):
+            SynthesisSettings(**wrong)
+    with pytest.raises(GeneratorConfigError, match="others must be a dictionary"):
+        SynthesisSettings(others=["what is the tax ?"])
     assert nearness(BagOfWords(), ["a b", "a b", "c d"]) == pytest.approx(1.0)
     assert nearness(BagOfWords(), ["a"]) is None
 
@@ -159,25 +172,27 @@ def test_prompts_and_answers_become_a_file_that_collect_takes(tmp_path: Path) ->
     file = tmp_path / "law.jsonl"
     answers = {"what is the law of w6 ?": ""}
     writer = Script(of_task(5, 6, 5), of_task(7, 8), answers=lambda prompt, _: answers.get(prompt, "judge"))
-    done = synthesize_prompts(file, SEEDS, writer=writer, encoder=BagOfWords(), count=3, answerer=writer)
+    done = synthesize_prompts(file, SEEDS, writer=writer, text_encoder=BagOfWords(), count=3, answerer=writer)
     assert done.prompts == tuple(of_task(5, 7, 8)) and done.complete
     assert done.left_out == {"repeated": 1, "not answered": 1} and done.rounds == 2
     rows = rows_of(file)
     assert rows[:1] == [{"prompt": SEEDS.prompts[0], "answer": "court"}] and len(rows) == 7
     assert rows[-1] == {"prompt": "what is the law of w8 ?", "answer": "judge"}
     again = Script()
-    assert synthesize_prompts(file, SEEDS, writer=again, encoder=BagOfWords(), count=3, answerer=again) == done
+    assert synthesize_prompts(file, SEEDS, writer=again, text_encoder=BagOfWords(), count=3, answerer=again) == done
     assert not again.asked, "what is complete is not asked for again"
     with pytest.raises(PairsFolderError, match="count was 3 and is 4"):
-        synthesize_prompts(file, SEEDS, writer=again, encoder=BagOfWords(), count=4, answerer=again)
-    other = synthesize_prompts(file, SEEDS, writer=Script(of_task(9)), encoder=BagOfWords(), count=1, overwrite=True)
+        synthesize_prompts(file, SEEDS, writer=again, text_encoder=BagOfWords(), count=4, answerer=again)
+    other = synthesize_prompts(
+        file, SEEDS, writer=Script(of_task(9)), text_encoder=BagOfWords(), count=1, overwrite=True
+    )
     assert other.answers is None and rows_of(file)[-1] == {"prompt": "what is the law of w9 ?"}
 
 
 def test_a_pass_that_was_cut_off_comes_to_what_an_uninterrupted_one_does(tmp_path: Path) -> None:
     rounds = [of_task(5, 6), of_task(6, 7), of_task(5, 8, 9)]
     whole = Script(*rounds)
-    expected = synthesize_prompts(tmp_path / "whole.jsonl", SEEDS, writer=whole, encoder=BagOfWords(), count=5)
+    expected = synthesize_prompts(tmp_path / "whole.jsonl", SEEDS, writer=whole, text_encoder=BagOfWords(), count=5)
 
     class Broken(Script):
         def write(self, texts: Sequence[str], **how: Any) -> list[Written]:
@@ -187,13 +202,13 @@ def test_a_pass_that_was_cut_off_comes_to_what_an_uninterrupted_one_does(tmp_pat
 
     file, first = tmp_path / "cut.jsonl", Broken(*rounds)
     with pytest.raises(KeyboardInterrupt):
-        synthesize_prompts(file, SEEDS, writer=first, encoder=BagOfWords(), count=5)
+        synthesize_prompts(file, SEEDS, writer=first, text_encoder=BagOfWords(), count=5)
     record = tmp_path / "cut.synthesis.jsonl"
     assert not file.exists() and len(record.read_bytes().splitlines()) == 3
     with record.open("ab") as stream:
         stream.write(b'{"kept": [{"prom')  # killed within a line
     rest = Script(rounds[2])
-    assert synthesize_prompts(file, SEEDS, writer=rest, encoder=BagOfWords(), count=5) == expected
+    assert synthesize_prompts(file, SEEDS, writer=rest, text_encoder=BagOfWords(), count=5) == expected
     assert file.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert first.asked + rest.asked == whole.asked, "the same is shown, and drawn by the same seeds"
 
@@ -203,11 +218,20 @@ def test_what_is_there_of_others_is_left_as_it_is(tmp_path: Path) -> None:
     file.write_text("mine", encoding="utf-8")
     for wanted in ("law.jsonl", "law.txt"):
         with pytest.raises((PairsFolderError, GeneratorConfigError)):
-            synthesize_prompts(tmp_path / wanted, SEEDS, writer=Script(), encoder=BagOfWords())
+            synthesize_prompts(tmp_path / wanted, SEEDS, writer=Script(), text_encoder=BagOfWords())
     record.write_text("mine\nhalf", encoding="utf-8")
     with pytest.raises(CorruptFileError, match="no record of a synthesis"):
-        synthesize_prompts(file, SEEDS, writer=Script(), encoder=BagOfWords(), overwrite=True)
+        synthesize_prompts(file, SEEDS, writer=Script(), text_encoder=BagOfWords(), overwrite=True)
     assert file.read_text(encoding="utf-8") == "mine" and record.read_text(encoding="utf-8") == "mine\nhalf"
+
+
+def test_seeds_alone_are_to_be_put_into_what_is_known_of_a_task(tmp_path: Path, base_model, word_tokenizer) -> None:
+    with pytest.raises(PromptTypeError, match=r"must be TaskSeeds, got a tuple.*TaskSeeds\(prompts"):
+        synthesize_prompts(tmp_path / "a.jsonl", SEEDS.prompts, writer=Script(), text_encoder=BagOfWords())
+    with pytest.raises(PromptTypeError, match="must be TaskSeeds"):
+        synthesize_task(
+            tmp_path / "a", SEEDS.prompts, teacher=base_model, tokenizer=word_tokenizer, text_encoder=BagOfWords()
+        )
 
 
 def test_a_writer_that_gives_nothing_is_given_up_with_the_reasons_and_tried_again_on_another_call(
@@ -216,9 +240,9 @@ def test_a_writer_that_gives_nothing_is_given_up_with_the_reasons_and_tried_agai
     file = tmp_path / "law.jsonl"
     writer = Script(of_task(5), *[["how many rivers are there in europe"]] * 20)
     with pytest.raises(SynthesisError, match=r"1 of 2 prompts .*8 unlike the seeds"):
-        synthesize_prompts(file, SEEDS, writer=writer, encoder=BagOfWords(), count=2)
+        synthesize_prompts(file, SEEDS, writer=writer, text_encoder=BagOfWords(), count=2)
     assert not file.exists()
-    done = synthesize_prompts(file, SEEDS, writer=Script(of_task(6)), encoder=BagOfWords(), count=2)
+    done = synthesize_prompts(file, SEEDS, writer=Script(of_task(6)), text_encoder=BagOfWords(), count=2)
     assert done.prompts == tuple(of_task(5, 6)) and done.rounds == 10
 
 
@@ -230,8 +254,8 @@ def test_a_whole_task_of_seeds_whose_answers_are_the_bases_own(
     options: dict[str, Any] = {
         "teacher": base_model,
         "tokenizer": word_tokenizer,
-        "encoder": BagOfWords(),
-        "chat": False,
+        "text_encoder": BagOfWords(),
+        "apply_chat_template": False,
         "count": 3,
         "asked": AnswerAsked(max_new_tokens=3, stop=" "),
         "top_tokens": 2,
@@ -279,7 +303,7 @@ def test_a_task_that_was_collected_is_not_replaced(
             SEEDS,
             teacher=base_model,
             tokenizer=word_tokenizer,
-            encoder=BagOfWords(),
+            text_encoder=BagOfWords(),
             overwrite=True,
         )
 
@@ -287,7 +311,7 @@ def test_a_task_that_was_collected_is_not_replaced(
 def test_a_model_writes_the_same_with_the_same_seed_and_leaves_the_drawing_of_others_alone(
     base_model: nn.Module, word_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    writer = ModelWriter(base_model, word_tokenizer, chats=False, rows_at_once=2)
+    writer = ModelWriter(base_model, word_tokenizer, apply_chat_template=False, rows_at_once=2)
     state = torch.get_rng_state()
     how: dict[str, Any] = {"max_new_tokens": 4, "temperature": 2.0}
     first, other = (writer.write(["what is law", "a", "the court"], seed=seed, **how) for seed in (1, 2))

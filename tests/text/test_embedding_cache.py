@@ -13,7 +13,7 @@ from support.encoding import PROMPTS, bytes_of
 from peft_dnd.errors import GeneratorConfigError, PromptError, TextEncoderError
 from peft_dnd.text.embedding_cache import PromptEmbeddingCache
 from peft_dnd.text.encoder import TextEncoder
-from peft_dnd.text.stored_states import PROBE
+from peft_dnd.text.encoder_probe import PROBE
 from peft_dnd.text.token_states import TokenStates
 
 
@@ -102,14 +102,16 @@ class TestFolder:
         PromptEmbeddingCache(CountingEncoder(), folder=tmp_path / "states")
         assert not (tmp_path / "states").exists()
 
-    @pytest.mark.parametrize("change", ["other weights", "another reading", "unknown"])
+    @pytest.mark.parametrize("change", ["other weights", "another reading", "unknown", "damaged"])
     def test_what_another_encoder_gave_is_refused(self, tmp_path: Path, change: str) -> None:
         PromptEmbeddingCache(CountingEncoder(), folder=tmp_path).states("law", ["ab"])
         read = None
         if change == "another reading":
             read = lambda e, p: TokenStates.from_vectors(e.encode_sentences(p))  # noqa: E731
         elif change == "unknown":
-            (tmp_path / "probe.safetensors").unlink()
+            (tmp_path / "encoder.json").unlink()
+        elif change == "damaged":
+            (tmp_path / "encoder.json").write_text('{"dtype": "float32", "numbers": [1', encoding="utf-8")
         encoder = CountingEncoder(1.1 if change == "other weights" else 1.0)
         with pytest.raises(TextEncoderError, match="Name another folder, or remove this one"):
             PromptEmbeddingCache(encoder, read=read, folder=tmp_path).states("law", ["ab"])
@@ -120,7 +122,7 @@ class TestFolder:
 
     def test_a_damaged_file_is_made_anew(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         first = PromptEmbeddingCache(CountingEncoder(), folder=tmp_path).states("law", ["ab"])
-        (path,) = (path for path in tmp_path.iterdir() if path.stem != "probe")
+        (path,) = (path for path in tmp_path.iterdir() if path.suffix == ".safetensors")
         path.write_bytes(path.read_bytes()[:-3])
         with caplog.at_level(logging.WARNING):
             found = PromptEmbeddingCache(CountingEncoder(), folder=tmp_path).states("law", ["ab"])

@@ -48,7 +48,6 @@ _NOT_OF_THE_FORM = (
     "num_transformer_submodules",
 )
 _SOFT_PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING")
-_WRITTEN_BY_PEFT = ("peft_type", "auto_mapping", "inference_mode")
 # Projections that are drawn from a seed in the configuration, and saved along if it says so.
 _DRAWN = ("vera_A", "vera_B", "randlora_A", "randlora_B")
 # How an adapter begins before it is trained; what it then is stands in its tensors.

@@ -24,6 +24,7 @@ from .import_adapters import import_adapters
 from .import_generator import import_generator
 from .inspect import inspect
 from .policy import policy
+from .renew_checksums import renew_checksums
 from .serve import serve
 from .synthesize import synthesize
 from .verify import verify
@@ -38,6 +39,7 @@ _VERBS: dict[Callable[..., None], str] = {
     export: "Write an adapter for a serving engine.",
     card: "Print or write a model card.",
     policy: "Show or set what a generator does not do.",
+    renew_checksums: "Accept an edit of a generator's folder.",
     collect: "Train adapters, keeping their checkpoints.",
     distil: "Let a teacher answer a task's inputs.",
     synthesize: "Make a task of a few seed prompts.",

@@ -131,7 +131,9 @@ def example_of(tokenizer: Any, question: str, answer: str, max_length: int) -> d
     Raises:
         CommandError: If nothing of the answer is left.
     """
-    if getattr(tokenizer, "chat_template", None):
+    from peft_dnd.text.prompts import uses_chat_template
+
+    if uses_chat_template(tokenizer):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         asked = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -157,14 +159,20 @@ def example_of(tokenizer: Any, question: str, answer: str, max_length: int) -> d
 
 
 def _not_there(what: str, name: str, error: Exception) -> str:
+    from peft_dnd.generator.summary import SUMMARY_NAME
+
+    # transformers lists all of its architectures, some three hundred.
+    why = one_paragraph(error).split(" Model type should be one of", maxsplit=1)[0]
     if not Path(name).is_dir():
         return (
-            f"There is no {what} at {name!r} (there is no such folder, and the Hub gave none; "
-            f"{one_paragraph(error)}). Check the spelling, and from where the path is counted."
+            f"There is no {what} at {name!r} (there is no such folder, and the Hub gave none; {why}). Check the "
+            "spelling, and from where the path is counted."
         )
     if what == "tokenizer" and not any(Path(name).glob("*token*")):  # the library's own error speaks of others
         return (
             f"The base's folder {name!r} holds no tokenizer: expected tokenizer.json and tokenizer_config.json beside "
             f"the model. Save it there: AutoTokenizer.from_pretrained(...).save_pretrained({name!r})."
         )
-    return f"There is no {what} at {name!r} ({one_paragraph(error)})."
+    if what == "base model" and Path(name, SUMMARY_NAME).is_file():
+        why = "it is a generator's folder; name the model that it writes adapters for"
+    return f"There is no {what} at {name!r} ({why})."

@@ -24,6 +24,9 @@ Base = Annotated[str, typer.Option("--base", help="Folder or Hub id of the base 
 Device = Annotated[
     str | None, typer.Option(help="Where the models run: cpu, cuda, ...; the first GPU if there is one.")
 ]
+ApplyChatTemplate = Annotated[
+    bool | None, typer.Option(help="Whether texts go into the tokenizer's chat template; by default if it has one.")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -112,6 +115,18 @@ def named_places(given: Iterable[str] | None, option: str, form: str) -> dict[st
             raise typer.BadParameter(f"{option} names {name!r} twice, {found[name]!r} and {place!r}: give it one.")
         found[name] = place
     return found
+
+
+def text_of_file(path: Path, what: str) -> str:
+    """A text that an option names by its file.
+
+    Raises:
+        CommandError: If there is no such file, or it is not in UTF-8.
+    """
+    try:
+        return existing_file(path, what).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{what} {str(path)!r} is not in UTF-8 ({error}). Convert it.") from error
 
 
 def existing_file(path: Path, what: str) -> Path:

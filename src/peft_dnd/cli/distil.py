@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .bases import load_base, load_tokenizer
-from .console import CommandError, Device, Json, Quiet, existing_file, progress, report
+from .console import ApplyChatTemplate, Device, Json, Quiet, progress, report, text_of_file
 from .prompt_files import read_prompts
 
 
@@ -33,7 +33,7 @@ def distil(
     student: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the base that is to learn from this one, if it is another.")
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the texts into the tokenizer's chat template.")] = False,
+    apply_chat_template: ApplyChatTemplate = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 32,
     top_tokens: Annotated[
         int, typer.Option(min=0, help="Of how many next tokens probabilities are kept; 0: answers alone.")
@@ -57,7 +57,7 @@ def distil(
     base, which is to be added to that generator; for one of other tokens with --top-tokens 0.
 
     Example:
-      peft-dnd distil Qwen/Qwen2.5-0.5B-Instruct questions.txt pairs/support --context-file policy.txt --chat
+      peft-dnd distil Qwen/Qwen2.5-0.5B-Instruct questions.txt pairs/support --context-file policy.txt
     """
     if generator is not None and teacher_adapter is not None:
         raise typer.BadParameter("Give the teacher's adapter by either --teacher-adapter or --generator.")
@@ -68,10 +68,7 @@ def distil(
     if (context is None) == (context_file is None):
         raise typer.BadParameter("Give the teacher's text by either --context or --context-file.")
     if context_file is not None:
-        try:
-            context = existing_file(context_file, "The context's file").read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise CommandError(f"{str(context_file)!r} is not in UTF-8 ({error}).") from error
+        context = text_of_file(context_file, "The context's file")
     lines = read_prompts(inputs, column)
     pool = None if prompts is None else read_prompts(prompts, column)
     from peft_dnd.adapters.generated_adapter import GeneratedAdapter
@@ -93,7 +90,7 @@ def distil(
             tokenizer=load_tokenizer(base),
             context=str(context),
             prompts=pool,
-            chat=chat,
+            apply_chat_template=apply_chat_template,
             max_new_tokens=max_new_tokens,
             top_tokens=top_tokens,
             stop=None if stop is None else stop.replace("\\n", "\n"),

@@ -31,6 +31,11 @@ _NAMES = (
     "push_to_hub",
 )
 _LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+_LOSSES_OF_THE_BASE = ("task_loss_weight", "distillation_weight")
+_ON_THE_BASE = (
+    "To fit on the base's own loss give --base and --set training.task_loss_weight=1 for tasks that have examples, "
+    "training.distillation_weight=1 for those that distil made"
+)
 _TRAINING = {"report_to": "none", "save_total_limit": 2}
 
 
@@ -112,8 +117,10 @@ def fit(
     wanted(plan, "pairs", "--pairs")
     if plan.get("update") is None:
         wanted(plan, "text_encoder", "--text-encoder")
-    elif plan.get("text_encoder") or section(plan, "generator"):
-        raise CommandError("A generator to go on from has a text encoder and settings of its own: leave yours out.")
+    elif plan.get("text_encoder") or section(plan, "generator") or section(plan, "lora"):
+        raise CommandError(
+            "A generator to go on from has a text encoder, settings and a LoRA layout of its own: leave yours out."
+        )
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
     if resume and not checkpoints:
         raise CommandError(f"There is no checkpoint in {str(folder)!r} to resume from. Leave --resume out.")
@@ -125,10 +132,18 @@ def fit(
     with progress(quiet):
         facts = _fit(plan, folder, device, resume=resume, quiet=quiet)
     measured = ", ".join(f"{name} {value:.4g}" for name, value in facts["measured"].items() if "loss" in name)
-    report(facts, f"Generator saved to {folder} ({measured})", as_json=as_json, quiet=quiet)
+    summary = f"Generator saved to {folder} ({measured})"
+    if facts["points_lost"]:
+        worst, points = next(iter(facts["points_lost"].items()))
+        summary += (
+            f"\nOn {len(facts['points_lost'])} earlier tasks it lost {facts['mean_points_lost']:.1f} points of 100 in "
+            f"the mean, {points:.1f} on {worst!r}."
+        )
+    report(facts, summary, as_json=as_json, quiet=quiet)
 
 
 def _fit(plan: dict[str, Any], folder: Path, device: str | None, *, resume: bool, quiet: bool) -> dict[str, Any]:
+    from peft_dnd.errors import RegressionError
     from peft_dnd.fitting import DnDTrainer, DnDTrainingArguments
     from peft_dnd.generator import PromptConditionedLoraGenerator, PromptConditionedLoraGeneratorConfig, revisions
     from peft_dnd.generator.revision_history import REVISIONS
@@ -138,11 +153,13 @@ def _fit(plan: dict[str, Any], folder: Path, device: str | None, *, resume: bool
         own["use_cpu"] = True
     known = {field.name for field in fields(DnDTrainingArguments)} - {"output_dir", "push_to_hub"}
     arguments = built(DnDTrainingArguments, "training", section(plan, "training"), known, **own)
-    base = None if plan.get("base") is None else load_base(str(plan["base"]), device=device)
-    training, held_out = _read_pairs(plan, base)
+    _check_base(plan, arguments)
+    generator: Any = None
     if plan.get("update") is not None:
         generator = PromptConditionedLoraGenerator.from_pretrained(str(plan["update"]))
-    else:
+    base = None if plan.get("base") is None else load_base(str(plan["base"]), device=device)
+    training, held_out = _read_pairs(plan, base, arguments)
+    if generator is None:
         make_config = PromptConditionedLoraGeneratorConfig.from_adapters
         config = built(
             lambda **settings: make_config(training, str(plan["text_encoder"]), **settings),
@@ -159,7 +176,11 @@ def _fit(plan: dict[str, Any], folder: Path, device: str | None, *, resume: bool
     generator.save_pretrained(folder, include_text_encoder=carry)
     repository = plan.get("push_to_hub")
     if repository:
-        generator.push_to_hub(str(repository), include_text_encoder=carry, most_points_lost=arguments.most_points_lost)
+        most = arguments.most_points_lost
+        try:
+            generator.push_to_hub(str(repository), include_text_encoder=carry, most_points_lost=most)
+        except RegressionError as error:
+            raise CommandError(f"{error} Nothing was uploaded; the update is in {str(folder)!r}.") from error
     last = revisions(generator.config.measured)[-1]
     return {
         "generator": str(folder),
@@ -170,6 +191,7 @@ def _fit(plan: dict[str, Any], folder: Path, device: str | None, *, resume: bool
         "revision": last.number,
         "replayed_tasks": last.replayed,
         "mean_points_lost": last.mean_lost if last.lost else None,
+        "points_lost": last.lost,
         "measured": {
             name: value
             for name, value in generator.config.measured.items()
@@ -178,7 +200,18 @@ def _fit(plan: dict[str, Any], folder: Path, device: str | None, *, resume: bool
     }
 
 
-def _read_pairs(plan: dict[str, Any], base: Any) -> tuple[Any, Any]:
+def _check_base(plan: dict[str, Any], arguments: Any) -> None:
+    """Make sure that a base is named where its loss is taken, and only where it is good for something."""
+    taken = [name for name in _LOSSES_OF_THE_BASE if getattr(arguments, name) > 0]
+    if taken and plan.get("base") is None:
+        raise CommandError(
+            f"training.{taken[0]} is {getattr(arguments, taken[0]):g}: name the base whose loss is taken, with --base."
+        )
+    if plan.get("base") is not None and not taken and not section(plan, "lora"):
+        raise CommandError(f"The base {str(plan['base'])!r} would not be used. {_ON_THE_BASE}, or leave --base out.")
+
+
+def _read_pairs(plan: dict[str, Any], base: Any, arguments: Any) -> tuple[Any, Any]:
     """The pairs to fit to, and those held out or `None`."""
     from peft import LoraConfig
 
@@ -197,5 +230,13 @@ def _read_pairs(plan: dict[str, Any], base: Any) -> tuple[Any, Any]:
             raise CommandError("'lora' of the recipe says what adapters the base gets: name the base, with --base.")
         layout = AdapterLayout.from_lora_config(lora, base)
     pairs = read(source, tasks, seed=plan.get("seed", 0), layout=layout)
+    if not pairs.has_checkpoints:
+        if not any(getattr(arguments, name) > 0 for name in _LOSSES_OF_THE_BASE):
+            raise CommandError(f"The tasks in {source!r} have no checkpoints to fit to. {_ON_THE_BASE}.")
+        if layout is None and plan.get("update") is None:
+            raise CommandError(
+                f"The tasks in {source!r} have no checkpoints, from which it would be read what adapters the base "
+                "gets: say it, with --set lora.r=8, and what else peft.LoraConfig takes."
+            )
     held_out = names(plan, "held_out")
     return pairs.split(held_out) if held_out else (pairs, None)

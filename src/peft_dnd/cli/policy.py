@@ -316,8 +316,9 @@ def held_against_policy(
     if not config.policy:
         raise CommandError(f"The generator {generator!r} has no policy to hold an adapter against.")
     policy = GeneratorPolicy.load(config.policy, folder / POLICY_NAME)
-    base = None if gate_base is None else load_base(gate_base, config.adapter_layout.task_type)
+    layouts = list(config.layouts.values())
+    base = None if gate_base is None else load_base(gate_base, layouts[0].task_type)
     adapter = find_adapter(what, ("adapter_*", "peft_dnd_provenance.json"), revision=revision)
-    found = check_adapter(adapter, policy, config.adapter_layout, base)
+    found = check_adapter(adapter, policy, layouts, base)
     facts = {"of": generator, "kept": not found.problems, "not_checked": "; ".join(found.not_checked) or None}
     return facts, [f"policy: {problem}" for problem in found.problems]

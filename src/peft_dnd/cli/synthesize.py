@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from .bases import load_base, load_tokenizer
-from .console import CommandError, Device, Json, Quiet, existing_file, progress, report
+from .console import ApplyChatTemplate, Device, Json, Quiet, progress, report, text_of_file
 from .prompt_files import read_prompts, read_rows, texts_of
 
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from peft_dnd.synthesis import Synthesis
 
 _TOKEN = "PEFT_DND_ENDPOINT_TOKEN"
@@ -40,9 +42,7 @@ def synthesize(
     completions: Annotated[
         bool, typer.Option("--completions", help="Have the server continue texts rather than chat.")
     ] = False,
-    chat: Annotated[
-        bool | None, typer.Option("--chat/--no-chat", help="Use the base's chat template; by default if it has one.")
-    ] = None,
+    apply_chat_template: ApplyChatTemplate = None,
     other: Annotated[
         list[str] | None, typer.Option(metavar="FILE", help="Prompts of another task, to be kept apart from.")
     ] = None,
@@ -77,24 +77,16 @@ def synthesize(
       peft-dnd synthesize law.jsonl --endpoint http://localhost:8000/v1 --endpoint-model big --seeds law.txt --votes 5
     """
     into_file = output.suffix == ".jsonl"
-    if (endpoint is None) != (endpoint_model is None):
-        raise typer.BadParameter("--endpoint and --endpoint-model go together.")
-    if base is None and not (endpoint and into_file):
-        raise typer.BadParameter("Give --base; only a .jsonl file can be written by an --endpoint alone.")
-    if description is not None and description_file is not None:
-        raise typer.BadParameter("Give either --description or --description-file.")
+    _check_options(into_file, base, seeds, description, description_file, endpoint, endpoint_model, votes)
     if description_file is not None:
-        description = _text_in(description_file)
-    if votes > 1 and not into_file:
-        raise typer.BadParameter("--votes is for a .jsonl file: in a task's folder the base answers by distillation.")
-    if seeds is None and description is None:
-        raise typer.BadParameter("Give --seeds, a description, or both: nobody knows what the task is.")
+        description = text_of_file(description_file, "The description's file")
     prompts, answers = _seeds(seeds, column, answer_column)
     others = {file: read_prompts(file, column) for file in other or ()}
     from peft_dnd.synthesis import (
         AnswerAsked,
         EndpointWriter,
         ModelWriter,
+        SynthesisSettings,
         TaskSeeds,
         synthesize_prompts,
         synthesize_task,
@@ -102,45 +94,65 @@ def synthesize(
     from peft_dnd.text.named_encoder import load_named_encoder
 
     known = TaskSeeds(tuple(prompts), description, answers)
+    settings = SynthesisSettings(
+        temperature=temperature, seed=seed, others=others, closest=closest, least_likeness=least_likeness
+    )
     remote = None
     if endpoint is not None:
         token = os.environ.get(_TOKEN) or None
         remote = EndpointWriter(endpoint, str(endpoint_model), token=token, chats=not completions)
     with progress(quiet):
-        encoder = load_named_encoder(text_encoder)
-        model = None if base is None else load_base(base, device=device)
-        tokenizer: Any = None if base is None else load_tokenizer(base)
         common: dict[str, Any] = {
-            "encoder": encoder,
+            "text_encoder": load_named_encoder(text_encoder),
             "count": count,
-            "others": others,
-            "closest": closest,
-            "least_likeness": least_likeness,
-            "temperature": temperature,
-            "seed": seed,
+            "settings": settings,
             "overwrite": overwrite,
         }
-        own = None if model is None else ModelWriter(model, tokenizer, chats=chat)
-        answering = remote or own
+        model = None if base is None else load_base(base, device=device)
+        tokenizer: Any = None if base is None else load_tokenizer(base)
+        own = None if model is None else ModelWriter(model, tokenizer, apply_chat_template=apply_chat_template)
+        # Of a folder the base answers, whoever writes the prompts.
+        answering = (remote or own) if into_file else own
         assert answering is not None
-        if stop is None and not (answering if into_file else own or answering).chats:
+        if stop is None and not answering.chats:
             stop = "\\n"
         asked = AnswerAsked(max_new_tokens, None if stop is None else stop.replace("\\n", "\n"), votes)
         if into_file:
             done = synthesize_prompts(output, known, writer=answering, answerer=answering, asked=asked, **common)
         else:
-            assert model is not None
             done = synthesize_task(
-                output, known, teacher=model, tokenizer=tokenizer, writer=remote, chat=chat, asked=asked, **common
+                output,
+                known,
+                teacher=cast("nn.Module", model),
+                tokenizer=tokenizer,
+                writer=remote,
+                apply_chat_template=apply_chat_template,
+                asked=asked,
+                **common,
             )
     _report(output, done, as_json=as_json, quiet=quiet)
 
 
-def _text_in(path: Path) -> str:
-    try:
-        return existing_file(path, "The description's file").read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CommandError(f"{str(path)!r} is not in UTF-8 ({error}).") from error
+def _check_options(
+    into_file: bool,
+    base: str | None,
+    seeds: str | None,
+    description: str | None,
+    description_file: Path | None,
+    endpoint: str | None,
+    endpoint_model: str | None,
+    votes: int,
+) -> None:
+    if (endpoint is None) != (endpoint_model is None):
+        raise typer.BadParameter("--endpoint and --endpoint-model go together.")
+    if base is None and not (endpoint and into_file):
+        raise typer.BadParameter("Give --base; only a .jsonl file can be written by an --endpoint alone.")
+    if description is not None and description_file is not None:
+        raise typer.BadParameter("Give either --description or --description-file.")
+    if votes > 1 and not into_file:
+        raise typer.BadParameter("--votes is for a .jsonl file: in a task's folder the base answers by distillation.")
+    if seeds is None and description is None and description_file is None:
+        raise typer.BadParameter("Give --seeds, a description, or both: nobody knows what the task is.")
 
 
 def _seeds(source: str | None, column: str, answer_column: str) -> tuple[list[str], tuple[str, ...] | None]:

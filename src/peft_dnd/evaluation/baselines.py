@@ -23,12 +23,12 @@ _ROUNDING = 8 * float(np.finfo(np.float32).eps)
 
 
 def nearest_tasks(
-    encoder: TextEncoder, prompts: Mapping[str, Sequence[str]], shelf: Mapping[str, Sequence[str]]
+    text_encoder: TextEncoder, prompts: Mapping[str, Sequence[str]], shelf: Mapping[str, Sequence[str]]
 ) -> dict[str, str]:
     """For each task, the one on the shelf whose prompts are most like its own: what a user would pick by hand.
 
     Args:
-        encoder: A text encoder.
+        text_encoder: A text encoder.
         prompts: Task -> its prompts.
         shelf: The tasks to choose from -> their prompts.
 
@@ -36,8 +36,8 @@ def nearest_tasks(
         Task -> the task on the shelf whose mean sentence embedding has the largest cosine with its own.
     """
     names = list(shelf)
-    available = torch.stack([_direction(encoder, shelf[name]) for name in names])
-    return {task: names[int((available @ _direction(encoder, own)).argmax())] for task, own in prompts.items()}
+    available = torch.stack([_direction(text_encoder, shelf[name]) for name in names])
+    return {task: names[int((available @ _direction(text_encoder, own)).argmax())] for task, own in prompts.items()}
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ class RidgeBaseline:
     errors: Mapping[float, float]
 
     @classmethod
-    def fit(cls, pairs: PromptCheckpointDataset, encoder: TextEncoder) -> RidgeBaseline:
+    def fit(cls, pairs: PromptCheckpointDataset, text_encoder: TextEncoder) -> RidgeBaseline:
         """Fit it to the training tasks.
 
         Args:
             pairs: At least three tasks.
-            encoder: Reads the prompts.
+            text_encoder: Reads the prompts.
 
         Raises:
             EvaluationError: If there are fewer than three tasks, so that nothing can be left out and fitted.
@@ -83,7 +83,7 @@ class RidgeBaseline:
         tasks = [task for task in pairs.tasks if pairs.checkpoints(task)]
         if len(tasks) < 3:
             raise EvaluationError(f"Ridge regression needs at least 3 training tasks with adapters, got {len(tasks)}.")
-        embeddings = np.stack([mean_embedding(encoder, pairs.prompts(task)) for task in tasks])
+        embeddings = np.stack([mean_embedding(text_encoder, pairs.prompts(task)) for task in tasks])
         adapters = tuple(pairs.mean_state_dict(task) for task in tasks)
         products = _products_of_scaled(adapters)
         errors = {penalty: _left_out_error(embeddings, products, penalty) for penalty in _PENALTIES}
@@ -92,14 +92,14 @@ class RidgeBaseline:
         relative = {penalty: error / mean_error if mean_error else 0.0 for penalty, error in errors.items()}
         return cls(pairs.layout, embeddings, adapters, best, relative)
 
-    def write(self, encoder: TextEncoder, prompts: Sequence[str]) -> GeneratedAdapter:
+    def write(self, text_encoder: TextEncoder, prompts: Sequence[str]) -> GeneratedAdapter:
         """The adapter for a task.
 
         Args:
-            encoder: The one that it was fitted with.
+            text_encoder: The one that it was fitted with.
             prompts: The task's prompts.
         """
-        shares = _shares(self.embeddings, mean_embedding(encoder, prompts), self.penalty)
+        shares = _shares(self.embeddings, mean_embedding(text_encoder, prompts), self.penalty)
         state = {
             tensor.key: torch.stack(
                 [share * adapter[tensor.key].double() for share, adapter in zip(shares, self.adapters, strict=True)]
@@ -111,14 +111,14 @@ class RidgeBaseline:
         return GeneratedAdapter(self.layout, state, {"generator": "ridge regression"})
 
 
-def mean_embedding(encoder: TextEncoder, prompts: Sequence[str]) -> np.ndarray:
+def mean_embedding(text_encoder: TextEncoder, prompts: Sequence[str]) -> np.ndarray:
     """The mean of the prompts' sentence embeddings, float64 (width,)."""
-    mean: np.ndarray = encoder.encode_sentences(prompts).detach().double().mean(0).cpu().numpy()
+    mean: np.ndarray = text_encoder.encode_sentences(prompts).detach().double().mean(0).cpu().numpy()
     return mean
 
 
-def _direction(encoder: TextEncoder, prompts: Sequence[str]) -> torch.Tensor:
-    return torch.nn.functional.normalize(encoder.encode_sentences(prompts).mean(0), dim=0)
+def _direction(text_encoder: TextEncoder, prompts: Sequence[str]) -> torch.Tensor:
+    return torch.nn.functional.normalize(text_encoder.encode_sentences(prompts).mean(0), dim=0)
 
 
 def _shares(embeddings: np.ndarray, new: np.ndarray, penalty: float) -> np.ndarray:

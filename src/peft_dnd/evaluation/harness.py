@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import EvaluationError
+from ..text.prompts import uses_chat_template
 
 
 @dataclass
@@ -85,7 +86,6 @@ class HarnessScorer:
             ) from error
         if self.task_manager is None:
             self.task_manager = TaskManager()  # indexes thousands of tasks, so it is kept
-        has_template = getattr(self.tokenizer, "chat_template", None) is not None
         if self.images:
             wrapped = HFMultimodalLM(pretrained=model, batch_size=self.batch_size)
         else:
@@ -97,7 +97,7 @@ class HarnessScorer:
             limit=self.limit,
             bootstrap_iters=0,
             log_samples=True,
-            apply_chat_template=has_template if self.apply_chat_template is None else self.apply_chat_template,
+            apply_chat_template=uses_chat_template(self.tokenizer, self.apply_chat_template),
             task_manager=self.task_manager,
             fewshot_random_seed=self.seed,
             confirm_run_unsafe_code=self.run_code,

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import EvaluationError
 from ..text.drawing import draw
+from ..text.prompts import uses_chat_template
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class AnswerScorer:
     def text(self, task: str, question: str) -> str:
         """What the model reads for a question: solved examples before it, if any, and all in the chat template."""
         shots = (self.shots or {}).get(task, ())
-        if getattr(self.tokenizer, "chat_template", None) is None:
+        if not uses_chat_template(self.tokenizer):
             solved = "".join(f"{q}{self.separator}{a}{self.separator}" for q, a in shots)
             return f"{solved}{question}{self.separator}"
         turns = [("user", question)]
@@ -114,7 +115,7 @@ class AnswerScorer:
         tokenizer = self.tokenizer
         side, tokenizer.padding_side = tokenizer.padding_side, "left"
         try:
-            special = getattr(tokenizer, "chat_template", None) is None  # a template brings its own special tokens
+            special = not uses_chat_template(tokenizer)  # a template brings its own special tokens
             inputs = tokenizer(
                 texts, padding=True, return_tensors="pt", return_token_type_ids=False, add_special_tokens=special
             )

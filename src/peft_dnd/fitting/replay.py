@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..errors import RegressionError
 from ..evaluation.store_scores import (
     OWN_MEASURE,
     ROWS_MEASURE,
@@ -19,7 +20,7 @@ from ..evaluation.store_scores import (
     written_tokens,
 )
 from ..generator.modeling import PromptConditionedLoraGenerator
-from ..generator.revision_history import Revision, add_revision, revisions
+from ..generator.revision_history import Revision, add_revision, check_regression, revisions
 from ..pairs.dataset import PromptCheckpointDataset
 from ..pairs.folder import Task
 from ..pairs.packed_adapters import PackedCheckpoint
@@ -196,12 +197,25 @@ class StoreKeeper:
         self._before: dict[str, float] = {}
         self._measure = OWN_MEASURE if scorer is None else SCORER_MEASURE
 
+    @property
+    def judging(self) -> bool:
+        """Whether the generator knows earlier tasks, by which the fit is judged when it is done."""
+        if self._pairs is None or not self._generator.normalization.fitted:
+            return False
+        return self._generator.replay_store is not None
+
     def begin(self) -> None:
         """Score the store's tasks as the generator is now."""
-        store = self._generator.replay_store if self._generator.normalization.fitted else None
-        if store is None or self._pairs is None:
+        store, rows = self._generator.replay_store if self.judging else None, self._rows
+        if store is None:
             return
-        rows = self._rows
+        if rows is not None and store.base not in (None, rows.base):
+            logger.warning(
+                "The rows that the generator keeps of its earlier tasks were for another base than this one: they are "
+                "not replayed, the tasks are not judged by them, and the store drops them. Unless that is meant, give "
+                "the base that the generator was fitted for, %r.",
+                self._generator.config.base_model_name_or_path,
+            )
         if rows is not None and self._scorer is None and any(rows.of(store, name) for name in store.tasks):
             self._measure = ROWS_MEASURE
             self._scorer = lambda name, adapter: rows.score(self._judged([name])[name], adapter)
@@ -247,6 +261,16 @@ class StoreKeeper:
             measure=self._measure,
         )
         add_revision(measured, revision)
+        self._tell(revision)
+
+    def _tell(self, revision: Revision) -> None:
+        most = self._args.most_points_lost
+        try:
+            if most is not None:
+                check_regression(self._generator.config.measured, most)
+        except RegressionError as error:  # nothing is published here; who saves the generator should know
+            logger.warning("%s", error)
+            return
         if revision.lost:
             worst, points = next(iter(revision.lost.items()))
             logger.info(

@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from transformers import (
 
 from ..adapters.lora import live_state_dict
 from ..adapters.matching import adaptable_modules, base_model_of
-from ..errors import GeneratorConfigError, PairsFolderError, PromptError
+from ..errors import GeneratorConfigError, PairsFolderError, PromptError, PromptTypeError
 from ..pairs.dataset import PromptCheckpointDataset
 from ..pairs.distillation import DistillationRecord, DistillationWriter, read_record
 from ..pairs.examples import KeptExamples
@@ -40,7 +41,7 @@ from ..pairs.prompt_pool import read_prompts, write_prompts
 from ..pairs.writer import task_record
 from ..storage.files import PathLike
 from ..storage.progress import with_progress
-from ..text.prompts import check_prompts
+from ..text.prompts import check_prompts, uses_chat_template
 
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def distil_task(
     tokenizer: PreTrainedTokenizerBase,
     context: str | Sequence[str],
     prompts: Sequence[str] | None = None,
-    chat: bool = False,
+    apply_chat_template: bool | None = None,
     max_new_tokens: int = 32,
     top_tokens: int = 16,
     stop: str | None = None,
@@ -85,8 +86,8 @@ def distil_task(
             it is the teacher's own adapter, or its being another base, that tells it more.
         prompts: What the generator reads, the task's pool of prompts: by default each `context + input`. Of a task
             that exists already its own prompts are kept, and none may be given.
-        chat: Whether the texts are put into the tokenizer's chat template, the context as the system's message and
-            the input as the user's.
+        apply_chat_template: Whether the texts are put into the tokenizer's chat template, the context as the system's
+            message and the input as the user's; by default if it has one.
         max_new_tokens: The most tokens of an answer.
         top_tokens: k, of how many of the teacher's likeliest next tokens the probabilities are kept. 0: its answers
             alone, to be fitted to with `distillation_targets="answers"`.
@@ -101,23 +102,27 @@ def distil_task(
 
     Raises:
         PromptError: If there are no inputs, an empty one, or one that does not fit into the teacher's window.
-        PromptTypeError: If they are no sequence of strings.
+        PromptTypeError: If they are no sequence of strings, or the context is neither that nor a string.
         PairsFolderError: If the folder holds something else, or what another teacher said, and `overwrite` is off; if
             an answer is empty; if prompts are given for a task that has some.
-        GeneratorConfigError: If a setting is impossible, or the student has other tokens than the teacher.
+        GeneratorConfigError: If a setting is impossible, a model or tokenizer is a name, or the student has other
+            tokens than the teacher.
     """
     sizes = {"max_new_tokens": max_new_tokens, "top_tokens": top_tokens, "rows_at_once": rows_at_once}
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < (name != "top_tokens"):
             what = "a positive integer" if name != "top_tokens" else "a positive integer, or 0"
             raise GeneratorConfigError(f"{name} must be {what}, got {value!r}.")
+    _check_loaded(teacher=teacher, tokenizer=tokenizer, student=student, student_tokenizer=student_tokenizer)
     inputs = check_prompts(inputs, "the inputs")
+    if not isinstance(context, Iterable):
+        raise PromptTypeError(f"context must be a text, or a list of one for each input; got {context!r:.80}.")
     contexts = (context,) * len(inputs) if isinstance(context, str) else tuple(context)
     if len(contexts) != len(inputs):
         raise PromptError(f"There are {len(inputs)} inputs, but {len(contexts)} contexts. Give one text, or one each.")
     same_tokens = _same_tokens(tokenizer, student, student_tokenizer, top_tokens)
     student_tokenizer = student_tokenizer or tokenizer
-    windows = _windows(tokenizer, student_tokenizer, inputs, contexts, chat)
+    windows = _windows(tokenizer, student_tokenizer, inputs, contexts, apply_chat_template)
     _check_lengths(teacher, [ids for ids, _ in windows], max_new_tokens, "teacher")
     if student is not None:
         _check_lengths(student, [ids for _, ids in windows], max_new_tokens, "student")
@@ -327,6 +332,16 @@ def _as_teacher(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def _check_loaded(**given: object) -> None:
+    for argument, value in given.items():
+        if isinstance(value, (str, os.PathLike)):
+            kind = "AutoTokenizer" if argument.endswith("tokenizer") else "AutoModelForCausalLM"
+            raise GeneratorConfigError(
+                f"{argument} must be loaded, got the name {os.fspath(value)!r}. Load it: "
+                f"{kind}.from_pretrained({os.fspath(value)!r})."
+            )
+
+
 def _same_tokens(
     tokenizer: PreTrainedTokenizerBase,
     student: nn.Module | None,
@@ -353,26 +368,25 @@ def _windows(
     student_tokenizer: PreTrainedTokenizerBase,
     inputs: Sequence[str],
     contexts: Sequence[str],
-    chat: bool,
+    apply_chat_template: bool | None,
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids of what the teacher reads, and of what the student reads, input by input."""
-    if not chat:
-        return [
-            (list(tokenizer(context + text)["input_ids"]), list(student_tokenizer(text)["input_ids"]))
-            for context, text in zip(contexts, inputs, strict=True)
-        ]
-
-    def ids(by: PreTrainedTokenizerBase, *messages: dict[str, str]) -> list[int]:
-        found: Any = by.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return list(found["input_ids"])
-
-    asked = [{"role": "user", "content": text} for text in inputs]
-    told = [[{"role": "system", "content": context}] if context else [] for context in contexts]
+    templated, student_templated = (
+        uses_chat_template(each, apply_chat_template) for each in (tokenizer, student_tokenizer)
+    )
     return [
-        (ids(tokenizer, *system, user), ids(student_tokenizer, user)) for system, user in zip(told, asked, strict=True)
+        (_read(tokenizer, context, text, templated), _read(student_tokenizer, "", text, student_templated))
+        for context, text in zip(contexts, inputs, strict=True)
     ]
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, context: str, text: str, templated: bool) -> list[int]:
+    if not templated:
+        return list(tokenizer(context + text)["input_ids"])
+    messages = [{"role": "system", "content": context}] if context else []
+    messages.append({"role": "user", "content": text})
+    found: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return list(found["input_ids"])
 
 
 def _check_lengths(model: nn.Module, read: Sequence[list[int]], max_new_tokens: int, whose: str) -> None:

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import GeneratorConfigError, PromptError
+from ..errors import GeneratorConfigError, PromptError, PromptTypeError
 from ..generator.modeling import PromptConditionedLoraGenerator
 from ..pairs.writer import task_record
 from ..storage.files import PathLike
@@ -28,9 +28,9 @@ from .teacher import distil_task
 
 def distil_generator(
     folder: PathLike,
-    prompts: Mapping[str, Sequence[str]],
     inputs: Mapping[str, Sequence[str]],
     *,
+    prompts: Mapping[str, Sequence[str]],
     generator: PromptConditionedLoraGenerator,
     teacher: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -48,24 +48,32 @@ def distil_generator(
 
     Args:
         folder: The new base's pairs folder.
-        prompts: Task's name -> what the generator reads, unlabelled. Tasks need not be among those it was fitted to.
-        inputs: Task's name, the same ones -> the inputs that are answered, just as they will stand in the window.
+        inputs: Task's name -> the inputs that are answered, as for `distil_task`.
+        prompts: Task's name, the same ones -> what the generator reads, unlabelled. Tasks need not be among those it
+            was fitted to.
         generator: The fitted generator.
         teacher: A base that it writes adapters for, plain. It is given back as it was.
         tokenizer: The teacher's tokenizer.
         student: The new base, plain.
         student_tokenizer: Its tokenizer. If it has other tokens, give `top_tokens=0`.
         seed: Which prompts are read where there are more than the generator takes.
-        options: Of [`distil_task`][peft_dnd.fitting.distil_task]: `chat`, `max_new_tokens`, `top_tokens`, `stop`,
-            `rows_at_once`, `overwrite`.
+        options: Of [`distil_task`][peft_dnd.fitting.distil_task]: `apply_chat_template`, `max_new_tokens`,
+            `top_tokens`, `stop`, `rows_at_once`, `overwrite`.
 
     Raises:
         PromptError: If the tasks of prompts and inputs differ, there are none, or one has no text or an empty one.
+        PromptTypeError: If either is no dictionary, or the texts of a task are no sequence of strings.
         BaseModelMismatchError: If the generator writes no adapters for the teacher.
         GeneratorConfigError: If the teacher carries an adapter, or could be more than one of the generator's bases; if
             the tokens differ and `top_tokens` is not 0.
         PairsFolderError: And the others of `distil_task`.
     """
+    for what, pools in (("inputs", inputs), ("prompts", prompts)):
+        if not isinstance(pools, Mapping):
+            raise PromptTypeError(
+                f"The {what} of many tasks are a dictionary, task name -> list of strings; got a "
+                f"{type(pools).__name__}. For a single task call distil_task."
+            )
     if set(prompts) != set(inputs) or not prompts:
         apart = sorted(map(str, set(prompts) ^ set(inputs)))
         raise PromptError(

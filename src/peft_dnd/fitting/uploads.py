@@ -54,6 +54,7 @@ class UploadingTrainer(Trainer):
     args: DnDTrainingArguments
     generator: PromptConditionedLoraGenerator
     replay: Any = None
+    _store_keeper: Any
     push_in_progress: Any = None
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
@@ -127,7 +128,7 @@ class UploadingTrainer(Trainer):
         checkpoint = Path(checkpoint_folder)
         common: dict[str, Any] = {"token": args.hub_token, "revision": args.hub_revision, "run_as_future": True}
         # What becomes of the earlier tasks is judged when an update is done, and nothing of it is published before.
-        unjudged = self.replay is not None and args.most_points_lost is not None
+        unjudged = self._store_keeper.judging and args.most_points_lost is not None
         jobs = [] if unjudged else [self._upload(checkpoint, commit_message=message, **common)]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             place = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name

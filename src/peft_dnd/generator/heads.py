@@ -37,6 +37,7 @@ class HeadsMixin(nn.Module):
     normalization: WeightNormalization
     weight_tokenizer: WeightTokenizer
     heads: nn.ModuleDict
+    replay_store: Any
     _decoders: dict[str, Any]
 
     @property
@@ -104,6 +105,7 @@ class HeadsMixin(nn.Module):
             head: Any = self.heads[module_key(name)]
             alone.normalization = head[_NORMALIZATION]
             alone.weight_tokenizer = alone.config.weight_tokenizer()
+            alone.replay_store = None  # it holds the first base's adapters
         return alone
 
     def add_base(

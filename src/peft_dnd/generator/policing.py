@@ -139,7 +139,8 @@ class PolicyMixin(PromptReadingMixin):
         self._check_policy_is_there()
         if self.policy is None:
             raise PolicyError("The generator has no policy to hold an adapter against. Give it one with set_policy.")
-        return check_adapter(adapter, self.policy, self.config.adapter_layout, base_model or self.gate_base)
+        layouts = list(self.config.layouts.values())
+        return check_adapter(adapter, self.policy, layouts, base_model or self.gate_base)
 
     def hold_to_policy(
         self, adapter: GeneratedAdapter, base_model: nn.Module | None = None, *, scale: float = 1.0

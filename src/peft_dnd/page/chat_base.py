@@ -17,6 +17,7 @@ from ..adapters.layout import AdapterLayout
 from ..adapters.matching import check_fits, match_modules
 from ..errors import BaseModelMismatchError, GeneratorConfigError, PromptError
 from ..storage.progress import short_bars_hidden
+from ..text.prompts import uses_chat_template
 
 
 _STOP = "\n"
@@ -70,7 +71,7 @@ class ChatBase:
     @property
     def keeps_turns(self) -> bool:
         """Whether earlier questions and answers are read again."""
-        return getattr(self._tokenizer, "chat_template", None) is not None
+        return uses_chat_template(self._tokenizer)
 
     def check_fits(self, layout: AdapterLayout) -> None:
         """Make sure that adapters of a layout can be put on this base.

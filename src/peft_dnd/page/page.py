@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page itself: what visitors see, and what happens when they press a button."""
+"""The page itself: how it is served, and what happens when a visitor presses a button."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from traceback import extract_tb
 from typing import Any
 
 from ..errors import GeneratorConfigError, PeftDndError, PromptError
+from .components import PageComponents, put_in
 from .kept import BoundedUploads, KeptAdapters
 from .limits import PageLimits
 from .page_generator import MadeAdapter, PageGenerator
-from .task_map import FITTED, PROMPT, TASK
-from .wording import HEAD, facts_of, map_caption, title_of
+from .wording import title_of
 
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ ReadFile = Callable[[Path, str, bool], tuple[list[str], list[str] | None]]
 Turn = tuple[str, str, str]
 
 _HOW_OFTEN_CLEARED = 600
-_COLOURS = {FITTED: "#9ca3af", PROMPT: "#fb923c", TASK: "#b91c1c"}
 # What runs the models waits in one line, first come, first served.
 _ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "models"}
 
@@ -193,112 +192,49 @@ class PromptPage:
     def _built(self) -> Any:
         import gradio as gr
 
-        names = list(self._generators)
-        # What models write is shown as it stands, and not offered for sharing elsewhere.
-        plain: Any = {"height": 300, "render_markdown": False, "buttons": ["copy"], "feedback_options": None}
         with gr.Blocks(
             title="Prompts to adapter",
             analytics_enabled=False,
             delete_cache=(_HOW_OFTEN_CLEARED, self.limits.idle_seconds),
         ) as blocks:
-            gr.Markdown(HEAD)
-            made = gr.State(None, time_to_live=self.limits.idle_seconds, delete_callback=self._kept.drop)
-            turns = gr.State([], time_to_live=self.limits.idle_seconds)
-            with gr.Row():
-                with gr.Column():
-                    name = gr.Dropdown(names, value=names[0], label="Generator", elem_id="generator")
-                    about = gr.Markdown(title_of(self._generators[names[0]]))
-                    pasted = gr.Textbox(
-                        label="Prompts, one a line",
-                        placeholder="Unlabelled questions that are typical of the task",
-                        lines=8,
-                        max_lines=16,
-                        elem_id="prompts",
-                    )
-                    file = gr.File(label="or a file: .txt, .jsonl, .csv, .tsv", height=120, elem_id="file")
-                    _without_addresses(gr, file)
-                    with gr.Accordion("Options", open=False):
-                        column = gr.Textbox("prompt", label="Field or column of the prompts", max_length=200)
-                        seed = gr.Number(0, label="Seed, where prompts are drawn", precision=0, minimum=0)
-                    button = gr.Button("Make the adapter", variant="primary", elem_id="make")
-                with gr.Column():
-                    facts = gr.Markdown("The adapter will be described here.", elem_id="facts", min_height=120)
-                    drawn = gr.ScatterPlot(
-                        x="x",
-                        y="y",
-                        color="what",
-                        color_map=_COLOURS,
-                        color_title=" ",
-                        x_title="first principal axis",
-                        y_title="second",
-                        tooltip=["what"],
-                        height=320,
-                        visible=False,
-                        elem_id="map",
-                    )
-                    caption = gr.Markdown(elem_id="caption")
-                    archive = gr.DownloadButton("Download the adapter (.zip)", visible=False, elem_id="archive")
-                    files = gr.Files(label="or its two files", visible=False, interactive=False, elem_id="files")
-            with gr.Row():
-                alone = gr.Chatbot(label="Base alone", elem_id="base", **plain)
-                adapted = gr.Chatbot(label="With the adapter", elem_id="adapted", **plain)
-            question = gr.Textbox(
-                label="Ask both",
-                placeholder="Make an adapter first",
-                interactive=False,
-                max_length=self.limits.question_characters,
-                submit_btn=True,
-                elem_id="question",
-            )
-
-            # `api_name` names what programs call, see the how-to guide.
-            def describe(chosen: str) -> str:
-                return title_of(self._generators[chosen]) if chosen in self._generators else ""
-
-            def make(
-                before: Any, chosen: str, text: str, path: str | None, field: str, number: float,
-                progress: Any = gr.Progress(),  # noqa: B008  (Gradio looks for it among the defaults)
-            ) -> Any:  # fmt: skip
-                with _told(gr.Error):
-                    mine, new = self._make(before, chosen, text or "", path, field or "", number, progress)
-                    by = self._generators[new.generator]
-                    return (
-                        mine,
-                        [],
-                        facts_of(new, by),
-                        _picture(gr, by, new),
-                        map_caption(by),
-                        gr.DownloadButton(value=str(new.archive), visible=True),
-                        gr.Files(value=[str(path) for path in new.files], visible=True, interactive=False),
-                        None,
-                        None,
-                        gr.Textbox(
-                            interactive=by.base is not None,
-                            placeholder="Ask something" if by.base is not None else "There is no base here to ask",
-                        ),
-                    )
-
-            def ask(mine: Any, said: list[Turn], text: str) -> Iterator[Any]:
-                with _told(gr.Error):
-                    for now in self._ask(mine, said, text or ""):
-                        yield now, _messages(now, 1), _messages(now, 2), ""
-
-            name.change(describe, name, about, api_visibility="private", show_progress="hidden")
-            outputs = [made, turns, facts, drawn, caption, archive, files, alone, adapted, question]
-            for chat in (alone, adapted):
-                chat.clear(lambda: ([], None, None), None, [turns, alone, adapted], api_visibility="private")
-            button.click(
-                make,
-                [made, name, pasted, file, column, seed],
-                outputs,
-                api_name="make",
-                show_progress_on=[facts],
-                **_ONE_AT_A_TIME,
-            )
-            question.submit(
-                ask, [made, turns, question], [turns, alone, adapted, question], api_name="ask", **_ONE_AT_A_TIME
-            )
+            generators = list(self._generators.values())
+            self._connect(gr, PageComponents.placed(gr, generators, self.limits, self._kept.drop))
         return blocks.queue(max_size=self.limits.waiting, default_concurrency_limit=1)
+
+    def _connect(self, gr: Any, page: PageComponents) -> None:
+        """Say what happens when a visitor does something. `api_name` is what programs call, see the how-to guide."""
+
+        def describe(chosen: str) -> str:
+            return title_of(self._generators[chosen]) if chosen in self._generators else ""
+
+        def make(
+            before: Any, chosen: str, text: str, path: str | None, field: str, number: float,
+            progress: Any = gr.Progress(),  # noqa: B008  (Gradio looks for it among the defaults)
+        ) -> Any:  # fmt: skip
+            with _told(gr.Error):
+                mine, new = self._make(before, chosen, text or "", path, field or "", number, progress)
+                return put_in(gr, mine, new, self._generators[new.generator])
+
+        def ask(mine: Any, said: list[Turn], text: str) -> Iterator[Any]:
+            with _told(gr.Error):
+                for now in self._ask(mine, said, text or ""):
+                    yield now, _messages(now, 1), _messages(now, 2), ""
+
+        page.name.change(describe, page.name, page.about, api_visibility="private", show_progress="hidden")
+        talk = [page.turns, *page.chats]
+        for chat in page.chats:
+            chat.clear(lambda: ([], None, None), None, talk, api_visibility="private")
+        page.button.click(
+            make,
+            [page.made, page.name, *page.prompts],
+            page.of_an_adapter,
+            api_name="make",
+            show_progress_on=[page.result[0]],
+            **_ONE_AT_A_TIME,
+        )
+        page.question.submit(
+            ask, [page.made, page.turns, page.question], [*talk, page.question], api_name="ask", **_ONE_AT_A_TIME
+        )
 
 
 class _told:
@@ -322,32 +258,9 @@ class _told:
         raise self._kind(escape(text, quote=False), duration=20, print_exception=False) from None
 
 
-def _without_addresses(gr: Any, file: Any) -> None:
-    """Make a component for files refuse the addresses of files elsewhere, which Gradio would fetch, however large.
-
-    On the one component, not in a class of its own: Gradio writes a stub into the package for each such class.
-    """
-    move = file.async_move_resource_to_block_cache
-
-    async def move_uploaded(url_or_file_path: Any) -> Any:
-        if "://" in str(url_or_file_path):
-            raise gr.Error("A file is uploaded, not named by its address.", print_exception=False)
-        return await move(url_or_file_path)
-
-    file.async_move_resource_to_block_cache = move_uploaded
-
-
 def _messages(turns: Sequence[Turn], side: int) -> list[dict[str, str]]:
     return [
         {"role": role, "content": text}
         for turn in turns
         for role, text in (("user", turn[0]), ("assistant", turn[side] or "(nothing)"))
     ]
-
-
-def _picture(gr: Any, by: PageGenerator, made: MadeAdapter) -> Any:
-    if by.map is None:
-        return gr.ScatterPlot(visible=False)
-    import pandas as pd
-
-    return gr.ScatterPlot(value=pd.DataFrame(by.map.rows(made.points)), visible=True)

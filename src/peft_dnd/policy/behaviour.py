@@ -18,7 +18,7 @@ from ..errors import PolicyError
 from ..pairs.dataset import PromptCheckpointDataset
 from ..storage.progress import with_progress
 from ..text.prompt_shapes import PromptsLike
-from ..text.prompts import prompt_texts
+from ..text.prompts import prompt_texts, uses_chat_template
 from .bounds import FALSE_ALARMS, FEWEST_TASKS, check_false_alarms, tasks_drawn, upper_bound
 
 
@@ -86,7 +86,7 @@ class BehaviourGate:
                 f"A behaviour gate needs a base that writes text, got a {type(base_model).__name__}. Load it with "
                 "AutoModelForCausalLM."
             )
-        templated = bool(getattr(tokenizer, "chat_template", None))
+        templated = uses_chat_template(tokenizer)
         texts = prompt_texts(prompts, tokenizer=tokenizer if templated else None)
         rows, starts, was_training = [], [], model.training
         model.eval()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class PolicyCheck:
 def check_adapter(
     adapter: GeneratedAdapter | PathLike,
     policy: GeneratorPolicy,
-    layout: AdapterLayout,
+    layouts: Sequence[AdapterLayout],
     base_model: nn.Module | None = None,
 ) -> PolicyCheck:
     """Hold an adapter against a policy: its modules, its norms as its own configuration scales them, its behaviour.
@@ -47,7 +48,7 @@ def check_adapter(
     Args:
         adapter: The adapter, or its folder or Hub id.
         policy: The policy.
-        layout: The layout of the adapters that the generator writes.
+        layouts: The layout of the adapters that the generator writes, for each of its bases.
         base_model: The base, for the behaviour gate.
 
     Raises:
@@ -66,7 +67,7 @@ def check_adapter(
             adapter = GeneratedAdapter.from_pretrained(adapter)
         except LayoutError as error:
             return PolicyCheck((*problems, f"it is none that a generator wrote: {error}"), tuple(not_checked))
-    difference = layout.difference(adapter.layout)
+    difference = _difference(layouts, adapter.layout)
     if difference:
         problems.append(f"it is unlike what the generator (the first) writes: {difference}")
     if adapter.layout.modules:
@@ -90,6 +91,16 @@ def check_adapter(
         except PeftDndError as error:
             problems.append(f"the behaviour gate cannot be checked: {error}")
     return PolicyCheck(tuple(problems), tuple(not_checked))
+
+
+def _difference(layouts: Sequence[AdapterLayout], found: AdapterLayout) -> str | None:
+    """In what a layout differs from all of these; told of that for its own base, if one is called so."""
+    differences = [layout.difference(found) for layout in layouts]
+    if None in differences:
+        return None
+    name = found.base_model_name_or_path
+    own = [number for number, layout in enumerate(layouts) if layout.base_model_name_or_path == name]
+    return differences[own[0] if own else 0]
 
 
 def _written(adapter: GeneratedAdapter, policy: GeneratorPolicy) -> list[str]:

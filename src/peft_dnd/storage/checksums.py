@@ -103,7 +103,7 @@ class Checksums:
                 raise FormatVersionError(
                     f"{str(path)!r} has checksums by {content['algorithm']!r:.40}; this version of peft_dnd compares "
                     f"{ALGORITHM!r}. If another version of it saved the folder, and you trust it to be whole, take "
-                    "them anew: peft_dnd.generator.renew_checksums, or peft-dnd inspect --renew-checksums"
+                    "them anew: peft_dnd.generator.renew_checksums, or peft-dnd renew-checksums"
                 )
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, FormatVersionError):

@@ -35,7 +35,7 @@ class PromptFilter:
     - lies nearer to the seeds of another task, by the same measure.
 
     Args:
-        encoder: A text encoder, a generator's for one.
+        text_encoder: A text encoder, a generator's for one.
         seeds: The task's seeds. Without any, likeness is not looked at.
         others: Prompts of other tasks, by their names: the surer way to keep apart tasks that are close.
         closest: Above which cosine two prompts are near-duplicates.
@@ -53,18 +53,16 @@ class PromptFilter:
 
     def __init__(
         self,
-        encoder: TextEncoder,
+        text_encoder: TextEncoder,
         seeds: Sequence[str],
         *,
         others: Mapping[str, Sequence[str]] | None = None,
         closest: float = CLOSEST,
         least_likeness: float | None = None,
     ) -> None:
-        check_text_encoder(encoder)
-        for name, value in (("closest", closest), ("least_likeness", least_likeness)):
-            if value is not None and not -1 <= value <= 1:
-                raise GeneratorConfigError(f"{name} is a cosine, from -1 to 1; got {value!r}.")
-        self._encoder = encoder
+        check_text_encoder(text_encoder)
+        check_cosines(closest=closest, least_likeness=least_likeness)
+        self._encoder = text_encoder
         self._closest = closest
         self._seeds = self._places(seeds)
         self._others = [
@@ -130,6 +128,17 @@ class PromptFilter:
         with torch.no_grad():
             embeddings = self._encoder.encode_sentences(list(prompts)).detach().cpu().float()
         return torch.nn.functional.normalize(embeddings, dim=1)
+
+
+def check_cosines(**given: float | None) -> None:
+    """Refuse thresholds that no cosine can be held against; `None` is one that was not given.
+
+    Raises:
+        GeneratorConfigError: If there is one.
+    """
+    for name, value in given.items():
+        if value is not None and not (isinstance(value, int | float) and -1 <= value <= 1):
+            raise GeneratorConfigError(f"{name} is a cosine, from -1 to 1; got {value!r}.")
 
 
 def nearness(encoder: TextEncoder, prompts: Sequence[str]) -> float | None:

@@ -7,7 +7,7 @@ import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,18 @@ from ..storage.digests import texts_digest
 from ..storage.files import PathLike, write_text
 from ..text.encoder import TextEncoder
 from .answers import AnswerAsked, answers_to
-from .filtering import CLOSEST, PromptFilter
+from .filtering import PromptFilter
 from .record import Round, Synthesis, SynthesisLog
-from .wording import TaskSeeds, asked_prompt, context_for_answers, end_of_list, prompts_in, request_for_prompts
+from .settings import SynthesisSettings, check_count
+from .wording import (
+    TaskSeeds,
+    asked_prompt,
+    check_seeds,
+    context_for_answers,
+    end_of_list,
+    prompts_in,
+    request_for_prompts,
+)
 from .writers import ModelWriter, TextWriter
 
 
@@ -45,16 +54,11 @@ def synthesize_prompts(
     seeds: TaskSeeds,
     *,
     writer: TextWriter,
-    encoder: TextEncoder,
+    text_encoder: TextEncoder,
     count: int = 64,
     answerer: TextWriter | None = None,
     asked: AnswerAsked | None = None,
-    others: Mapping[str, Sequence[str]] | None = None,
-    closest: float = CLOSEST,
-    least_likeness: float | None = None,
-    max_new_tokens: int = 512,
-    temperature: float = 1.0,
-    seed: int = 0,
+    settings: SynthesisSettings | None = None,
     overwrite: bool = False,
 ) -> Synthesis:
     """Have more prompts of a task written, and answered if someone is to, into a `.jsonl` file.
@@ -70,16 +74,11 @@ def synthesize_prompts(
         file: Where to. Its name must end in `.jsonl`.
         seeds: The task.
         writer: Who writes prompts.
-        encoder: A text encoder, a generator's for one, to tell prompts apart.
+        text_encoder: A text encoder, a generator's for one, to tell prompts apart.
         count: How many new prompts are wanted.
         answerer: Who answers them, the writer itself or another; by default nobody.
         asked: How answers are asked for.
-        others: Prompts of other tasks, by name, from which this one is to be kept apart.
-        closest: As for `PromptFilter`.
-        least_likeness: As for `PromptFilter`.
-        max_new_tokens: The most tokens that a writer writes at a time.
-        temperature: At which prompts are sampled.
-        seed: Of what is shown and sampled.
+        settings: How prompts are written, and which of them pass.
         overwrite: Whether to begin anew where something else was asked for before.
 
     Raises:
@@ -88,23 +87,22 @@ def synthesize_prompts(
         PairsFolderError: If the file is there already and no synthesis made it, or for another request, and
             `overwrite` is off.
         GeneratorConfigError: If a setting is impossible.
+        PromptTypeError: If the seeds are no `TaskSeeds`.
         EngineError: If the writer's server fails.
     """
+    check_seeds(seeds)
     file = Path(file)
     if file.suffix != ".jsonl":
         raise GeneratorConfigError(f"The file of synthetic prompts must be named *.jsonl, got {str(file)!r}.")
     record = file.with_suffix(".synthesis.jsonl")
     if file.exists() and not record.is_file() and not overwrite:
         raise PairsFolderError(
-            f"{str(file)!r} is there already, and no synthesis made it. Name another file, or pass overwrite=True."
+            f"{str(file)!r} is there already, and no synthesis made it. Name another file, or pass overwrite=True "
+            "(--overwrite)."
         )
-    passing = PromptFilter(encoder, seeds.prompts, others=others, closest=closest, least_likeness=least_likeness)
-    settings = _settings(count, max_new_tokens, temperature, seed)
-    synthesizing = _Synthesizing(seeds, writer, passing, answerer, asked or AnswerAsked(), settings)
-    log = SynthesisLog(
-        record, {**synthesizing.request(), "filter": _filter(others, closest, least_likeness)}, overwrite=overwrite
-    )
-    done = synthesizing.run(log)
+    settings, asked = settings or SynthesisSettings(), asked or AnswerAsked()
+    synthesizing = _Synthesizing(seeds, count, settings, writer, answerer, asked, text_encoder)
+    done = synthesizing.run(SynthesisLog(record, synthesizing.request(), overwrite=overwrite))
     rows: list[dict[str, str]] = [{"prompt": prompt} for prompt in (*seeds.prompts, *done.prompts)]
     if answerer is not None:
         pairs = [
@@ -122,18 +120,13 @@ def synthesize_task(
     *,
     teacher: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    encoder: TextEncoder,
+    text_encoder: TextEncoder,
     writer: TextWriter | None = None,
-    chat: bool | None = None,
+    apply_chat_template: bool | None = None,
     count: int = 64,
     asked: AnswerAsked | None = None,
+    settings: SynthesisSettings | None = None,
     top_tokens: int = 16,
-    others: Mapping[str, Sequence[str]] | None = None,
-    closest: float = CLOSEST,
-    least_likeness: float | None = None,
-    max_new_tokens: int = 512,
-    temperature: float = 1.0,
-    seed: int = 0,
     task: str | None = None,
     overwrite: bool = False,
 ) -> Synthesis:
@@ -153,18 +146,13 @@ def synthesize_task(
             them.
         teacher: The base that the generator writes for, with or without an adapter of its own.
         tokenizer: Its tokenizer.
-        encoder: As for `synthesize_prompts`.
+        text_encoder: As for `synthesize_prompts`.
         writer: Who writes prompts; by default the teacher.
-        chat: Whether the teacher reads and answers in its chat template; by default if it has one.
+        apply_chat_template: Whether the teacher reads and answers in its chat template; by default if it has one.
         count: How many new prompts are wanted.
         asked: How the teacher answers; `votes` do not count here. Without chat template `stop` is a line end.
+        settings: As for `synthesize_prompts`.
         top_tokens: As for `distil_task`.
-        others: As for `synthesize_prompts`.
-        closest: The same.
-        least_likeness: The same.
-        max_new_tokens: The same.
-        temperature: The same.
-        seed: The same.
         task: The task's name; by default the folder's.
         overwrite: Whether to replace what was made of another request.
 
@@ -173,17 +161,21 @@ def synthesize_task(
         PairsFolderError: If the folder holds a task that no synthesis made, or something else; or what was made of
             another request, and `overwrite` is off.
         GeneratorConfigError: If a setting is impossible.
+        PromptTypeError: If the seeds are no `TaskSeeds`.
         EngineError: If the writer's server fails.
     """
+    check_seeds(seeds)
     folder = Path(folder).absolute()
-    answerer = ModelWriter(teacher, tokenizer, chats=chat)
-    chat = answerer.chats
-    asked = AnswerAsked(stop=None if chat else "\n") if asked is None else replace(asked, votes=1)
-    context = context_for_answers(seeds, chats=chat)
+    answerer = ModelWriter(teacher, tokenizer, apply_chat_template=apply_chat_template)
+    chats = answerer.chats
+    settings = settings or SynthesisSettings()
+    asked = AnswerAsked(stop=None if chats else "\n") if asked is None else replace(asked, votes=1)
+    context = context_for_answers(seeds, chats=chats)
     if not context.strip():
         raise SynthesisError(
             "The teacher would have nothing in its window but the prompt, so its answers would teach nothing. Give a "
-            "description or answers to the seeds, or have another model answer: synthesize_prompts(..., answerer=...)."
+            "description or answers to the seeds; or have another model answer into a .jsonl file, with "
+            "synthesize_prompts(..., answerer=...) or --endpoint."
         )
     record = folder / RECORD_NAME
     found = task_record(folder)
@@ -192,11 +184,8 @@ def synthesize_task(
             f"Task {found.task!r} in {str(folder)!r} was not made by a synthesis, and is left as it is. Name another "
             "folder, or remove that one."
         )
-    passing = PromptFilter(encoder, seeds.prompts, others=others, closest=closest, least_likeness=least_likeness)
-    settings = _settings(count, max_new_tokens, temperature, seed)
-    synthesizing = _Synthesizing(seeds, writer or answerer, passing, answerer, asked, settings)
-    request = {**synthesizing.request(), "filter": _filter(others, closest, least_likeness)}
-    log = SynthesisLog(record, request, overwrite=overwrite)
+    synthesizing = _Synthesizing(seeds, count, settings, writer or answerer, answerer, asked, text_encoder)
+    log = SynthesisLog(record, synthesizing.request(), overwrite=overwrite)
     if found is None or not found.complete or not log.rows:
         # First of all, so that whatever stops the rest, the folder passes for what it is: a task that is not done.
         write_task(folder, TaskRecord(folder.name if task is None else task))
@@ -204,12 +193,12 @@ def synthesize_task(
     prompts = [*seeds.prompts, *done.prompts]
     distil_task(
         folder,
-        [asked_prompt(prompt, chats=chat) for prompt in prompts],
+        [asked_prompt(prompt, chats=chats) for prompt in prompts],
         teacher=teacher,
         tokenizer=tokenizer,
         context=context,
         prompts=prompts,
-        chat=chat,
+        apply_chat_template=chats,
         max_new_tokens=asked.max_new_tokens,
         top_tokens=top_tokens,
         stop=asked.stop,
@@ -226,25 +215,39 @@ class _Synthesizing:
     def __init__(
         self,
         seeds: TaskSeeds,
+        count: int,
+        settings: SynthesisSettings,
         writer: TextWriter,
-        passing: PromptFilter,
         answerer: TextWriter | None,
         asked: AnswerAsked,
-        settings: Mapping[str, Any],
+        text_encoder: TextEncoder,
     ) -> None:
+        check_count("count", count)
         self._seeds = seeds
+        self._count = count
+        self._settings = settings
         self._writer = writer
-        self._passing = passing
         self._answerer = answerer
         self._asked = asked
-        self._settings = settings
+        self._passing = PromptFilter(
+            text_encoder,
+            seeds.prompts,
+            others=settings.others,
+            closest=settings.closest,
+            least_likeness=settings.least_likeness,
+        )
 
     def request(self) -> dict[str, Any]:
         """What is asked for, as the record keeps it."""
         seeds = self._seeds
         told = [seeds.description or "", *seeds.prompts, *(seeds.answers or ())]
-        answers = None if self._answerer is None else {"by": self._answerer.name, **asdict(self._asked)}
-        return {**self._settings, "seeds": texts_digest(told), "writer": self._writer.name, "answers": answers}
+        return {
+            "count": self._count,
+            **self._settings.to_dict(),
+            "seeds": texts_digest(told),
+            "writer": self._writer.name,
+            "answers": None if self._answerer is None else {"by": self._answerer.name, **asdict(self._asked)},
+        }
 
     def run(self, log: SynthesisLog) -> Synthesis:
         """Go on from where the record stands.
@@ -252,7 +255,7 @@ class _Synthesizing:
         Raises:
             SynthesisError: If several rounds in a row give nothing.
         """
-        count = self._settings["count"]
+        count = self._count
         log.begin()
         done = log.state(count)
         if done.prompts:
@@ -269,17 +272,17 @@ class _Synthesizing:
                 bar.update(len(done.prompts) - before)
                 fruitless = 0 if len(done.prompts) > before else fruitless + 1
                 if fruitless == _PATIENCE:
-                    raise SynthesisError(self._too_few(done, count))
+                    raise SynthesisError(self._too_few(done))
         return done
 
     def _round(self, number: int, written: Sequence[str]) -> Round:
-        drawn = random.Random(f"synthesis {self._settings['seed']} {number}")
+        drawn = random.Random(f"synthesis {self._settings.seed} {number}")
         shown = [self._shown(drawn, written) for _ in range(_REQUESTS)]
         texts = [request_for_prompts(self._seeds, some, _WANTED, chats=self._writer.chats) for some in shown]
         given = self._writer.write(
             texts,
-            max_new_tokens=self._settings["max_new_tokens"],
-            temperature=self._settings["temperature"],
+            max_new_tokens=self._settings.max_new_tokens,
+            temperature=self._settings.temperature,
             seed=drawn.getrandbits(31),
             stop=end_of_list(self._seeds.prompts, chats=self._writer.chats),
         )
@@ -307,26 +310,10 @@ class _Synthesizing:
         drawn.shuffle(shown)
         return shown
 
-    def _too_few(self, done: Synthesis, count: int) -> str:
+    def _too_few(self, done: Synthesis) -> str:
         why = ", ".join(f"{number} {reason}" for reason, number in sorted(done.left_out.items(), key=lambda x: -x[1]))
         return (
-            f"{len(done.prompts)} of {count} prompts were written, and then nothing in {_PATIENCE} rounds that passes "
-            f"(left out so far: {why or 'nothing'}). Give more seeds or other ones, another writer, or other bounds "
-            "(closest, least_likeness), or ask for fewer. What was written is kept, and the same call tries on."
+            f"{len(done.prompts)} of {self._count} prompts were written, and then nothing in {_PATIENCE} rounds that "
+            f"passes (left out so far: {why or 'nothing'}). Give more seeds or other ones, another writer, or other "
+            "bounds (closest, least_likeness), or ask for fewer. What was written is kept, and the same call tries on."
         )
-
-
-def _settings(count: int, max_new_tokens: int, temperature: float, seed: int) -> dict[str, Any]:
-    for name, value in (("count", count), ("max_new_tokens", max_new_tokens)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise GeneratorConfigError(f"{name} must be a positive integer, got {value!r}.")
-    if temperature <= 0:
-        raise GeneratorConfigError(f"Prompts are sampled at a temperature above 0, got {temperature!r}.")
-    return {"count": count, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-
-
-def _filter(
-    others: Mapping[str, Sequence[str]] | None, closest: float, least_likeness: float | None
-) -> dict[str, Any]:
-    apart = {task: texts_digest(list(prompts)) for task, prompts in (others or {}).items()}
-    return {"others": apart, "closest": closest, "least_likeness": least_likeness}

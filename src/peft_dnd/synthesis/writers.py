@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from ..adapters.matching import base_model_of
 from ..engines.http_client import HttpClient
 from ..errors import EngineError, PromptError
+from ..text.prompts import uses_chat_template
 
 
 _SEEDS = 2**31
@@ -71,8 +72,8 @@ class ModelWriter:
     Args:
         model: A causal language model of transformers, with or without an adapter. It is not changed.
         tokenizer: Its tokenizer.
-        chats: Whether it was tuned to follow instructions, in its tokenizer's chat template; by default whether the
-            tokenizer has one.
+        apply_chat_template: Whether texts are put into its tokenizer's chat template, as instructions that it was
+            tuned to follow; by default if it has one.
         rows_at_once: How many texts it continues at once.
     """
 
@@ -81,12 +82,12 @@ class ModelWriter:
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        chats: bool | None = None,
+        apply_chat_template: bool | None = None,
         rows_at_once: int = 16,
     ) -> None:
         self._model: Any = model
         self._tokenizer: Any = tokenizer
-        self.chats = bool(getattr(tokenizer, "chat_template", None)) if chats is None else chats
+        self.chats = uses_chat_template(tokenizer, apply_chat_template)
         self._rows_at_once = rows_at_once
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         ends = tokenizer.eos_token_id if ends is None else ends

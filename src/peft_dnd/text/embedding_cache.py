@@ -12,8 +12,9 @@ import torch
 from ..errors import GeneratorConfigError, TextEncoderError
 from ..storage.files import PathLike
 from .encoder import TextEncoder
+from .encoder_probe import EncoderProbe
 from .prompts import check_prompts, prompts_digest
-from .stored_states import PROBE, StoredTokenStates
+from .stored_states import StoredTokenStates
 from .token_states import TokenStates
 
 
@@ -27,7 +28,7 @@ class PromptEmbeddingCache:
     prompts change gets a new one. For the size of it: a token of all-MiniLM-L6-v2 takes 1.5 kB.
 
     Args:
-        encoder: The text encoder.
+        text_encoder: The text encoder.
         read: What is kept of a pool; default: the encoder's token states.
         folder: Where it is kept on disk as well, so that another run need not read the same prompts; by default
             nowhere. The folder is looked at when the first states are asked for.
@@ -38,20 +39,22 @@ class PromptEmbeddingCache:
 
     def __init__(
         self,
-        encoder: TextEncoder,
+        text_encoder: TextEncoder,
         *,
         read: Callable[[TextEncoder, Sequence[str]], TokenStates] | None = None,
         folder: PathLike | None = None,
     ) -> None:
-        self.encoder = encoder
+        self.encoder = text_encoder
         self.encoder_calls = 0
-        self._read = read
+        self._read = read or _token_states
         self._folder = folder
         self._states: dict[str, TokenStates] = {}
 
     @cached_property
     def _stored(self) -> StoredTokenStates | None:
-        return None if self._folder is None else StoredTokenStates(self._folder, lambda: self._given(PROBE))
+        if self._folder is None:
+            return None
+        return StoredTokenStates(self._folder, EncoderProbe.of(self.encoder, self._read))
 
     def states(self, task: str, prompts: Sequence[str]) -> TokenStates:
         """The token states of a task's prompts.
@@ -86,12 +89,9 @@ class PromptEmbeddingCache:
                 "Freeze it (encoder.trainable = False), or call the encoder itself."
             )
 
-    def _given(self, prompts: Sequence[str]) -> TokenStates:
-        return self.encoder.encode_tokens(prompts) if self._read is None else self._read(self.encoder, prompts)
-
     def _encoded(self, task: str, prompts: Sequence[str]) -> TokenStates:
         self.encoder_calls += 1
-        states = self._given(prompts)
+        states = self._read(self.encoder, prompts)
         logger.debug("Encoded the prompts of task %r: %d rows.", task, len(states.flat))
         kept = states.flat.detach().float().cpu()
         if not bool(torch.isfinite(kept).all()):
@@ -100,3 +100,7 @@ class PromptEmbeddingCache:
                 "not help, its weights are damaged."
             )
         return TokenStates(kept, states.offsets.cpu())
+
+
+def _token_states(encoder: TextEncoder, prompts: Sequence[str]) -> TokenStates:
+    return encoder.encode_tokens(prompts)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`EncoderProbe`: what a text encoder gives for two sentences of ours, small enough to be kept beside texts."""
+"""`EncoderProbe`: what a text encoder gives for two sentences of ours, small enough to be kept beside what it read.
+
+Names and revisions do not tell whether an encoder is the one that texts were read by, since a local folder keeps its
+name when its weights change.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +13,24 @@ from dataclasses import dataclass
 import torch
 
 from .encoder import TextEncoder
-from .stored_states import PROBE, TOLERANCE
 from .token_states import TokenStates
 
 
+PROBE = ("The quick brown fox jumps over the lazy dog.", "Name the capital of {country} (one word): ¿?")
+"""What an encoder reads to be known again."""
+
 _NUMBERS = 48
+# Other numbers of threads and other processors add in another order; another encoder lies at another place altogether.
+_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
 class EncoderProbe:
-    """By what a text encoder is known again that texts were meant for.
+    """By what a text encoder is known again.
 
     Attributes:
         dtype: In what its weights are, such as `"float32"`.
-        shape: Of the states of [`PROBE`][peft_dnd.text.stored_states.PROBE]: how many tokens, how wide.
+        shape: Of the states of [`PROBE`][peft_dnd.text.encoder_probe.PROBE]: how many tokens, how wide.
         numbers: Some of them, evenly from among all.
     """
 
@@ -60,4 +68,4 @@ class EncoderProbe:
             return f"its states had the shape {self.shape}, and those of this one have {other.shape}"
         mine, found = torch.tensor(self.numbers), torch.tensor(other.numbers)
         off = float((mine - found).norm() / mine.norm().clamp_min(torch.finfo(torch.float32).tiny))
-        return None if off <= TOLERANCE else f"of two sentences it gave states that differ by {off:.0%}"
+        return None if off <= _TOLERANCE else f"of two sentences it gave states that differ by {off:.0%}"

@@ -111,6 +111,21 @@ def _texts(prompts: Any, what: str, read: Callable[[Any, str], Any]) -> tuple[st
     return checked
 
 
+def uses_chat_template(tokenizer: Any, asked: bool | None = None) -> bool:
+    """Whether texts go into a tokenizer's chat template: as asked, or by default if it has one.
+
+    Raises:
+        GeneratorConfigError: If that is asked for, and it has none.
+    """
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if asked and not has_template:
+        raise GeneratorConfigError(
+            f"apply_chat_template=True is asked for, and the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has "
+            "no chat template. Leave it out, take the tokenizer of a chat model, or set tokenizer.chat_template."
+        )
+    return has_template if asked is None else asked
+
+
 def _in_chat_template(tokenizer: Any, what: str, messages: list[dict[str, Any]]) -> str:
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

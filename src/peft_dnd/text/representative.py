@@ -19,7 +19,7 @@ _LARGE_POOL = 20_000
 
 
 def select_representative(
-    prompts: Sequence[str], number: int, encoder: TextEncoder, *, method: str = "kmeans", seed: int = 0
+    prompts: Sequence[str], number: int, text_encoder: TextEncoder, *, method: str = "kmeans", seed: int = 0
 ) -> tuple[str, ...]:
     """Choose the prompts of a pool that stand for it best.
 
@@ -32,7 +32,7 @@ def select_representative(
     Args:
         prompts: The pool, at least one prompt. Repeated ones count as one.
         number: How many to choose, at least 1. A pool of no more different prompts is returned whole.
-        encoder: A text encoder, a generator's for one. It reads a large pool several times faster with its
+        text_encoder: A text encoder, a generator's for one. It reads a large pool several times faster with its
             `block_tokens` set to 256.
         method: How; one of `METHODS`.
         seed: The same pool, seed and encoder give the same choice.
@@ -52,8 +52,8 @@ def select_representative(
         )
     if number >= len(distinct):
         return tuple(distinct)
-    check_text_encoder(encoder)
-    embeddings = encoder.encode_sentences(distinct).detach().cpu().double().numpy()
+    check_text_encoder(text_encoder)
+    embeddings = text_encoder.encode_sentences(distinct).detach().cpu().double().numpy()
     return tuple(distinct[i] for i in representative_indices(embeddings, number, method=method, seed=seed))
 
 
