@@ -19,6 +19,8 @@ from peft_dnd.cli.evaluate import _by_labels, _by_loss
 from peft_dnd.evaluation import EvaluationReport
 
 
+pytest_plugins = ("support.several_bases",)
+
 QUICK = ("--max-steps", "2", "--batch-size", "2", "--device", "cpu")
 
 
@@ -125,6 +127,9 @@ def test_mistakes_in_a_recipe_are_named(run, collected, encoder_folder, tmp_path
         assert not (tmp_path / "generator").exists()
     assert run("fit", tmp_path / "recip.yaml").err.count("recipe.yaml") == 1
     assert run("fit", "--set", "training.max_steps").code == 2
+    for wrong in ("training.max_steps=two", "training.learning_rate=1e-3x", "training.seed=[1]"):
+        ran = run("fit", "--pairs", "pairs", "-o", "x", "--text-encoder", "y", "--set", wrong)
+        assert ran.code == 1 and f"{wrong[9:].partition('=')[0]} is a number, found" in ran.err
 
 
 def test_distils_tasks_and_fits_to_them(run, base_folder, encoder_folder, tmp_path) -> None:
@@ -179,6 +184,22 @@ def test_evaluates_beside_all_rivals_and_writes_the_card(run, fitted, collected,
     assert ran.code == 0, ran.err
     assert "On held-out tasks" in (folder / "README.md").read_text(encoding="utf-8")
     assert "On held-out tasks" in run("card", folder).out
+
+
+def test_evaluates_a_generator_of_several_bases_on_the_one_that_it_is_given(
+    run, fitted, collected, base_folder, layouts, tmp_path
+) -> None:
+    generator = PromptConditionedLoraGenerator.from_pretrained(fitted)
+    generator.add_base(layouts["wide"], name="wide")
+    generator.save_pretrained(tmp_path / "several")
+    options = ("--base", base_folder, "--held-out", "law", "--device", "cpu", "--json", "-q", "--skip", "ridge")
+    found = [
+        run("evaluate", one, collected, tmp_path / f"report-{one.name}", *options)
+        for one in (fitted, tmp_path / "several")
+    ]
+    assert [ran.code for ran in found] == [0, 0], found[1].err
+    first, second = (ran.facts["rows"]["generated"]["mean"]["value"] for ran in found)
+    assert second == pytest.approx(first)
 
 
 def test_evaluates_by_answers(run, fitted, collected, base_folder, task_files, tmp_path) -> None:

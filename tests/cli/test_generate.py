@@ -116,6 +116,7 @@ def test_streams(run, generator, generator_folder, tmp_path) -> None:
         ("prompts.jsonl", None, "does not exist"),
         ("prompts.jsonl", "", "empty"),
         ("prompts.jsonl", "{", "Line 1"),
+        ("prompts.jsonl", '\n{"prompt": "x"}\n\n{', "Line 4"),
         ("prompts.jsonl", "[1]", "no JSON object"),
         ("prompts.jsonl", "[" * 100_000, "no JSON object"),
         ("prompts.jsonl", '{"promt": "x"}', "has no 'prompt'"),
@@ -123,6 +124,8 @@ def test_streams(run, generator, generator_folder, tmp_path) -> None:
         ("prompts.jsonl", '{"prompt": " "}', "white space"),
         ("prompts.csv", "text\nlaw\n", "has no 'prompt'"),
         ("prompts.csv", 'prompt\n"law', "CSV"),
+        ("prompts.csv", "prompt\nlaw\nwhat, where ?\n", "Line 3 of"),
+        ("prompts.csv", "text\na,b\n", "has 2 fields, and the header names 1"),
         ("prompts.parquet", "PAR1", "Parquet"),
     ],
 )

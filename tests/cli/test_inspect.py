@@ -11,7 +11,11 @@ import pytest
 from peft import LoraConfig, PromptEncoderConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from peft_dnd import write_task_without_checkpoints
 from peft_dnd.adapters.layout import AdapterLayout
+
+
+pytest_plugins = ("support.several_bases",)
 
 
 @pytest.fixture
@@ -78,6 +82,22 @@ def test_the_first_difference(run, generator_folder, adapter, collected) -> None
     assert "same layout: yes" in run("inspect", generator_folder, "--against", adapter).out
     ran = run("inspect", generator_folder, "--against", collected, "--json")
     assert ran.code == 1 and "rank 3 in the first and 2 in the second" in ran.facts["difference"]
+
+
+def test_where_there_is_no_layout_nothing_passes_for_compared(
+    run, generator_folder, base_folder, pairs_folder, folder, tmp_path
+) -> None:
+    write_task_without_checkpoints(tmp_path / "pairs" / "law", ["what is the law ?"], [{"input_ids": [1]}])
+    assert run("inspect", tmp_path / "pairs").code == 0
+    for option, other in (("--base", base_folder), ("--against", generator_folder), ("--for", "vllm")):
+        ran = run("inspect", tmp_path / "pairs", option, other, "--json")
+        assert ran.code == 1 and "no adapters in it" in ran.facts["problems"][0]
+    ran = run("inspect", generator_folder, "--against", tmp_path / "pairs", "--json")
+    assert ran.code == 1 and "it has no layout" in ran.facts["difference"]
+    ran = run("inspect", generator_folder, "--against", folder, "--json")
+    assert ran.code == 1 and "it has 3 bases: say by --base" in ran.facts["difference"]
+    ran = run("inspect", pairs_folder / "law")
+    assert ran.code == 1 and "is the folder of one task" in ran.err
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,11 @@ import socket
 from pathlib import Path
 
 import pytest
+import typer
 import uvicorn
 from fastapi.testclient import TestClient
+
+from peft_dnd.cli.serve import _gate_bases
 
 
 pytestmark = pytest.mark.usefixtures("logging_as_it_was")
@@ -110,3 +113,13 @@ def test_logs_are_json(run, started, generator_folder, tmp_path) -> None:
 def test_the_environment_is_named_in_the_reference() -> None:
     page = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
     assert "`PEFT_DND_TOKENS`" in page.read_text(encoding="utf-8")
+
+
+def test_the_gate_of_a_named_generator_is_checked_on_the_base_that_is_named_for_it() -> None:
+    names = ["small", "large"]
+    for given in (["small=one", "other"], ["other", "small=one"]):
+        assert _gate_bases(given, names) == {"small": "one", "large": "other"}
+    assert _gate_bases(["small=one"], names) == {"small": "one"} and _gate_bases([], names) == {}
+    for wrong in (["smal=one"], ["one", "other"], ["small=one", "small=other"], ["small="]):
+        with pytest.raises(typer.BadParameter):
+            _gate_bases(wrong, names)

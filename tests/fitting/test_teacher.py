@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from peft_dnd import PromptCheckpointDataset
-from peft_dnd.errors import CorruptFileError, GeneratorConfigError, PairsFolderError, PromptError
+from peft_dnd.errors import CorruptFileError, GeneratorConfigError, PairsFolderError, PromptError, PromptTypeError
 from peft_dnd.fitting import teacher as teacher_module
 from peft_dnd.fitting.teacher import base_digest, distil_task
 from peft_dnd.pairs.collator import DistillationCollator
@@ -209,6 +209,13 @@ def test_a_context_longer_than_the_window_is_named(distil, tmp_path):
     ("options", "error", "message"),
     [
         ({"context": [CONTEXT]}, PromptError, "5 inputs, but 1 contexts"),
+        ({"context": None}, PromptTypeError, "context must be a text, or a list"),
+        (
+            {"teacher": "org/base"},
+            GeneratorConfigError,
+            "teacher must be loaded.*AutoModelForCausalLM.from_pretrained",
+        ),
+        ({"tokenizer": Path("x")}, GeneratorConfigError, r"tokenizer must be loaded.*AutoTokenizer"),
         ({"max_new_tokens": 0}, GeneratorConfigError, "max_new_tokens must be a positive integer"),
         ({"inputs": []}, PromptError, "inputs"),
         ({"inputs": ["a", " "]}, PromptError, "inputs"),

@@ -17,7 +17,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from peft_dnd import DnDTrainer, DnDTrainingArguments, PromptCheckpointDataset
-from peft_dnd.errors import BaseModelMismatchError, GeneratorConfigError, PairsFolderError, PromptError
+from peft_dnd.errors import (
+    BaseModelMismatchError,
+    GeneratorConfigError,
+    PairsFolderError,
+    PromptError,
+    PromptTypeError,
+)
 from peft_dnd.fitting import distil_generator, distil_task
 from peft_dnd.fitting.teacher import base_digest
 from peft_dnd.pairs.distillation import RECORD_NAME, ROWS_NAME
@@ -194,6 +200,7 @@ def test_what_cannot_be_handed_on_is_refused(hand_on, generator, bases, new_base
     adapted = generator.generate_adapter(TASK_PROMPTS["law"], base="deep").load_into(copy.deepcopy(bases["org/deep"]))
     for changed, kind, message in (
         ({"student_tokenizer": lacking}, GeneratorConfigError, r"'<extra>' is number 50 .* and None.*top_tokens=0"),
+        ({"inputs": TASK_PROMPTS["law"]}, PromptTypeError, r"inputs of many tasks are a dictionary.*distil_task"),
         ({"inputs": law}, PromptError, r"of the same tasks.*\['art', 'geo', 'med'\]"),
         ({"prompts": {}, "inputs": {}}, PromptError, "at least one"),
         ({"inputs": {**TASK_PROMPTS, "geo": []}}, PromptError, "the inputs of task 'geo'"),

@@ -376,11 +376,17 @@ def test_inspect_says_so_and_it_can_be_renewed(damaged: Path, capsys: pytest.Cap
     with pytest.raises(CorruptFileError, match="or peft-dnd renew-checksums") as caught:
         PromptConditionedLoraGenerator.from_pretrained(damaged)
     command = str(caught.value).rpartition("or peft-dnd ")[2].replace("'", "").split()
+    (damaged / "prompt_reference.safetensors").unlink()
     assert main(command) == 0 and "counts as right" in capsys.readouterr().out
+    listed = json.loads((damaged / "peft_dnd_summary.json").read_text(encoding="utf-8"))["files"]
+    assert "prompt_reference.safetensors" not in listed, "the summary follows"
+    assert listed["config.json"] == (damaged / "config.json").stat().st_size
     use(damaged, PromptConditionedLoraGenerator)
     assert main(["renew-checksums", str(damaged / "text_encoder")]) == 1
-    assert main(["renew-checksums", "org/nowhere"]) == 1
-    assert "is no folder here" in capsys.readouterr().err
+    assert main(["renew-checksums", f"{damaged}x"]) == 1
+    assert f"is no folder here, and checksums are renewed in one. There is a folder {str(damaged)!r} here" in (
+        capsys.readouterr().err
+    )
 
 
 def test_an_adapter_does_not_go_onto_another_base(generator_folder: Path) -> None:

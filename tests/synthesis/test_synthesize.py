@@ -15,12 +15,20 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from peft_dnd import PromptCheckpointDataset
-from peft_dnd.errors import CorruptFileError, GeneratorConfigError, PairsFolderError, PromptError, SynthesisError
+from peft_dnd.errors import (
+    CorruptFileError,
+    GeneratorConfigError,
+    PairsFolderError,
+    PromptError,
+    PromptTypeError,
+    SynthesisError,
+)
 from peft_dnd.pairs.folder import read_task
 from peft_dnd.synthesis import (
     AnswerAsked,
     ModelWriter,
     PromptFilter,
+    SynthesisSettings,
     TaskSeeds,
     Written,
     synthesize_prompts,
@@ -115,6 +123,11 @@ def test_bounds_of_the_filter_are_the_users_where_they_give_any() -> None:
     )
     with pytest.raises(GeneratorConfigError, match="closest"):
         PromptFilter(BagOfWords(), SEEDS.prompts, closest=95)
+    for wrong in ({"closest": 95}, {"least_likeness": "high"}, {"temperature": "hot"}, {"temperature": 0}):
+        with pytest.raises(GeneratorConfigError, match=next(iter(wrong))):
+            SynthesisSettings(**wrong)
+    with pytest.raises(GeneratorConfigError, match="others must be a dictionary"):
+        SynthesisSettings(others=["what is the tax ?"])
     assert nearness(BagOfWords(), ["a b", "a b", "c d"]) == pytest.approx(1.0)
     assert nearness(BagOfWords(), ["a"]) is None
 
@@ -210,6 +223,15 @@ def test_what_is_there_of_others_is_left_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(CorruptFileError, match="no record of a synthesis"):
         synthesize_prompts(file, SEEDS, writer=Script(), text_encoder=BagOfWords(), overwrite=True)
     assert file.read_text(encoding="utf-8") == "mine" and record.read_text(encoding="utf-8") == "mine\nhalf"
+
+
+def test_seeds_alone_are_to_be_put_into_what_is_known_of_a_task(tmp_path: Path, base_model, word_tokenizer) -> None:
+    with pytest.raises(PromptTypeError, match=r"must be TaskSeeds, got a tuple.*TaskSeeds\(prompts"):
+        synthesize_prompts(tmp_path / "a.jsonl", SEEDS.prompts, writer=Script(), text_encoder=BagOfWords())
+    with pytest.raises(PromptTypeError, match="must be TaskSeeds"):
+        synthesize_task(
+            tmp_path / "a", SEEDS.prompts, teacher=base_model, tokenizer=word_tokenizer, text_encoder=BagOfWords()
+        )
 
 
 def test_a_writer_that_gives_nothing_is_given_up_with_the_reasons_and_tried_again_on_another_call(

@@ -25,7 +25,13 @@ from peft_dnd import (
     StreamedLoraGenerator,
 )
 from peft_dnd.cli.app import main
-from peft_dnd.errors import CorruptFileError, GeneratorConfigError, NotFittedError, OutOfDistributionError
+from peft_dnd.errors import (
+    CorruptFileError,
+    GeneratorConfigError,
+    NotFittedError,
+    OutOfDistributionError,
+    PairsFolderError,
+)
 from peft_dnd.evaluation import junk_prompts
 from peft_dnd.text.out_of_distribution import (
     REFERENCE_NAME,
@@ -380,6 +386,8 @@ def test_the_trainer_keeps_the_prompts(
     assert (tmp_path / "saved" / REFERENCE_NAME).is_file()
     with pytest.raises(NotFittedError, match="3 of them or more, got 2"):
         model.fit_out_of_distribution({task: pairs.prompts(task) for task in pairs.tasks[:2]})
+    with pytest.raises(PairsFolderError, match="got the name 'pairs'"):
+        model.fit_out_of_distribution("pairs")
 
 
 def test_junk_is_told_from_tasks_by_a_real_text_encoder() -> None:

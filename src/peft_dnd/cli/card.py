@@ -69,6 +69,7 @@ def _attach(loaded: Any, evaluation: Path, kind: str) -> None:
 
 
 def _write(folder: Path, text: str, loaded: Any, *, force: bool, with_config: bool) -> None:
+    from peft_dnd.generator.summary import renew_sizes
     from peft_dnd.storage.cards import CARD_NAME, may_write_card
     from peft_dnd.storage.files import staged_directory
 
@@ -81,3 +82,5 @@ def _write(folder: Path, text: str, loaded: Any, *, force: bool, with_config: bo
         (staged / CARD_NAME).write_text(text, encoding="utf-8")
         if with_config:
             loaded.config.save_pretrained(staged)
+    if with_config:
+        renew_sizes(folder)

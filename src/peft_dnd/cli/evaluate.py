@@ -88,7 +88,8 @@ def evaluate(
             )
             for name in out.tasks
         }
-        model = load_base(base, loaded.config.adapter_layout.task_type, device)
+        model = load_base(base, next(iter(loaded.config.layouts.values())).task_type, device)
+        loaded = loaded.for_base(model) if loaded.config.bases else loaded
         in_context: Scorer | None = None
         if asked is not None:
             tokenizer = load_tokenizer(base)

@@ -82,6 +82,8 @@ def inspect(
         layout, found = _layout_of_one_base(what, revision, base)
         facts["fits_base"] = None if base is None else found is None
         problems += [found] if found else []
+    elif layout is None and not problems and (base, against, engine) != (None, None, None):
+        problems.append("there are no adapters in it to be held against anything")
     if layout is not None and base is not None:
         renamed, found = fit_to_skeleton(layout, base)
         facts["fits_base"] = found is None
@@ -89,25 +91,20 @@ def inspect(
     if engine is not None:
         from peft_dnd.engines import vllm_problems
 
-        config = _engine_config(kind, what, revision, layout)
         found_by_engine = vllm_problems(
-            config,
+            _engine_config(kind, what, revision, layout),
             modules=[] if layout is None else [module.name for module in layout.modules],
             served=served,
             max_rank=max_rank,
             renamed=renamed,
             target_modules=target_modules,
         )
-        if layout is None and not problems and not found_by_engine:
-            found_by_engine = ["there is no adapter in it that an engine could serve"]
-        facts[f"taken_by_{engine}"] = not found_by_engine
+        facts[f"taken_by_{engine}"] = layout is not None and not found_by_engine
         problems += found_by_engine
     if layout is not None and against is not None:
-        _, other, _ = _LOOKS[what_is(against, None)](against, None)
-        difference = layout.difference(other) if other is not None else "it has no layout"
-        facts |= {"same_layout": difference is None, "difference": difference}
-        if difference:
-            problems.append(f"the layouts of {what!r} (the first) and {against!r} (the second) differ: {difference}")
+        found = _difference(layout, what, against, base)
+        facts |= {"same_layout": found is None, "difference": found}
+        problems += [found] if found else []
     if policy_of is not None:
         facts["policy"], found_of_policy = held_against_policy(kind, what, policy_of, gate_base, revision)
         problems += found_of_policy
@@ -115,6 +112,17 @@ def inspect(
     report(facts, _in_words(facts), as_json=as_json, quiet=quiet and not problems)
     if problems:
         raise typer.Exit(1)
+
+
+def _difference(layout: AdapterLayout, what: str, against: str, base: str | None) -> str | None:
+    """In what the layouts of two things differ, in words."""
+    facts, other, _ = _LOOKS[what_is(against, None)](against, None)
+    if facts.get("bases"):
+        other, problem = _layout_of_one_base(against, None, base)
+        if problem is not None:
+            return f"{against!r} cannot be compared: {problem}"
+    difference = layout.difference(other) if other is not None else "it has no layout"
+    return difference and f"the layouts of {what!r} (the first) and {against!r} (the second) differ: {difference}"
 
 
 def what_is(name: str, revision: str | None) -> Kind:
@@ -128,14 +136,14 @@ def what_is(name: str, revision: str | None) -> Kind:
         if folder.exists():
             raise CommandError(f"{name!r} is a file. Name the folder of a generator, an adapter or pairs.")
         return _on_hub(name, revision)
+    if (folder / "task.json").is_file():  # it has an adapter's configuration as well
+        raise CommandError(f"{name!r} is the folder of one task. Name the pairs folder that it lies in.")
     if (folder / "adapter_config.json").is_file():
         return "adapter"
     if (folder / "config.json").is_file():
         return "generator"  # whose configuration says so, or whose error says what it is instead
     if any(folder.glob("*/task.json")):
         return "pairs"
-    if (folder / "task.json").is_file():
-        raise CommandError(f"{name!r} is the folder of one task. Name the pairs folder that it lies in.")
     raise CommandError(
         f"{name!r} holds neither a generator (config.json) nor an adapter (adapter_config.json), nor pairs (folders "
         "with a task.json)."

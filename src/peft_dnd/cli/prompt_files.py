@@ -164,15 +164,28 @@ def _decoded(content: bytes, name: str) -> str:
 
 def _rows_of_text(text: str, kind: Format, column: str, name: str, delimiter: str) -> list[Row]:
     # Not splitlines: a prompt may hold any of the other characters that it takes for the end of a line.
-    lines = [line for line in text.split("\n") if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if kind == "text":
-        return [{column: line.rstrip("\r")} for line in lines]
+        return [{column: line.rstrip("\r")} for _, line in lines]
     if kind == "jsonl":
-        return [_json_row(line, number, column, name) for number, line in enumerate(lines, 1)]
+        return [_json_row(line, number, column, name) for number, line in lines]
+    return _csv_rows(text, name, delimiter)
+
+
+def _csv_rows(text: str, name: str, delimiter: str) -> list[Row]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows = []
     try:
-        return [dict(row) for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)]
+        for row in reader:
+            if None in row:  # where the reader puts what is too much: most likely the rest of a prompt
+                raise CommandError(
+                    f"Line {reader.line_num} of {name} has {len(row) - 1 + len(row[None])} fields, and the header "
+                    f"names {len(row) - 1}. Put a text that holds {delimiter!r} in quotes, or save it as .jsonl."
+                )
+            rows.append(dict(row))
     except csv.Error as error:
         raise CommandError(f"{name} is no readable CSV file ({error}). Mend it, or save it as .jsonl.") from error
+    return rows
 
 
 def _json_row(line: str, number: int, column: str, name: str) -> Row:

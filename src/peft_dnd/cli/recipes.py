@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from .console import CommandError, existing_file, one_paragraph, suggestion
 
 _Made = TypeVar("_Made")
 # YAML 1.1, which PyYAML reads, takes 1e-3 for a text; nobody who writes it means one.
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
 def read_recipe(
@@ -117,6 +118,11 @@ def built(make: Callable[..., _Made], what: str, values: Mapping[str, Any], know
     check_names(values, known, f"{what!r} of the recipe")
     from peft_dnd.errors import PeftDndError
 
+    for field in fields(make) if is_dataclass(make) else ():
+        # Their own classes compare them without looking at what they are.
+        is_number = isinstance(field.default, int | float) and not isinstance(field.default, bool)
+        if is_number and not isinstance(values.get(field.name, 0), int | float | None):
+            raise CommandError(f"{what!r} of the recipe: {field.name} is a number, found {values[field.name]!r:.60}.")
     try:
         return make(**{**own, **values})
     except PeftDndError:

@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .console import CommandError, Json, Quiet, report
+from .console import Json, Quiet, report
 
 
 def renew_checksums(
-    generator: Annotated[Path, typer.Argument(help="Folder of the generator.")],
+    generator: Annotated[str, typer.Argument(help="Folder of the generator.")],
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -24,13 +23,8 @@ def renew_checksums(
       peft-dnd inspect generator
       peft-dnd renew-checksums generator
     """
-    if not generator.is_dir():
-        raise CommandError(
-            f"{str(generator)!r} is no folder here, and checksums are renewed in one. Download the generator first "
-            f"(hf download {generator} --local-dir FOLDER), or check the spelling."
-        )
     from peft_dnd.generator import renew_checksums as renew
 
     file = renew(generator)
-    facts = {"generator": str(generator), "checksums": str(file)}
-    report(facts, f"What is in {str(generator)!r} now counts as right, by {file}", as_json=as_json, quiet=quiet)
+    facts = {"generator": generator, "checksums": str(file)}
+    report(facts, f"What is in {generator!r} now counts as right, by {file}", as_json=as_json, quiet=quiet)

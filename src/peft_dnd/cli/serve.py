@@ -158,14 +158,20 @@ def _places(generators: list[str]) -> dict[str, tuple[str, str | None]]:
 
 
 def _gate_bases(given: list[str], names: list[str]) -> dict[str, str]:
-    """Name of a generator -> folder or Hub id of the base that its behaviour gate is checked on."""
-    found: dict[str, str] = {}
-    for one in given:
-        name, equals, place = one.partition("=")
-        if equals and (name not in names or not place):
-            raise typer.BadParameter(f"--gate-base {one!r}: there is no generator {name!r}.{suggestion(name, names)}")
-        found |= {name: place} if equals else dict.fromkeys(names, one)
-    return found
+    """Name of a generator -> folder or Hub id of the base that its behaviour gate is checked on.
+
+    One that is named goes before that of all, whichever comes first.
+    """
+    named = named_places([one for one in given if "=" in one], "--gate-base", "NAME=PLACE")
+    of_all = [one for one in given if "=" not in one]
+    for name in named:
+        if name not in names:
+            raise typer.BadParameter(
+                f"--gate-base {name}={named[name]}: there is no generator {name!r}.{suggestion(name, names)}"
+            )
+    if len(of_all) > 1:
+        raise typer.BadParameter(f"--gate-base is {of_all[0]!r} and {of_all[1]!r} for all generators: name them.")
+    return {**{name: of_all[0] for name in names if of_all}, **named}
 
 
 def _set_gates(service: AdapterService, bases: dict[str, str], device: str | None, *, unchecked: bool) -> None:

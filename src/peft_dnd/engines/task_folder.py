@@ -103,12 +103,12 @@ def read_prompt_file(path: PathLike) -> tuple[list[str], list[str] | None]:
         text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the first prompt
     except UnicodeDecodeError as error:
         raise CorruptFileError(f"{str(path)!r} is not in UTF-8 ({error}). Save it in UTF-8.") from error
-    lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
+    lines = {number: line.rstrip("\r") for number, line in enumerate(text.split("\n"), 1) if line.strip()}
     if not lines:
         raise PromptError(f"{str(path)!r} is empty: expected one prompt a line.")
     if path.suffix != ".jsonl":
-        return lines, None
-    rows = [_row(line, number, path) for number, line in enumerate(lines, 1)]
+        return list(lines.values()), None
+    rows = [_row(line, number, path) for number, line in lines.items()]
     answers = [row["answer"] for row in rows if isinstance(row.get("answer"), str)]
     return [row["prompt"] for row in rows], answers if len(answers) == len(rows) else None
 

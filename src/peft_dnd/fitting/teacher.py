@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from transformers import (
 
 from ..adapters.lora import live_state_dict
 from ..adapters.matching import adaptable_modules, base_model_of
-from ..errors import GeneratorConfigError, PairsFolderError, PromptError
+from ..errors import GeneratorConfigError, PairsFolderError, PromptError, PromptTypeError
 from ..pairs.dataset import PromptCheckpointDataset
 from ..pairs.distillation import DistillationRecord, DistillationWriter, read_record
 from ..pairs.examples import KeptExamples
@@ -101,17 +102,21 @@ def distil_task(
 
     Raises:
         PromptError: If there are no inputs, an empty one, or one that does not fit into the teacher's window.
-        PromptTypeError: If they are no sequence of strings.
+        PromptTypeError: If they are no sequence of strings, or the context is neither that nor a string.
         PairsFolderError: If the folder holds something else, or what another teacher said, and `overwrite` is off; if
             an answer is empty; if prompts are given for a task that has some.
-        GeneratorConfigError: If a setting is impossible, or the student has other tokens than the teacher.
+        GeneratorConfigError: If a setting is impossible, a model or tokenizer is a name, or the student has other
+            tokens than the teacher.
     """
     sizes = {"max_new_tokens": max_new_tokens, "top_tokens": top_tokens, "rows_at_once": rows_at_once}
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < (name != "top_tokens"):
             what = "a positive integer" if name != "top_tokens" else "a positive integer, or 0"
             raise GeneratorConfigError(f"{name} must be {what}, got {value!r}.")
+    _check_loaded(teacher=teacher, tokenizer=tokenizer, student=student, student_tokenizer=student_tokenizer)
     inputs = check_prompts(inputs, "the inputs")
+    if not isinstance(context, Iterable):
+        raise PromptTypeError(f"context must be a text, or a list of one for each input; got {context!r:.80}.")
     contexts = (context,) * len(inputs) if isinstance(context, str) else tuple(context)
     if len(contexts) != len(inputs):
         raise PromptError(f"There are {len(inputs)} inputs, but {len(contexts)} contexts. Give one text, or one each.")
@@ -325,6 +330,16 @@ def _as_teacher(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+def _check_loaded(**given: object) -> None:
+    for argument, value in given.items():
+        if isinstance(value, (str, os.PathLike)):
+            kind = "AutoTokenizer" if argument.endswith("tokenizer") else "AutoModelForCausalLM"
+            raise GeneratorConfigError(
+                f"{argument} must be loaded, got the name {os.fspath(value)!r}. Load it: "
+                f"{kind}.from_pretrained({os.fspath(value)!r})."
+            )
 
 
 def _same_tokens(

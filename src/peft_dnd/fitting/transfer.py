@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import GeneratorConfigError, PromptError
+from ..errors import GeneratorConfigError, PromptError, PromptTypeError
 from ..generator.modeling import PromptConditionedLoraGenerator
 from ..pairs.writer import task_record
 from ..storage.files import PathLike
@@ -62,11 +62,18 @@ def distil_generator(
 
     Raises:
         PromptError: If the tasks of prompts and inputs differ, there are none, or one has no text or an empty one.
+        PromptTypeError: If either is no dictionary, or the texts of a task are no sequence of strings.
         BaseModelMismatchError: If the generator writes no adapters for the teacher.
         GeneratorConfigError: If the teacher carries an adapter, or could be more than one of the generator's bases; if
             the tokens differ and `top_tokens` is not 0.
         PairsFolderError: And the others of `distil_task`.
     """
+    for what, pools in (("inputs", inputs), ("prompts", prompts)):
+        if not isinstance(pools, Mapping):
+            raise PromptTypeError(
+                f"The {what} of many tasks are a dictionary, task name -> list of strings; got a "
+                f"{type(pools).__name__}. For a single task call distil_task."
+            )
     if set(prompts) != set(inputs) or not prompts:
         apart = sorted(map(str, set(prompts) ^ set(inputs)))
         raise PromptError(

@@ -10,14 +10,15 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME
 
-from ..errors import CorruptFileError
+from ..errors import CorruptFileError, GeneratorNotFoundError
 from ..pairs.replay_store import STORE_NAME
 from ..policy.policy import POLICY_NAME
 from ..storage.checksums import CHECKSUMS_NAME, Checksums
 from ..storage.files import PathLike, read_json
-from ..storage.hub import generator_name
+from ..storage.hub import folder_meant, generator_name
 from ..text.out_of_distribution import REFERENCE_NAME
 from .configuration import TEXT_ENCODER_FOLDER, PromptConditionedLoraGeneratorConfig
+from .summary import renew_sizes
 
 
 # What of the configuration the weights were fitted for. Not names: those of the base and the text encoder differ from
@@ -49,6 +50,8 @@ _NAMES_IN_LAYOUT = ("base_model_name_or_path", "task_type")
 def renew_checksums(folder: PathLike) -> Path:
     """Take the checksums of a generator's folder anew, after its weights or settings were edited on purpose.
 
+    The sizes of its files are listed anew as well, in its summary.
+
     Args:
         folder: The folder. What is in it now counts as right from then on.
 
@@ -56,12 +59,20 @@ def renew_checksums(folder: PathLike) -> Path:
         The file of checksums.
 
     Raises:
-        GeneratorNotFoundError: If it holds no generator.
+        GeneratorNotFoundError: If it is no folder, or holds no generator.
         MissingFileError: If it has no weights in safetensors format.
         CorruptFileError: If a file cannot be read.
     """
-    PromptConditionedLoraGeneratorConfig.get_config_dict(generator_name(folder))  # refuses what is no generator
-    return write_checksums(Path(folder))
+    name = generator_name(folder)
+    if not Path(name).is_dir():
+        raise GeneratorNotFoundError(
+            f"{name!r} is no folder here, and checksums are renewed in one.{folder_meant(name)} Check the spelling; "
+            f"of a generator on the Hub take a copy first: hf download {name} --local-dir FOLDER"
+        )
+    PromptConditionedLoraGeneratorConfig.get_config_dict(name)  # refuses what is no generator
+    path = write_checksums(Path(folder))
+    renew_sizes(Path(folder))
+    return path
 
 
 def write_checksums(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from ..adapters.generated_adapter import GeneratedAdapter
-from ..errors import NotFittedError, PromptError, PromptTypeError, WeightValueError
+from ..errors import NotFittedError, PairsFolderError, PromptError, PromptTypeError, WeightValueError
 from ..text.embedding_cache import PromptEmbeddingCache
 from ..text.out_of_distribution import (
     FEWEST_TASKS,
@@ -184,14 +185,12 @@ class AdapterWritingMixin(PolicyMixin):
 
         Raises:
             NotFittedError: If there are fewer than three tasks.
+            PairsFolderError: If the pairs are a name.
         """
-        given = prompts if isinstance(prompts, Mapping) else {task: prompts.prompts(task) for task in prompts.tasks}
+        given = _pools_of(prompts)
         pools = {task: check_prompts(lines, f"the prompts of task {task!r}") for task, lines in given.items()}
         with evaluating(self):
-            points = {
-                task: self._points(task, check_prompts(lines, f"the prompts of task {task!r}"), len(pools), embeddings)
-                for task, lines in pools.items()
-            }
+            points = {task: self._points(task, lines, len(pools), embeddings) for task, lines in pools.items()}
         if most_bytes is None:
             most_bytes = max(_REFERENCE_BYTES, int(_REFERENCE_SHARE * _bytes_of(self.decoder)))
         self.prompt_reference = PromptReference.fit(points, most_bytes=most_bytes)
@@ -261,10 +260,10 @@ class AdapterWritingMixin(PolicyMixin):
 
         Raises:
             NotFittedError: If the generator was never fitted.
+            PairsFolderError: If the pairs are a name.
         """
         self._checked(Fallback())
-        given = prompts if isinstance(prompts, Mapping) else {task: prompts.prompts(task) for task in prompts.tasks}
-        return _FittedAdapters(self, given)
+        return _FittedAdapters(self, _pools_of(prompts))
 
     def _provenance(self, prompts: tuple[str, ...], seed: int) -> dict[str, Any]:
         return {
@@ -297,6 +296,15 @@ class _FittedAdapters(Mapping[str, GeneratedAdapter]):
 
     def __len__(self) -> int:
         return len(self._pools)
+
+
+def _pools_of(prompts: PromptedAdapters | Pools) -> Pools:
+    if isinstance(prompts, (str, os.PathLike)):
+        raise PairsFolderError(
+            f"The training pairs are expected, got the name {os.fspath(prompts)!r}. Read the pairs folder with "
+            "PromptCheckpointDataset.from_folder."
+        )
+    return prompts if isinstance(prompts, Mapping) else {task: prompts.prompts(task) for task in prompts.tasks}
 
 
 def _bytes_of(module: nn.Module) -> int:

@@ -177,7 +177,7 @@ class DistillationWriter:
 
 def _difference(folder: Path, found: DistillationRecord, record: DistillationRecord) -> str:
     start = f"{str(folder)!r} holds what a teacher said already"
-    mend = "Pass overwrite=True to begin anew, or name another folder."
+    mend = "Pass overwrite=True (--overwrite) to begin anew, or name another folder."
     for key, what in (("base", "another base"), ("adapter", "another adapter")):
         if found.teacher.get(key) != record.teacher.get(key):
             return (

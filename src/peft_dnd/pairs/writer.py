@@ -248,5 +248,5 @@ def _check_may_replace(found: TaskRecord, folder: Path, overwrite: bool) -> None
     if found.complete and not overwrite:
         raise PairsFolderError(
             f"Task {found.task!r} in {str(folder)!r} is complete, with {len(found.steps)} checkpoints. Pass "
-            "overwrite=True to collect it again, or name another folder."
+            "overwrite=True (--overwrite) to collect it again, or name another folder."
         )

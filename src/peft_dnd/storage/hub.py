@@ -190,7 +190,7 @@ def find_folder(
         raise kind.error(
             f"There is no {kind.noun} at {name!r}: it is no folder here, and the Hub gave none. "
             + why_not_fetched(name, revision, error)
-            + _folder_meant(name)
+            + folder_meant(name)
         ) from error
     return Path(snapshot) / subfolder, Path(snapshot).name
 
@@ -254,11 +254,11 @@ def _refuse_what_is_no_hub_id(kind: _Kind, name: str) -> None:
         raise kind.error(
             f"There is no {kind.noun} at {name!r}: there is no such folder, and a Hub id has the form "
             f"'org/{kind.noun.split()[-1]}'. Check the spelling, and from where the path is counted."
-            + _folder_meant(name)
+            + folder_meant(name)
         ) from error
 
 
-def _folder_meant(name: str) -> str:
+def folder_meant(name: str) -> str:
     """A sentence that names the folder here that was probably meant; empty if none is like it."""
     parent = Path(name).parent
     try:

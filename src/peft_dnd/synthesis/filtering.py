@@ -61,9 +61,7 @@ class PromptFilter:
         least_likeness: float | None = None,
     ) -> None:
         check_text_encoder(text_encoder)
-        for name, value in (("closest", closest), ("least_likeness", least_likeness)):
-            if value is not None and not -1 <= value <= 1:
-                raise GeneratorConfigError(f"{name} is a cosine, from -1 to 1; got {value!r}.")
+        check_cosines(closest=closest, least_likeness=least_likeness)
         self._encoder = text_encoder
         self._closest = closest
         self._seeds = self._places(seeds)
@@ -130,6 +128,17 @@ class PromptFilter:
         with torch.no_grad():
             embeddings = self._encoder.encode_sentences(list(prompts)).detach().cpu().float()
         return torch.nn.functional.normalize(embeddings, dim=1)
+
+
+def check_cosines(**given: float | None) -> None:
+    """Refuse thresholds that no cosine can be held against; `None` is one that was not given.
+
+    Raises:
+        GeneratorConfigError: If there is one.
+    """
+    for name, value in given.items():
+        if value is not None and not (isinstance(value, int | float) and -1 <= value <= 1):
+            raise GeneratorConfigError(f"{name} is a cosine, from -1 to 1; got {value!r}.")
 
 
 def nearness(encoder: TextEncoder, prompts: Sequence[str]) -> float | None:

@@ -155,5 +155,5 @@ def _difference(before: Any, now: Mapping[str, Any]) -> str:
     name = next(name for name in {**known, **now} if known.get(name) != now.get(name))
     return (
         f"holds what was written for another request: {name} was {known.get(name)!r:.80} and is "
-        f"{now.get(name)!r:.80}. Pass overwrite=True to begin anew, or name another output."
+        f"{now.get(name)!r:.80}. Pass overwrite=True (--overwrite) to begin anew, or name another output."
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import GeneratorConfigError
 from ..storage.digests import texts_digest
-from .filtering import CLOSEST
+from .filtering import CLOSEST, check_cosines
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,13 @@ class SynthesisSettings:
 
     def __post_init__(self) -> None:
         check_count("max_new_tokens", self.max_new_tokens)
-        if self.temperature <= 0:
+        if not isinstance(self.temperature, int | float) or not self.temperature > 0:
             raise GeneratorConfigError(f"Prompts are sampled at a temperature above 0, got {self.temperature!r}.")
+        if self.others is not None and not isinstance(self.others, Mapping):
+            raise GeneratorConfigError(
+                f"others must be a dictionary, task name -> its prompts; got a {type(self.others).__name__}."
+            )
+        check_cosines(closest=self.closest, least_likeness=self.least_likeness)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as the record of a synthesis keeps them, the other tasks by digests of their prompts."""

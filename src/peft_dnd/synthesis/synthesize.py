@@ -27,7 +27,15 @@ from .answers import AnswerAsked, answers_to
 from .filtering import PromptFilter
 from .record import Round, Synthesis, SynthesisLog
 from .settings import SynthesisSettings, check_count
-from .wording import TaskSeeds, asked_prompt, context_for_answers, end_of_list, prompts_in, request_for_prompts
+from .wording import (
+    TaskSeeds,
+    asked_prompt,
+    check_seeds,
+    context_for_answers,
+    end_of_list,
+    prompts_in,
+    request_for_prompts,
+)
 from .writers import ModelWriter, TextWriter
 
 
@@ -79,15 +87,18 @@ def synthesize_prompts(
         PairsFolderError: If the file is there already and no synthesis made it, or for another request, and
             `overwrite` is off.
         GeneratorConfigError: If a setting is impossible.
+        PromptTypeError: If the seeds are no `TaskSeeds`.
         EngineError: If the writer's server fails.
     """
+    check_seeds(seeds)
     file = Path(file)
     if file.suffix != ".jsonl":
         raise GeneratorConfigError(f"The file of synthetic prompts must be named *.jsonl, got {str(file)!r}.")
     record = file.with_suffix(".synthesis.jsonl")
     if file.exists() and not record.is_file() and not overwrite:
         raise PairsFolderError(
-            f"{str(file)!r} is there already, and no synthesis made it. Name another file, or pass overwrite=True."
+            f"{str(file)!r} is there already, and no synthesis made it. Name another file, or pass overwrite=True "
+            "(--overwrite)."
         )
     settings, asked = settings or SynthesisSettings(), asked or AnswerAsked()
     synthesizing = _Synthesizing(seeds, count, settings, writer, answerer, asked, text_encoder)
@@ -150,8 +161,10 @@ def synthesize_task(
         PairsFolderError: If the folder holds a task that no synthesis made, or something else; or what was made of
             another request, and `overwrite` is off.
         GeneratorConfigError: If a setting is impossible.
+        PromptTypeError: If the seeds are no `TaskSeeds`.
         EngineError: If the writer's server fails.
     """
+    check_seeds(seeds)
     folder = Path(folder).absolute()
     answerer = ModelWriter(teacher, tokenizer, apply_chat_template=apply_chat_template)
     chats = answerer.chats
@@ -161,7 +174,8 @@ def synthesize_task(
     if not context.strip():
         raise SynthesisError(
             "The teacher would have nothing in its window but the prompt, so its answers would teach nothing. Give a "
-            "description or answers to the seeds, or have another model answer: synthesize_prompts(..., answerer=...)."
+            "description or answers to the seeds; or have another model answer into a .jsonl file, with "
+            "synthesize_prompts(..., answerer=...) or --endpoint."
         )
     record = folder / RECORD_NAME
     found = task_record(folder)

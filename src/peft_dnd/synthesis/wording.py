@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import PromptError
+from ..errors import PromptError, PromptTypeError
 from ..text.prompts import check_prompts
 from ..text.prompts_and_answers import check_answers
 from .writers import Written
@@ -50,6 +50,19 @@ class TaskSeeds:
         first = sorted({prompt: place for place, prompt in reversed(list(enumerate(prompts)))}.values())
         object.__setattr__(self, "prompts", tuple(prompts[place] for place in first))
         object.__setattr__(self, "answers", answers and tuple(answers[place] for place in first))
+
+
+def check_seeds(seeds: object) -> None:
+    """Make sure that what is known of a task is `TaskSeeds`, and not its prompts alone.
+
+    Raises:
+        PromptTypeError: If it is something else.
+    """
+    if not isinstance(seeds, TaskSeeds):
+        raise PromptTypeError(
+            f"What is known of the task must be TaskSeeds, got a {type(seeds).__name__}. Put it into one: "
+            "TaskSeeds(prompts, description=...)."
+        )
 
 
 def request_for_prompts(seeds: TaskSeeds, shown: Sequence[str], wanted: int, *, chats: bool) -> str:
