@@ -31,7 +31,7 @@ from peft_dnd.errors import CorruptFileError, GeneratorConfigError, RegressionEr
 from peft_dnd.evaluation import score_store
 from peft_dnd.fitting.inputs import TemperedSampler
 from peft_dnd.generator import MOST_POINTS_LOST, Revision, check_regression, revisions
-from peft_dnd.generator.revision_history import REVISIONS, add_revision
+from peft_dnd.generator.revision_history import REVISIONS, add_revision, points_below_best, revisions_section
 from peft_dnd.pairs.replay_store import STORE_NAME
 
 
@@ -277,6 +277,46 @@ def test_the_card_says_what_each_update_changed(fitted: PromptConditionedLoraGen
     assert revisions(json.loads((tmp_path / "config.json").read_text())["measured"]) == revisions(lossy(90.0, 80.0))
     again = PromptConditionedLoraGenerator.from_pretrained(tmp_path)
     assert again.model_card().partition("## Revisions")[2] == card.partition("## Revisions")[2]
+
+
+def creeping(*measures: str) -> dict[str, Any]:
+    """Updates that lose 1.5 points each, measured in some way each."""
+    measured: dict[str, Any] = {}
+    add_revision(measured, Revision(1, ("art",), 10))
+    for number, measure in enumerate(measures):
+        before = 90.0 - 1.5 * number
+        add_revision(
+            measured, Revision(number + 2, (f"t{number}",), 9, 1, {"art": before}, {"art": before - 1.5}, measure)
+        )
+    return measured
+
+
+def test_small_losses_add_up_to_one_that_is_told() -> None:
+    assert points_below_best(revisions(creeping("x", "x", "x"))) == {"art": 4.5}
+    assert points_below_best(revisions(creeping("x", "x", "y"))) == {"art": 1.5}  # other points are not compared
+    assert points_below_best(revisions(creeping())) == points_below_best([]) == {}
+    check_regression(creeping("x", "x", "x"))
+    assert "by 4.5 points in the mean, art by 4.5." in revisions_section(creeping("x", "x", "x"))
+    assert "Below the best" not in revisions_section(creeping("x"))
+
+
+def test_small_losses_that_add_up_are_warned_of(
+    folder: Path, parts: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Losing(TrainerCallback):
+        """Each update makes every task worth 1.5 points less."""
+
+        worth = 0.9
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            self.worth -= 0.015
+
+    generator, losing = PromptConditionedLoraGenerator.from_pretrained(folder), Losing()
+    for pairs in parts[1].split(LATE[1:]):
+        assert "together they have" not in caplog.text
+        options = {"store_scorer": lambda task, adapter: losing.worth, "callbacks": [losing]}
+        DnDTrainer(generator, arguments(tmp_path, max_steps=1), pairs, **options).train()
+    assert "together they have: the earlier tasks are 2.5 points below the best" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ..evaluation.store_scores import (
     written_tokens,
 )
 from ..generator.modeling import PromptConditionedLoraGenerator
-from ..generator.revision_history import Revision, add_revision, check_regression, revisions
+from ..generator.revision_history import Revision, add_revision, check_regression, points_below_best, revisions
 from ..pairs.dataset import PromptCheckpointDataset
 from ..pairs.folder import Task
 from ..pairs.packed_adapters import PackedCheckpoint
@@ -264,13 +265,22 @@ class StoreKeeper:
         self._tell(revision)
 
     def _tell(self, revision: Revision) -> None:
-        most = self._args.most_points_lost
+        most, measured = self._args.most_points_lost, self._generator.config.measured
         try:
             if most is not None:
-                check_regression(self._generator.config.measured, most)
+                check_regression(measured, most)
         except RegressionError as error:  # nothing is published here; who saves the generator should know
             logger.warning("%s", error)
             return
+        below = list(points_below_best(revisions(measured)).values())
+        if below and most is not None and fmean(below) > most:
+            logger.warning(
+                "No update has lost more than %g points, but together they have: the earlier tasks are %.1f points "
+                "below the best that they had. Fit anew with the pairs of all tasks, or go on with a larger "
+                "replay_share or replay_store_share.",
+                most,
+                fmean(below),
+            )
         if revision.lost:
             worst, points = next(iter(revision.lost.items()))
             logger.info(

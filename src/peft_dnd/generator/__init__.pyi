@@ -8,6 +8,7 @@ from .paper_settings import available_settings as available_settings
 from .revision_history import MOST_POINTS_LOST as MOST_POINTS_LOST
 from .revision_history import Revision as Revision
 from .revision_history import check_regression as check_regression
+from .revision_history import points_below_best as points_below_best
 from .revision_history import revisions as revisions
 from .streaming import StreamedLoraGenerator as StreamedLoraGenerator
 from .verification import Check as Check

@@ -66,6 +66,25 @@ def revisions(measured: Mapping[str, Any]) -> list[Revision]:
         ) from error
 
 
+def points_below_best(known: Sequence[Revision]) -> dict[str, float]:
+    """How far the earlier tasks are below the best that they had in any revision: what many small losses come to.
+
+    Args:
+        known: The revisions, the oldest first. Of those before the last one such are looked at as measured points the
+            same way.
+
+    Returns:
+        Task that the last revision judged -> the points that it is below its best; the furthest first. Empty if the
+        last revision is the first.
+    """
+    if not known or not known[-1].lost:
+        return {}
+    last = known[-1]
+    judged = [scores for one in known if one.measure == last.measure for scores in (one.before, one.after)]
+    below = {task: max(scores[task] for scores in judged if task in scores) - last.after[task] for task in last.lost}
+    return dict(sorted(below.items(), key=lambda item: -item[1]))
+
+
 def add_revision(measured: dict[str, Any], revision: Revision) -> None:
     """Write down a revision in a configuration's `measured`."""
     measured[REVISIONS] = [*measured.get(REVISIONS, []), {**asdict(revision), "added": list(revision.added)}]
@@ -113,6 +132,13 @@ def revisions_section(measured: Mapping[str, Any]) -> str:
         f"| {task} | {last.before[task]:.1f} | {last.after[task]:.1f} |" for task in [*last.lost][:_MOST_IN_CARD]
     ]
     parts = ["## Revisions", table]
+    below = points_below_best(known)
+    if below and len(known) > 2:
+        worst, points = next(iter(below.items()))
+        parts.append(
+            f"Below the best that they had in any revision the earlier tasks are now by {fmean(below.values()):.1f} "
+            f"points in the mean, {worst} by {points:.1f}."
+        )
     if changed:
         parts += [
             f"The last update, on the {len(changed)} of {len(last.lost)} earlier tasks that lost most, in points: "
