@@ -50,11 +50,15 @@ from peft_dnd.pairs.store_update import updated_store  # noqa: E402
 from peft_dnd.storage.files import read_json, write_json  # noqa: E402
 
 
+GENTLE = {"max_steps": 30, "learning_rate": 1e-4}
 WAYS: dict[str, dict[str, Any]] = {
     "replay": {},
     "rows": {"replay_targets": "rows"},
     "former self": {"replay_targets": "former_self"},
     "new tasks alone": {"replay_share": 0.0},
+    # Of more and smaller steps than --steps and --learning-rate say.
+    "gentle replay": GENTLE,
+    "gentle replay of three quarters": {**GENTLE, "replay_share": 0.75},
 }
 EARLY, LATE = "new_wordings", "new_combinations"
 
@@ -101,13 +105,12 @@ class Series:
     def _update(
         self, generator: PromptConditionedLoraGenerator, pairs: PromptCheckpointDataset, settings: dict[str, Any]
     ) -> dict[str, Any]:
+        common = {"max_steps": self.options.steps, "learning_rate": self.options.learning_rate}
         arguments = DnDTrainingArguments(
             output_dir=str(self.options.output / "arrivals" / "fit"),
-            max_steps=self.options.steps,
             per_device_train_batch_size=FitSettings.tasks_a_step,
             task_examples=FitSettings.examples,
             task_loss_weight=1.0,
-            learning_rate=self.options.learning_rate,
             warmup_steps=3,
             adam_beta2=0.98,
             weight_decay=0.0,
@@ -116,7 +119,7 @@ class Series:
             logging_steps=5,
             report_to=[],
             use_cpu=not torch.cuda.is_available(),
-            **settings,
+            **(common | settings),
         )
         adapted = get_peft_model(self.base, lora_config(FitSettings.rank), autocast_adapter_dtype=False)
         began = time.process_time()
