@@ -59,6 +59,7 @@ WAYS: dict[str, dict[str, Any]] = {
     # Of more and smaller steps than --steps and --learning-rate say.
     "gentle replay": GENTLE,
     "gentle replay of three quarters": {**GENTLE, "replay_share": 0.75},
+    "gentle, new tasks alone": {**GENTLE, "replay_share": 0.0},
 }
 EARLY, LATE = "new_wordings", "new_combinations"
 
