@@ -9,7 +9,6 @@ that were never fitted on, and the base sees the input alone. What is finished i
 from __future__ import annotations
 
 import argparse
-import logging
 import random
 import sys
 import time
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import get_peft_model
 
 
@@ -32,6 +30,7 @@ from language_model.base import load_base, prepare_base, with_small_head  # noqa
 from language_model.compare import means  # noqa: E402
 from language_model.fitting import FitSettings, answer_tokens, lora_config, write_pairs  # noqa: E402
 from language_model.judging import Contest, Questions, Size, draw_questions, score_all  # noqa: E402
+from language_model.options import parser_of, set_up  # noqa: E402
 from language_model.parts import small_part  # noqa: E402
 from language_model.rivals import OWN, lora_layout  # noqa: E402
 from language_model.run import load_generator  # noqa: E402
@@ -139,10 +138,7 @@ class Series:
 def main() -> None:
     """Go on in each way, and write what became of early and late tasks."""
     options = parse()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    transformers.utils.logging.set_verbosity_error()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    set_up(options)
     options.base = prepare_base(options.base or options.output / "base")
     series = prepare(options)
     before = series.measure("before", load_generator(options.generator, options.base))
@@ -169,12 +165,8 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--generator", required=True, help="folder or Hub id of one fitted by run.py")
-    parser.add_argument("--seed", type=int, default=0, help="of the world that it was fitted on")
-    parser.add_argument("--output", type=Path, default=Path("language_model_output"), help="where everything goes")
-    parser.add_argument("--data", type=Path, action="append", default=[], help="as it was fitted with")
-    parser.add_argument("--base", type=Path, help="where the base is, or goes; default: in the output folder")
     parser.add_argument("--arrivals", type=int, default=3)
     parser.add_argument("--tasks-an-arrival", type=int, default=6)
     parser.add_argument("--steps", type=int, default=25, help="of an update")
@@ -182,7 +174,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=Size.rows, help="test rows of each task")
     parser.add_argument("--asked", type=int, default=32, help="early tasks that are asked")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--threads", type=int, help="of the processor; default: torch's own choice")
     return parser.parse_args()
 
 

@@ -8,7 +8,6 @@ those among them that a base of this size cannot do. The first generator is what
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from scipy.stats import bootstrap
 
 
@@ -28,6 +26,7 @@ from record import write_result  # noqa: E402
 from language_model.base import load_base, prepare_base  # noqa: E402
 from language_model.in_languages import draw_in_languages, score_in_languages  # noqa: E402
 from language_model.judging import KINDS, Contest, Size, draw_questions, score_all  # noqa: E402
+from language_model.options import parser_of, set_up  # noqa: E402
 from language_model.rivals import OWN, lora_layout  # noqa: E402
 from language_model.run import load_generator  # noqa: E402
 from language_model.world import build_world  # noqa: E402
@@ -39,20 +38,12 @@ ASKED = KINDS[:4]
 
 def main() -> None:
     """Ask each generator, and write what they have right."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--generator", action="append", required=True, help="NAME=folder or Hub id; several times")
-    parser.add_argument("--seed", type=int, default=0, help="of the world that all of them were fitted on")
-    parser.add_argument("--output", type=Path, default=Path("language_model_output"), help="where everything goes")
-    parser.add_argument("--data", type=Path, action="append", default=[], help="as they were fitted with")
-    parser.add_argument("--base", type=Path, help="where the base is, or goes; default: in the output folder")
     parser.add_argument("--tasks", type=int, default=64, help="asked of each kind")
     parser.add_argument("--rows", type=int, default=Size.rows, help="test rows of each task")
-    parser.add_argument("--threads", type=int, help="of the processor; default: torch's own choice")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    transformers.utils.logging.set_verbosity_error()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    set_up(options)
     named = dict(one.split("=", 1) if "=" in one else (Path(one).name, one) for one in options.generator)
     found = {name: ask(options, name, where) for name, where in named.items()}
     first = next(iter(found))

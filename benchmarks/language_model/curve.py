@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
@@ -28,6 +27,7 @@ from record import write_result  # noqa: E402
 from language_model.base import load_base, prepare_base  # noqa: E402
 from language_model.fitting import FitSettings, fit_generator  # noqa: E402
 from language_model.judging import KINDS, Contest, Size, draw_questions, score_all  # noqa: E402
+from language_model.options import parser_of, set_up  # noqa: E402
 from language_model.parts import Part  # noqa: E402
 from language_model.report import report_of  # noqa: E402
 from language_model.rivals import OWN, lora_layout  # noqa: E402
@@ -48,20 +48,12 @@ KNOWN = ("base", "in_context", "in_context_16", "trained", "choosing")
 
 def main() -> None:
     """Fit and ask, point by point, and write the curve."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = parser_of(__doc__)
     parser.add_argument("--run", type=Path, help="what run.py left; default: its folder in --output")
-    parser.add_argument("--output", type=Path, default=Path("language_model_output"), help="where everything goes")
-    parser.add_argument("--data", type=Path, action="append", default=[], help="as run.py was told")
-    parser.add_argument("--base", type=Path, help="where the base is, or goes; default: in the output folder")
     parser.add_argument("--tasks", type=int, default=Size.tasks, help="as run.py was told")
     parser.add_argument("--rows", type=int, default=Size.rows, help="as run.py was told")
-    parser.add_argument("--threads", type=int, help="of the processor; default: torch's own choice")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    transformers.utils.logging.set_verbosity_error()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    set_up(options)
     whole = options.run or options.output / f"seed-{options.seed}"
     points = {str(count): point(options, count, whole) for count in STEPS}
     report = read_json(whole / "report.json")

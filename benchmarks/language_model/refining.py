@@ -9,7 +9,6 @@ start by itself.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 import time
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tqdm.auto import tqdm
 
 
@@ -43,6 +41,7 @@ from language_model.judging import (  # noqa: E402
     prompts_for,
     score_all,
 )
+from language_model.options import parser_of, set_up  # noqa: E402
 from language_model.rivals import OWN, Matrices, Training, lora_layout, train_on, untrained  # noqa: E402
 from language_model.rows import blocks, example_row, right  # noqa: E402
 from language_model.run import load_generator  # noqa: E402
@@ -108,20 +107,12 @@ class Refining:
 
 def main() -> None:
     """Choose, train, ask, and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--generator", required=True, help="a fitted generator's folder or Hub id")
-    parser.add_argument("--seed", type=int, default=0, help="of the world that it was fitted on")
-    parser.add_argument("--output", type=Path, default=Path("language_model_output"), help="where everything goes")
-    parser.add_argument("--data", type=Path, action="append", default=[], help="as it was fitted with")
-    parser.add_argument("--base", type=Path, help="where the base is, or goes; default: in the output folder")
     parser.add_argument("--tasks", type=int, default=8, help="asked of each kind")
     parser.add_argument("--rows", type=int, default=Size.rows, help="test rows of each task")
-    parser.add_argument("--threads", type=int, help="of the processor; default: torch's own choice")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    transformers.utils.logging.set_verbosity_error()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    set_up(options)
     base = prepare_base(options.base or options.output / "base")
     model, tokenizer = load_base(base, torch.bfloat16)
     contest = Contest(

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
+from language_model import options
 from language_model.base import load_base, prepare_base
 from language_model.compare import above
 from language_model.fitting import FitSettings, fit_generator
@@ -26,23 +25,15 @@ from peft_dnd.storage.files import read_json
 
 def parser_of(description: str | None, steps: int) -> argparse.ArgumentParser:
     """The arguments that all of them take."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("language_model_output"), help="where everything goes")
-    parser.add_argument("--data", type=Path, action="append", default=[], help="folders of data, as for run.py")
-    parser.add_argument("--base", type=Path, help="where the base is, or goes; default: in the output folder")
+    parser = options.parser_of(description)
     parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--threads", type=int, help="of the processor; default: torch's own choice")
     return parser
 
 
-def prepared(options: argparse.Namespace) -> tuple[Path, Part]:
+def prepared(given: argparse.Namespace) -> tuple[Path, Part]:
     """The base's folder, and the small part of the world."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    transformers.utils.logging.set_verbosity_error()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    return prepare_base(options.base or options.output / "base"), small_part(build_world(options.seed, options.data))
+    options.set_up(given)
+    return prepare_base(given.base or given.output / "base"), small_part(build_world(given.seed, given.data))
 
 
 def path_of(folder: Path, name: str) -> Path:
