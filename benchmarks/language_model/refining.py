@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -133,7 +133,7 @@ def main() -> None:
     write_result(f"language_model_refining_seed_{options.seed}", result_of(known, refined, chosen), command)
 
 
-def kept(path: Path, found: Any) -> dict[str, Any]:
+def kept(path: Path, found: Callable[[], Any]) -> dict[str, Any]:
     """What a file holds; where it is not there, what `found()` gives is written first."""
     if not path.is_file():
         write_json(path, found())

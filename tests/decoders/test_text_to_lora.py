@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.decoders import read_set
 
 from peft_dnd import AdapterLayout, PromptConditionedLoraGenerator, PromptConditionedLoraGeneratorConfig
 from peft_dnd.adapters.layout import LoraModule
@@ -46,17 +47,6 @@ def new_decoder(**settings: Any) -> TextToLoraDecoder:
     torch.manual_seed(0)
     settings = {"latent_size": 16, "head_in_size": 8, "zero_init_output": False, **settings}
     return TextToLoraDecoder((8, 5, 12), TOKENIZER.grid_shape, token_positions(TOKENIZER), **settings).eval()
-
-
-def read_set(decoder: TextToLoraDecoder, prompts: list[torch.Tensor], places: int, length: int) -> torch.Tensor:
-    states = torch.full((1, places, length, 12), torch.nan)
-    mask = torch.zeros(1, places, length, dtype=torch.bool)
-    for i, prompt in enumerate(prompts):
-        states[0, i, : len(prompt)] = prompt
-        mask[0, i, : len(prompt)] = True
-    with torch.no_grad():
-        found: torch.Tensor = decoder(states, mask)
-    return found
 
 
 def test_kinds_are_read_off_the_positions() -> None:

@@ -232,20 +232,25 @@ def test_a_store_that_another_text_encoder_read_is_refused(
         assert DnDTrainer(generator, arguments(tmp_path), parts[1], base_model=base).replay is None
 
 
-def test_a_teachers_answers_are_kept_and_what_was_learned_of_them(
-    layout: AdapterLayout, base_model: nn.Module, word_tokenizer: Any, encoder_folder: Path, tmp_path: Path
-) -> None:
+def distil(folder: Path, teacher: nn.Module, tokenizer: Any, early_tokens: int = 4) -> None:
+    """Have a teacher answer all tasks; of the early ones so many next tokens' probabilities are kept."""
     for task, prompts in TASK_PROMPTS.items():
         distil_task(
-            tmp_path / "pairs" / task,
+            folder / task,
             prompts,
-            teacher=base_model,
-            tokenizer=word_tokenizer,
+            teacher=teacher,
+            tokenizer=tokenizer,
             context=f"answer in {task} . ",
             apply_chat_template=False,
             max_new_tokens=3,
-            top_tokens=4,
+            top_tokens=4 if task in LATE else early_tokens,
         )
+
+
+def test_a_teachers_answers_are_kept_and_what_was_learned_of_them(
+    layout: AdapterLayout, base_model: nn.Module, word_tokenizer: Any, encoder_folder: Path, tmp_path: Path
+) -> None:
+    distil(tmp_path / "pairs", base_model, word_tokenizer)
     pairs = PromptCheckpointDataset.from_folder(tmp_path / "pairs", layout=layout)
     early, late = pairs.split(LATE)
     settings = {"task_loss_weight": 0.0, "distillation_weight": 1.0, "task_examples": 3, "max_steps": 6}
@@ -268,17 +273,7 @@ def test_a_teachers_answers_are_kept_and_what_was_learned_of_them(
 def test_a_teachers_answers_without_probabilities_are_replayed_and_judge(
     base_model: nn.Module, word_tokenizer: Any, layout: AdapterLayout, encoder_folder: Path, tmp_path: Path
 ) -> None:
-    for task, prompts in TASK_PROMPTS.items():
-        distil_task(
-            tmp_path / "pairs" / task,
-            prompts,
-            teacher=base_model,
-            tokenizer=word_tokenizer,
-            context=f"answer in {task} . ",
-            apply_chat_template=False,
-            max_new_tokens=3,
-            top_tokens=4 if task in LATE else 0,
-        )
+    distil(tmp_path / "pairs", base_model, word_tokenizer, early_tokens=0)
     early, late = PromptCheckpointDataset.from_folder(tmp_path / "pairs", layout=layout).split(LATE)
     settings = {"task_loss_weight": 0.0, "distillation_weight": 1.0, "task_examples": 3, "max_steps": 4}
     generator = convolution_generator(early, encoder_folder)
