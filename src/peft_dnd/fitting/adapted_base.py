@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from ..adapters.layout import AdapterLayout
 from ..errors import GeneratorConfigError, LayoutError
 from ..pairs.collator import ExampleCollator
+from .agreement import disagreement, varied
 from .chosen_places import HeadError, head_of, logits_at_places
 from .frozen_copy import checkpoint_layers, frozen_copy
 from .row_groups import GroupedLayers, UngroupableError
@@ -310,8 +311,8 @@ class AdaptedBase:
         ]
         if not self.layout.modules:  # LoRA's matrices may be anything; what others train stays near where it began
             values = [value + own.detach().cpu() for value, own in zip(values, self._own, strict=True)]
+        expected = self._plain_logits(values, few)
         groups, head, self._groups, self._head = self._groups, self._head, False, None
-        expected = self._ordered_logits(values, few)
         if head is not None:
             self._head = head
             difference = self._difference(expected, values, few)
@@ -325,14 +326,20 @@ class AdaptedBase:
 
     def _difference(self, expected: torch.Tensor, values: Sequence[torch.Tensor], few: list[Any]) -> str | None:
         """What is wrong with the present way, if anything."""
-        dtypes = {parameter.dtype for parameter in self.model.parameters()}
-        tolerance = 1e-3 if dtypes <= {torch.float32, torch.float64} else 5e-2
         try:
             found = self._ordered_logits(values, few)
         except Exception as error:  # whatever a model says of shapes that it did not expect
             return f"{type(error).__name__}: {error}"
-        distance = ((found - expected).norm() / (expected - expected.mean()).norm()).item()
-        return None if distance < tolerance else f"the logits differ by {distance:.2g} of their spread"
+        dtypes = {parameter.dtype for parameter in self.model.parameters()}
+        return disagreement(found, expected, dtypes, lambda noise: self._plain_logits(varied(values, noise), few))
+
+    def _plain_logits(self, values: Sequence[torch.Tensor], few: list[Any]) -> torch.Tensor:
+        """The same as `_ordered_logits`, but for one item after another, each with all its logits."""
+        ways, self._groups, self._head = (self._groups, self._head), False, None
+        try:
+            return self._ordered_logits(values, few)
+        finally:
+            self._groups, self._head = ways
 
     def _ordered_logits(self, values: Sequence[torch.Tensor], few: list[Any]) -> torch.Tensor:
         """The logits of one or two items' rows, each with one of two adapters, in the order of their places."""
