@@ -77,6 +77,39 @@ def test_mistakes_are_named_before_anything_is_trained(run, base_folder, task_fi
         assert not (tmp_path / "pairs").exists()
 
 
+def test_examples_alone_need_no_training(run, collected, base_folder, encoder_folder, task_files, tmp_path) -> None:
+    (tmp_path / "law.txt").write_text("what is asked of law ?\n", encoding="utf-8")
+    law, art = f"law={task_files / 'law.jsonl'}", f"art={task_files / 'art.jsonl'}"
+    start = ("collect", "--base", base_folder, "-o", tmp_path / "pairs", "--examples-only", "--json")
+    told = ("--prompts", f"law={tmp_path / 'law.txt'}")
+    for wrong, words in (
+        (("--max-steps", "3"), "'training' is about training"),
+        (("--rank", "2"), "'lora' is about training"),
+        (("--set", "max_length=2"), "nothing is left of the answer"),
+    ):
+        ran = run(*start, "--task", law, *wrong)
+        assert ran.code == 1 and words in ran.err and not (tmp_path / "pairs").exists()
+    ran = run(*start, "--task", law, *told)
+    assert ran.code == 0 and ran.facts["collected"] == ["law"], ran.err
+    ran = run(*start, "--task", law, "--task", art)
+    assert ran.code == 0 and (ran.facts["collected"], ran.facts["complete_before"]) == (["art"], ["law"])
+
+    trained = PromptCheckpointDataset.from_folder(collected)
+    pairs = PromptCheckpointDataset.from_folder(tmp_path / "pairs", layout=trained.layout)
+    assert pairs.tasks == ("art", "law") and not pairs.checkpoints("law")
+    assert pairs.prompts("law") == ("what is asked of law ?",) and pairs.answers("law") is None
+    assert pairs.answers("art") == trained.answers("art")
+    rows = range(len(trained.examples("law")))
+    assert [pairs.examples("law")[row] for row in rows] == [trained.examples("law")[row] for row in rows]
+
+    ran = run(
+        *("fit", "--pairs", tmp_path / "pairs", "-o", tmp_path / "generator", "--text-encoder", encoder_folder),
+        *("--base", base_folder, "--set", "training.task_loss_weight=1", "--set", "lora.r=2"),
+        *("--max-steps", "1", "--device", "cpu", "-q"),
+    )
+    assert ran.code == 0, ran.err
+
+
 def test_an_example_is_the_question_as_it_is_asked_and_the_loss_on_the_answer(base_folder) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     row = example_of(tokenizer, "what is law ?", "court", 64)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,6 +62,9 @@ def collect(
     batch_size: Annotated[int | None, typer.Option(min=1, help="training.per_device_train_batch_size.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of every task's training. [default: 0]")] = None,
     settings: Settings = None,
+    examples_only: Annotated[
+        bool, typer.Option("--examples-only", help="Train nothing: write examples and prompts, to fit on task loss.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Train complete tasks anew.")] = False,
     device: Device = None,
     as_json: Json = False,
@@ -69,7 +73,8 @@ def collect(
     r"""Train a LoRA adapter for each task and keep its last checkpoints, to fit a generator to.
 
     Each example is a question and its answer; the loss is on the answer. All adapters start alike. Tasks that are
-    complete are passed over, so that an interrupted run is simply started again. Sections of a recipe: lora (what
+    complete are passed over, so that an interrupted run is simply started again. With --examples-only no adapter is
+    trained: fit with --base and task_loss_weight then. Sections of a recipe: lora (what
     peft.LoraConfig takes) and training (what transformers.TrainingArguments takes). For other data, losses or trainers
     use CheckpointCollector in Python.
 
@@ -103,19 +108,67 @@ def collect(
     pairs = Path(wanted(plan, "output", "--output"))
     base_name = str(wanted(plan, "base", "--base"))
     wanted(plan, "tasks", "--task")
+    if examples_only:
+        _check_trains_nothing(plan)
     texts = _texts(plan)
+    left = [] if overwrite else _complete_tasks(pairs, texts)
+    made = {name: of_task for name, of_task in texts.items() if name not in left}
     with progress(quiet):
-        made = _Collection(plan, pairs, base_name, device, quiet=quiet).run(texts, overwrite=overwrite)
-    trained = [name for name, steps in made.items() if steps]
-    left = [name for name in made if name not in trained]
-    summary = f"{len(trained)} task(s) collected in {pairs}: {', '.join(trained) or 'none'}" + (
+        if examples_only:
+            _write_examples(plan, pairs, base_name, made)
+        else:
+            _Collection(plan, pairs, base_name, device, quiet=quiet).run(made)
+    summary = f"{len(made)} task(s) collected in {pairs}: {', '.join(made) or 'none'}" + (
         f"; complete before: {', '.join(left)}" if left else ""
     )
-    report({"pairs": str(pairs), "collected": trained, "complete_before": left}, summary, as_json=as_json, quiet=quiet)
+    facts = {"pairs": str(pairs), "collected": list(made), "complete_before": left}
+    report(facts, summary, as_json=as_json, quiet=quiet)
 
 
-def _texts(plan: dict[str, Any]) -> dict[str, tuple[list[str], list[str], list[str] | None]]:
-    """Task -> questions, answers, and prompts where they are given apart; all read before anything is trained."""
+_Texts = tuple[list[str], list[str], list[str] | None]
+"""Of a task: questions, answers, and prompts where they are given apart."""
+
+
+def _check_trains_nothing(plan: dict[str, Any]) -> None:
+    said = [name for name in ("lora", "training", "last", "every") if plan.get(name)]
+    if said:
+        raise CommandError(
+            f"{said[0]!r} is about training, and with --examples-only nothing is trained. Leave one of them out."
+        )
+
+
+def _complete_tasks(pairs: Path, tasks: Iterable[str]) -> list[str]:
+    from peft_dnd.pairs.writer import task_record
+
+    records = {name: task_record(pairs / name) for name in tasks}
+    return [name for name, record in records.items() if record is not None and record.complete]
+
+
+def _write_examples(plan: dict[str, Any], pairs: Path, base: str, texts: dict[str, _Texts]) -> None:
+    """Write tasks without checkpoints."""
+    from peft_dnd.pairs import write_task_without_checkpoints
+
+    tokenizer = load_tokenizer(base)
+    rows = {name: _examples(plan, tokenizer, *of_task[:2]) for name, of_task in texts.items()}
+    for name, (questions, answers, prompts) in texts.items():
+        write_task_without_checkpoints(
+            pairs / name,
+            prompts or questions,
+            rows[name],
+            answers=None if prompts else answers,
+            overwrite=True,
+        )
+
+
+def _examples(
+    plan: dict[str, Any], tokenizer: Any, questions: list[str], answers: list[str]
+) -> list[dict[str, list[int]]]:
+    max_length = int(plan.get("max_length", 512))
+    return [example_of(tokenizer, *pair, max_length) for pair in zip(questions, answers, strict=True)]
+
+
+def _texts(plan: dict[str, Any]) -> dict[str, _Texts]:
+    """What is said of each task; all read before anything is trained."""
     column, answer_column = plan.get("column", "prompt"), plan.get("answer_column", "answer")
     tasks, pools = section(plan, "tasks"), section(plan, "prompts")
     check_names(pools, tasks, "'prompts' of the recipe")
@@ -156,24 +209,14 @@ class _Collection:
         with tempfile.TemporaryDirectory() as folder:
             self._arguments(folder)
 
-    def run(
-        self, texts: dict[str, tuple[list[str], list[str], list[str] | None]], *, overwrite: bool
-    ) -> dict[str, int]:
-        """Train all tasks that are not complete: task -> steps trained, 0 for one that was complete."""
-        from peft_dnd.pairs.writer import task_record
-
-        made: dict[str, int] = {}
+    def run(self, texts: dict[str, _Texts]) -> None:
+        """Train tasks."""
         model, tokenizer = None, None
         for name, of_task in texts.items():
-            record = task_record(self._pairs / name)
-            if record is not None and record.complete and not overwrite:
-                made[name] = 0
-                continue
             if model is None:
                 model = load_base(self._base_name, device=self._device)
                 tokenizer = load_tokenizer(self._base_name)
-            made[name], model = self._train(name, model, tokenizer, *of_task)
-        return made
+            model = self._train(name, model, tokenizer, *of_task)
 
     def _train(
         self,
@@ -183,15 +226,14 @@ class _Collection:
         questions: list[str],
         answers: list[str],
         prompts: list[str] | None,
-    ) -> tuple[int, nn.Module]:
+    ) -> nn.Module:
         from peft import get_peft_model
         from transformers import Trainer, set_seed
 
         from peft_dnd.pairs import CheckpointCollector
         from peft_dnd.pairs.collator import ExampleCollator
 
-        max_length = int(self._plan.get("max_length", 512))
-        rows = [example_of(tokenizer, *pair, max_length) for pair in zip(questions, answers, strict=True)]
+        rows = _examples(self._plan, tokenizer, questions, answers)
         collector = CheckpointCollector(
             self._pairs / name,
             prompts or questions,
@@ -216,4 +258,4 @@ class _Collection:
                 callbacks=[collector],
             )
             trainer.train()
-        return trainer.state.global_step, model.unload()
+        return model.unload()
