@@ -237,7 +237,7 @@ def test_a_misspelt_folder_is_recognised(run, generator_folder, tmp_path) -> Non
 
 
 def test_a_file_without_line_breaks_is_not_taken_for_a_prompt(run, generator_folder, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("peft_dnd.cli.prompt_files._LONGEST", 1000)
+    monkeypatch.setattr("peft_dnd.text.prompt_files._LONGEST", 1000)
     (tmp_path / "prompts.txt").write_text("law\n" + "law " * 300, encoding="utf-8")
     ran = run("generate", generator_folder, tmp_path / "prompts.txt", tmp_path / "adapter")
     assert ran.code == 1 and "row 2" in ran.err and "1,200 characters; the most are 1,000" in ran.err

@@ -55,8 +55,11 @@ def ask(resolver: AdapterResolver, name: str, base: str = "served") -> LoRAReque
     return asyncio.run(resolver.resolve_lora(base, name))
 
 
-def test_a_task_by_name_is_generated(resolver, generator, tmp_path) -> None:
-    for task in ("law", "med"):
+def test_a_task_by_name_is_generated(resolver, task_files, generator, tmp_path) -> None:
+    lines = [f'"{prompt}",3' for prompt in TASK_PROMPTS["art"]]
+    (task_files / "art.csv").write_text("\n".join(["prompt,number", *lines]), encoding="utf-8")
+    (task_files / "geo.json").write_text(json.dumps([{"prompt": prompt} for prompt in TASK_PROMPTS["geo"]]))
+    for task in ("law", "med", "art", "geo"):
         request = ask(resolver, task)
         assert request is not None and request.lora_name == task
         expected = generator.generate_adapter(TASK_PROMPTS[task])
@@ -179,6 +182,7 @@ def test_files_that_are_none_of_prompts(task_files, generator_folder, tmp_path) 
         ("cut.jsonl", b'{"prompt": "a"}\n{"prompt', CorruptFileError),
         ("number.jsonl", b'{"prompt": 3}', CorruptFileError),
         ("deep.jsonl", b"[" * 100_000, CorruptFileError),
+        ("other.csv", b"question\nlaw", CorruptFileError),
     ):
         (task_files / name).write_bytes(content)
         with pytest.raises(error, match=name.split(".")[0]):

@@ -25,9 +25,9 @@ from peft_dnd import (
     PromptConditionedLoraGeneratorConfig,
     StreamedLoraGenerator,
 )
-from peft_dnd.cli.prompt_files import read_rows, texts_of
 from peft_dnd.published.files import read_published_prompts, read_tensors
 from peft_dnd.storage.files import write_json
+from peft_dnd.text.prompt_files import read_rows, texts_of
 
 
 pytest_plugins = ("support.adapter_fixtures",)

@@ -3,20 +3,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from pathlib import Path
 
-from ..errors import CorruptFileError, EngineError, PromptError
+from ..errors import EngineError, PromptError
 from ..generator.modeling import PromptConditionedLoraGenerator
+from ..published.files import read_published_prompts
 from ..storage.files import PathLike
+from ..text.prompt_files import RELEASED, Row, files_of_tasks, read_rows, texts_of
+from ..text.prompt_shapes import PROMPT_COLUMN
 from .kept_adapters import KeptAdapters, parse_name
 
 
 logger = logging.getLogger(__name__)
 
-_SUFFIXES = (".txt", ".jsonl")
+ANSWER_COLUMN = "answer"
 
 
 class TaskFolder:
@@ -25,7 +27,8 @@ class TaskFolder:
     Args:
         generator: Folder or Hub id of the generator. It is loaded, onto the CPU, when the first task is asked for.
         tasks: Folder of prompt files: `law.txt` with one prompt a line, or `law.jsonl` with `{"prompt": "..."}` a line
-            (and `"answer"`, for a generator that reads answers) is task `law`. It is looked at anew for each request.
+            (and `"answer"`, for a generator that reads answers) is task `law`; or a `.csv` or `.parquet` with such
+            columns. It is looked at anew for each request.
         cache: Folder to keep adapters in; it is made where missing.
 
     Raises:
@@ -68,58 +71,28 @@ class TaskFolder:
         return None if file is None else self._generated(parsed.task, file)
 
     def _files(self) -> dict[str, Path]:
-        found: dict[str, Path] = {}
-        for path in sorted(self._tasks.iterdir()):
-            if path.suffix in _SUFFIXES and path.is_file():
-                if path.stem in found:
-                    raise EngineError(
-                        f"{found[path.stem].name!r} and {path.name!r} in {str(self._tasks)!r} are both of task "
-                        f"{path.stem!r}. Keep one of them."
-                    )
-                found[path.stem] = path
-        return found
+        try:
+            return files_of_tasks(self._tasks)
+        except PromptError as error:
+            raise EngineError(str(error)) from error
 
     def _generated(self, task: str, file: Path) -> Path:
-        prompts, answers = read_prompt_file(file)
+        rows = _rows(file)
         with self._lock:  # neither the generator nor its text encoder is made for several threads at once
             if self._generator is None:
                 self._generator = PromptConditionedLoraGenerator.from_pretrained(self._generator_name)
             reads_answers = self._generator.config.condition_text != "prompts"
-            adapter = self._generator.generate_adapter(prompts, answers=answers if reads_answers else None)
+            answered = reads_answers and all(ANSWER_COLUMN in row for row in rows)
+            adapter = self._generator.generate_adapter(
+                texts_of(rows, PROMPT_COLUMN, file.name),
+                answers=texts_of(rows, ANSWER_COLUMN, file.name, are_answers=True) if answered else None,
+            )
         place = self._kept.keep(adapter)
         logger.info("generated the adapter of task %r: %s", task, place.name)
         return place
 
 
-def read_prompt_file(path: PathLike) -> tuple[list[str], list[str] | None]:
-    """Read the prompts of a text file, one a line, or of a `.jsonl`, and their answers where all have one.
-
-    Raises:
-        CorruptFileError: If it is not in UTF-8, or a line is not as it should be.
-        PromptError: If there is no prompt in it.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the first prompt
-    except UnicodeDecodeError as error:
-        raise CorruptFileError(f"{str(path)!r} is not in UTF-8 ({error}). Save it in UTF-8.") from error
-    lines = {number: line.rstrip("\r") for number, line in enumerate(text.split("\n"), 1) if line.strip()}
-    if not lines:
-        raise PromptError(f"{str(path)!r} is empty: expected one prompt a line.")
-    if path.suffix != ".jsonl":
-        return list(lines.values()), None
-    rows = [_row(line, number, path) for number, line in lines.items()]
-    answers = [row["answer"] for row in rows if isinstance(row.get("answer"), str)]
-    return [row["prompt"] for row in rows], answers if len(answers) == len(rows) else None
-
-
-def _row(line: str, number: int, path: Path) -> dict[str, str]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        row = None
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise CorruptFileError(
-            f'Line {number} of {str(path)!r} is no {{"prompt": "..."}}, but {line!r:.60}. Mend that line.'
-        )
-    return row
+def _rows(file: Path) -> list[Row]:
+    if file.suffix.lower() != RELEASED:
+        return read_rows(file, PROMPT_COLUMN)
+    return [{PROMPT_COLUMN: prompt} for prompt in read_published_prompts(file)]
