@@ -46,8 +46,9 @@ class UploadingTrainer(Trainer):
     training arguments least of all. When and where to is decided as by `Trainer`, by `hub_strategy` and the other
     arguments for the Hub; an update of a fitted generator only when it is done, unless `most_points_lost` is `None`.
 
-    With `hub_strategy="checkpoint"` or `"all_checkpoints"` the checkpoint's folder is uploaded besides, for resuming.
-    The states of the optimiser, the schedule and the random numbers in it are pickles, as `Trainer` writes them, and
+    With `hub_strategy="checkpoint"` or `"all_checkpoints"` the checkpoint's folder is uploaded besides, for resuming:
+    of an update that is not judged yet too, and with its replay store, which holds prompts and examples. The states of
+    the optimiser, the schedule and the random numbers in it are pickles, as `Trainer` writes them, and
     `trainer_state.json` may name folders of this machine. Use another strategy for what others are to load.
     """
 
