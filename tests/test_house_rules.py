@@ -50,6 +50,7 @@ HEAVY = {
     "lm_eval",
     "matplotlib",
     "pandas",
+    "pyarrow",
     "scipy",
     "sentence_transformers",
     "sklearn",

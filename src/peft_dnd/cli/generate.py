@@ -160,6 +160,8 @@ def _load(name: str, revision: str | None, *, stream: bool) -> Any:
 def _generated(
     generator: Any, rows: dict[str, list[Row]], texts: dict[str, list[str]], answer_column: str, **options: Any
 ) -> dict[str, GeneratedAdapter]:
+    from peft_dnd.errors import CorruptFileError
+
     # A file may hold answers that the generator does not read, as a pairs folder's prompts.jsonl does.
     answers = None
     if generator.config.condition_text != "prompts":
@@ -167,7 +169,7 @@ def _generated(
             answers = {
                 task: texts_of(of, answer_column, task or "the prompts", are_answers=True) for task, of in rows.items()
             }
-        except CommandError as error:
+        except CorruptFileError as error:
             raise CommandError(
                 f'The generator reads answers too. Give a .jsonl, one {{"prompt": "...", "answer": "..."}} a line, '
                 f"or another file with both. {error}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..errors import CorruptFileError, PromptError, did_you_mean
+from .prompt_shapes import text_of
 
 
 if TYPE_CHECKING:
@@ -123,8 +124,6 @@ def texts_of(rows: Iterable[Row], column: str, source: str, *, are_answers: bool
 def _text_of(value: Any, what: str, *, are_answers: bool) -> str:
     """A text as it is, or that of a list of chat messages."""
     if isinstance(value, list):
-        from .prompt_shapes import text_of
-
         value = text_of(value, what, are_answers=are_answers)
     if not isinstance(value, str):
         raise CorruptFileError(f"{what} must be a text or a list of chat messages, found {value!r:.60}.")
