@@ -238,7 +238,8 @@ def test_paste_make_compare_and_download(visitor, alone: PageGenerator, tmp_path
     with zipfile.ZipFile(tmp_path / "adapter.zip") as packed:
         packed.extractall(tmp_path)
     found = GeneratedAdapter.from_pretrained(tmp_path / "adapter").state_dict()
-    assert all(torch.equal(found[key], value) for key, value in expected.state_dict().items())
+    # In a thread of a web server torch may add with another number of threads, in another order.
+    assert all(torch.allclose(found[key], value, rtol=1e-4, atol=1e-6) for key, value in expected.state_dict().items())
     with page.expect_download() as caught:
         page.locator("#files a").last.click()
     single = Path(caught.value.path()).read_bytes()
