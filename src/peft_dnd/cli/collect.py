@@ -211,11 +211,10 @@ class _Collection:
 
     def run(self, texts: dict[str, _Texts]) -> None:
         """Train tasks."""
-        model, tokenizer = None, None
+        if not texts:
+            return
+        model, tokenizer = load_base(self._base_name, device=self._device), load_tokenizer(self._base_name)
         for name, of_task in texts.items():
-            if model is None:
-                model = load_base(self._base_name, device=self._device)
-                tokenizer = load_tokenizer(self._base_name)
             model = self._train(name, model, tokenizer, *of_task)
 
     def _train(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from .console import CommandError, existing_file, suggestion
 
 
+# As peft_dnd.text.prompt_files has them; help and wrong paths do not wait for the library, so not from there.
 Format = Literal["text", "jsonl", "csv", "parquet"]
 Row = dict[str, Any]
 STANDARD_INPUT = "-"

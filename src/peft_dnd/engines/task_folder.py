@@ -18,7 +18,7 @@ from .kept_adapters import KeptAdapters, parse_name
 
 logger = logging.getLogger(__name__)
 
-ANSWER_COLUMN = "answer"
+_ANSWER_COLUMN = "answer"
 
 
 class TaskFolder:
@@ -82,10 +82,10 @@ class TaskFolder:
             if self._generator is None:
                 self._generator = PromptConditionedLoraGenerator.from_pretrained(self._generator_name)
             reads_answers = self._generator.config.condition_text != "prompts"
-            answered = reads_answers and all(ANSWER_COLUMN in row for row in rows)
+            answered = reads_answers and all(_ANSWER_COLUMN in row for row in rows)
             adapter = self._generator.generate_adapter(
                 texts_of(rows, PROMPT_COLUMN, file.name),
-                answers=texts_of(rows, ANSWER_COLUMN, file.name, are_answers=True) if answered else None,
+                answers=texts_of(rows, _ANSWER_COLUMN, file.name, are_answers=True) if answered else None,
             )
         place = self._kept.keep(adapter)
         logger.info("generated the adapter of task %r: %s", task, place.name)

@@ -78,7 +78,7 @@ def rows_of(
     if kind == "parquet":
         rows = _parquet_rows(content, name)
     else:
-        rows = _rows_of_text(_decoded(content, name), kind, column, name, "\t" if suffix == ".tsv" else ",")
+        rows = _rows_of_text(_decoded(content, name), kind, column, name, "\t" if suffix.lower() == ".tsv" else ",")
     if not rows:
         raise PromptError(f"{name} is empty: there is no prompt in it. " + _SHAPE.format(column))
     return rows
@@ -114,8 +114,8 @@ def texts_of(rows: Iterable[Row], column: str, source: str, *, are_answers: bool
     for number, row in enumerate(rows, 1):
         if column not in row:
             raise CorruptFileError(
-                f"Row {number} of {source!r} has no {column!r}.{_suggestion(column, row)} Name the field with an "
-                "option, or mend the file. " + _SHAPE.format(column)
+                f"Row {number} of {source!r} has no {column!r}.{_suggestion(column, row)} Mend the file, or say "
+                "which field it is. " + _SHAPE.format(column)
             )
         texts.append(_text_of(row[column], f"{column!r} in row {number} of {source!r}", are_answers=are_answers))
     return texts
